@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+# Everything runs in .venv, which scripts/setup.sh creates on first use.
+
+PYTHON := .venv/bin/python
+RUN := scripts/run.sh $(PYTHON)
+# More arguments for pytest, as in: make test PYTEST_ARGS="-k ledger"
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
+
+setup: ## create .venv with the CPU build of vLLM
+	@scripts/setup.sh
+
+demo: setup ## run the demonstration
+	@$(RUN) examples/demo/run_demo.py
+
+test: setup ## run all tests that need no GPU
+	@$(RUN) -m pytest tests -m "not gpu" $(PYTEST_ARGS)
+
+lint: setup ## check style, formatting and types
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m ruff format --check .
+	@$(PYTHON) -m mypy
+
+format: setup ## format the code, mend what ruff can mend
+	@$(PYTHON) -m ruff format .
+	@$(PYTHON) -m ruff check --fix .
+
+clean: ## remove caches and build outputs, not .venv
+	@rm -rf build dist ./*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	@find adadecode_vllm patches tests examples benchmarks -name __pycache__ \
+	  -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From command-line flags and ``additional_config`` to vLLM's engine arguments."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any
+
+from adadecode_vllm.config import CONFIG_KEY, AdaDecodeConfig, parse_config
+from adadecode_vllm.errors import AdaDecodeError
+
+if TYPE_CHECKING:
+    from vllm.engine.arg_utils import EngineArgs
+
+PLUGIN_NAME = "adadecode"
+PROPOSER = "adadecode_vllm.runner.proposer.AdaDecodeProposer"
+SCHEDULER = "adadecode_vllm.scheduler.AdaDecodeScheduler"
+CPU_WORKER = "adadecode_vllm.worker.AdaDecodeCPUWorker"
+
+
+def add_cli_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the plugin's flags to a parser that takes engine arguments.
+
+    Args:
+        parser: The parser.
+    """
+    group = parser.add_argument_group(
+        title="AdaDecode", description="Early predictions by exit heads."
+    )
+    group.add_argument(
+        "--plugin",
+        choices=[PLUGIN_NAME],
+        default=None,
+        help="Switch an installed plugin on for this engine.",
+    )
+    group.add_argument(
+        "--adadecode-heads",
+        default=None,
+        metavar="DIR",
+        help=str(AdaDecodeConfig.model_fields["heads"].description),
+    )
+    group.add_argument(
+        "--adadecode-config",
+        default=None,
+        metavar="JSON",
+        help="Further options as a JSON object: "
+        + ", ".join(name for name in AdaDecodeConfig.model_fields if name != "heads")
+        + ".",
+    )
+
+
+def options_from_flags(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Read the plugin's flags.
+
+    Args:
+        args: Parsed arguments; the flags may be absent.
+
+    Returns:
+        Options for ``additional_config["adadecode"]``, not validated yet, or None
+        where the plugin was not asked for.
+
+    Raises:
+        AdaDecodeError: If the flags contradict each other.
+    """
+    heads = getattr(args, "adadecode_heads", None)
+    text = getattr(args, "adadecode_config", None)
+    if getattr(args, "plugin", None) is None:
+        for flag, value in (("--adadecode-heads", heads), ("--adadecode-config", text)):
+            if value is not None:
+                raise AdaDecodeError(
+                    f"{flag}: it has no effect without the plugin. Add "
+                    f"--plugin {PLUGIN_NAME}, or remove {flag}."
+                )
+        return None
+    options = _parse_json(text) if text is not None else {}
+    if heads is not None:
+        if options.get("heads", heads) != heads:
+            raise AdaDecodeError(
+                f"--adadecode-heads: {heads!r} contradicts heads = "
+                f"{options['heads']!r} in --adadecode-config. Give it once."
+            )
+        options["heads"] = heads
+    return options
+
+
+def merge_into_additional_config(
+    additional_config: dict[str, Any] | None, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Put options from flags beside the user's own ``--additional-config``.
+
+    Args:
+        additional_config: The user's dictionary.
+        options: From :func:`options_from_flags`.
+
+    Returns:
+        A new dictionary.
+
+    Raises:
+        AdaDecodeError: If both give different values for an option.
+    """
+    merged = dict(additional_config or {})
+    present = merged.get(CONFIG_KEY, {})
+    for name in present.keys() & options.keys():
+        if present[name] != options[name]:
+            raise AdaDecodeError(
+                f"--adadecode-config: {name} = {options[name]!r} contradicts "
+                f"{present[name]!r} in --additional-config. Give it once."
+            )
+    merged[CONFIG_KEY] = {**present, **options}
+    return merged
+
+
+def requested_config(args: EngineArgs) -> AdaDecodeConfig | None:
+    """The configuration that engine arguments ask for.
+
+    Args:
+        args: vLLM's engine arguments.
+
+    Returns:
+        The validated configuration, or None if AdaDecode is not asked for or off.
+
+    Raises:
+        AdaDecodeError: If an option is wrong.
+    """
+    options = (args.additional_config or {}).get(CONFIG_KEY)
+    if options is None:
+        return None
+    config = parse_config(options)
+    return config if config.enabled else None
+
+
+def is_prepared(args: EngineArgs) -> bool:
+    """Whether :func:`prepare_engine_args` has seen these arguments before."""
+    speculative = args.speculative_config
+    return isinstance(speculative, dict) and speculative.get("model") == PROPOSER
+
+
+def prepare_engine_args(args: EngineArgs, config: AdaDecodeConfig) -> None:
+    """Name AdaDecode's worker, scheduler and proposer in engine arguments.
+
+    Args:
+        args: vLLM's engine arguments, changed in place. Conflicting ones were refused
+            before (:func:`adadecode_vllm.features.check_arguments`).
+        config: The configuration.
+    """
+    args.speculative_config = {
+        "method": "custom_class",
+        "model": PROPOSER,
+        "num_speculative_tokens": config.max_early_predictions,
+    }
+    args.scheduler_cls = SCHEDULER
+    args.worker_cls = CPU_WORKER
+
+
+def _parse_json(text: str) -> dict[str, Any]:
+    try:
+        options = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise AdaDecodeError(
+            f"--adadecode-config: {text!r} is not JSON ({error}). Write for example "
+            '\'{"threshold": 0.8, "max_early_predictions": 4}\'.'
+        ) from None
+    if not isinstance(options, dict):
+        raise AdaDecodeError(
+            f"--adadecode-config: expected a JSON object, got {text}. Write for "
+            'example \'{"threshold": 0.8}\'.'
+        )
+    return options

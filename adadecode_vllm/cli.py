@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `adadecode` command.
+
+A mistake of the user, `AdaDecodeError`, is one sentence on stderr and exit code 2.
+Commands import what they need when they run: `--help` must not wait for torch.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, cast, get_args
+
+import typer
+
+from adadecode_vllm import __version__
+from adadecode_vllm.errors import AdaDecodeError
+
+app = typer.Typer(
+    name="adadecode",
+    help="Exit heads for AdaDecode in vLLM.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    """Print the version and leave."""
+    if wanted:
+        typer.echo(f"adadecode-vllm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_version,
+            is_eager=True,
+            help="Print the version and exit.",
+        ),
+    ] = False,
+) -> None:
+    """Exit heads for AdaDecode in vLLM."""
+
+
+@app.command("init-heads")
+def init_heads_command(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="Base model: a directory or a Hugging Face name."
+        ),
+    ],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="The heads directory to write.")
+    ],
+    exit_layers: Annotated[
+        str,
+        typer.Option(
+            metavar="LAYERS", help="Layer counts of the exits, such as 8,16,24."
+        ),
+    ],
+    dtype: Annotated[
+        str, typer.Option(help="Stored dtype: float32, bfloat16 or float16.")
+    ] = "float32",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace heads that are in DIR.")
+    ] = False,
+) -> None:
+    """Write untrained exit heads (T = I) for a model."""
+    layers = _parse_layers(exit_layers)
+    from adadecode_vllm.heads.config import HeadsDtype
+    from adadecode_vllm.heads.init import init_heads
+
+    if dtype not in get_args(HeadsDtype):
+        raise AdaDecodeError(
+            f"--dtype {dtype}: unknown dtype; choose one of "
+            f"{', '.join(get_args(HeadsDtype))}"
+        )
+    config = init_heads(
+        model, directory, layers, cast(HeadsDtype, dtype), overwrite=overwrite
+    )
+    exits = ", ".join(str(layer) for layer in config.exit_layers)
+    typer.echo(f"Wrote heads for exits {exits} of {model} to {directory}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        argv: Arguments without the program's name; None for the process's own.
+
+    Raises:
+        SystemExit: Always; 2 after a user's mistake.
+    """
+    try:
+        app(args=None if argv is None else list(argv), prog_name="adadecode")
+    except AdaDecodeError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise SystemExit(2) from None
+
+
+def _parse_layers(text: str) -> list[int]:
+    """Parse `8,16,24`."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise AdaDecodeError(
+            f"--exit-layers {text!r}: not a list of integers; separate layer counts "
+            "by commas, such as 8,16,24"
+        ) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one schema for every way to configure AdaDecode."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from adadecode_vllm.errors import AdaDecodeError
+
+CONFIG_KEY = "adadecode"
+"""Where the options stand in vLLM's ``additional_config``."""
+
+# vLLM's rejection sampler verifies at most this many drafts of a request at once
+# (vllm/v1/sample/rejection_sampler.py, MAX_SPEC_LEN).
+_MAX_EARLY_PREDICTIONS = 128
+
+
+class AdaDecodeConfig(BaseModel):
+    """Options of the engine; the same in Python, JSON and on the command line."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    heads: str = Field(
+        min_length=1, description="Directory with the exit heads of the served model."
+    )
+    exit_layers: tuple[int, ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="Exits to use, as layer counts: a subset of the heads' own. "
+        "Default: all of them.",
+    )
+    threshold: float = Field(
+        default=0.75,
+        ge=0.0,
+        le=1.0,
+        description="Predict early when an exit head's top probability exceeds this. "
+        "At 1 nothing is ever predicted early.",
+    )
+    max_early_predictions: int = Field(
+        default=5,
+        ge=1,
+        le=_MAX_EARLY_PREDICTIONS,
+        description="Most unverified tokens of a request (the cap).",
+    )
+    enabled: bool = Field(
+        default=True, description="False serves the model exactly as without the plugin."
+    )
+
+    @field_validator("exit_layers")
+    @classmethod
+    def _increasing(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if value is not None and list(value) != sorted(set(value)):
+            raise ValueError(f"{list(value)} is not strictly increasing")
+        return value
+
+
+def parse_config(options: Any) -> AdaDecodeConfig:
+    """Validate options as a user gave them.
+
+    Args:
+        options: The dictionary under ``additional_config["adadecode"]``.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        AdaDecodeError: With one sentence for every option that is wrong.
+    """
+    if isinstance(options, AdaDecodeConfig):
+        return options
+    if not isinstance(options, Mapping):
+        raise AdaDecodeError(
+            f"--adadecode-config: expected an object with options, got {options!r}. "
+            'Write for example {"threshold": 0.8}.'
+        )
+    try:
+        return AdaDecodeConfig(**options)
+    except ValidationError as error:
+        raise AdaDecodeError(
+            " ".join(_sentence(detail) for detail in error.errors())
+        ) from None
+
+
+def _sentence(detail: Any) -> str:
+    name = ".".join(str(part) for part in detail["loc"])
+    option = name.split(".")[0]
+    if detail["type"] == "extra_forbidden":
+        known = ", ".join(AdaDecodeConfig.model_fields)
+        return (
+            f"--adadecode-config: unknown option {name!r}. Options are {known}; "
+            "remove or correct it."
+        )
+    if detail["type"] == "missing" and name == "heads":
+        return (
+            "--adadecode-heads: no exit heads given. Name the directory with the "
+            "served model's heads; `adadecode init-heads MODEL DIR` makes untrained ones."
+        )
+    reason = detail["msg"].removeprefix("Value error, ")
+    field = AdaDecodeConfig.model_fields.get(option)
+    meaning = f" ({field.description})" if field is not None else ""
+    given = detail.get("input")
+    return (
+        f"--adadecode-config: {name} = {given!r} is refused: {reason}. "
+        f"Give a valid {option}{meaning}."
+    )
+
+
+def engine_args(heads: str, **options: Any) -> dict[str, Any]:
+    """Keyword arguments that make ``vllm.LLM`` or ``EngineArgs`` use AdaDecode.
+
+    ``LLM(MODEL, **engine_args(heads=DIR))``.
+
+    Args:
+        heads: Directory with the exit heads.
+        **options: Further fields of :class:`AdaDecodeConfig`.
+
+    Returns:
+        ``{"additional_config": {"adadecode": {...}}}``.
+
+    Raises:
+        AdaDecodeError: If an option is wrong.
+    """
+    config = parse_config({"heads": str(heads), **options})
+    return {"additional_config": {CONFIG_KEY: config.model_dump(exclude_unset=True)}}

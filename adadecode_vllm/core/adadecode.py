@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of the method, assembled for one worker."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size
+
+from adadecode_vllm.config import AdaDecodeConfig
+from adadecode_vllm.core.drafting import Drafter, DraftRequests
+from adadecode_vllm.core.ledger import Ledger, Resumable
+from adadecode_vllm.core.policy import ThresholdPolicy
+from adadecode_vllm.core.resume import Resumer, ScheduledBatch
+from adadecode_vllm.core.segments import Decoder, build_segments, find_decoder
+from adadecode_vllm.core.states import PendingStates
+from adadecode_vllm.core.stats import Stats
+from adadecode_vllm.core.vllm_executor import VllmExecutor
+from adadecode_vllm.features import fingerprint_mismatch
+from adadecode_vllm.heads import ExitHeads, check_fingerprint, load_heads_config
+
+
+class AdaDecode:
+    """Early prediction for one loaded model.
+
+    Attributes:
+        executor: Runs segments and gates on vLLM.
+        ledger: The pending tokens.
+        policy: When to predict early.
+        stats: Counters.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: AdaDecodeConfig, vllm_config: VllmConfig
+    ) -> None:
+        """Split the model, load the heads and allocate the buffers.
+
+        Args:
+            model: The model as vLLM loaded it.
+            config: Resolved options: ``exit_layers`` is set.
+            vllm_config: The engine's configuration.
+
+        Raises:
+            AdaDecodeError: If the model or the heads do not fit.
+        """
+        assert config.exit_layers is not None, "resolved at start-up"
+        decoder = find_decoder(model)
+        _check_lm_head(decoder, config, vllm_config)
+        weight = decoder.lm_head.weight
+        dtype = vllm_config.model_config.dtype
+        heads = ExitHeads.from_directory(
+            config.heads, dtype, weight.device, config.exit_layers
+        )
+        segments = build_segments(decoder, config.exit_layers, vllm_config)
+        self.executor = VllmExecutor(
+            decoder, segments, config.exit_layers, heads, vllm_config
+        )
+        self.policy = ThresholdPolicy(config.threshold, config.max_early_predictions)
+        self.stats = Stats(config.exit_layers, len(decoder.layers))
+        self.ledger = Ledger()
+        self.states = PendingStates(
+            vllm_config.scheduler_config.max_num_seqs,
+            config.max_early_predictions + 1,
+            decoder.hidden_size,
+            dtype,
+            weight.device,
+        )
+        self._drafter = Drafter(self.executor, self.states, self.policy, self.stats)
+        self._resumer = Resumer(self.executor, self.states, self.stats)
+        self._exits: dict[str, np.ndarray] = {}
+
+    @torch.inference_mode()
+    def draft(
+        self, step: int, request_ids: Sequence[str], requests: DraftRequests
+    ) -> list[list[int]]:
+        """Predict early and remember what is pending.
+
+        Args:
+            step: Number of the current engine step.
+            request_ids: R request ids.
+            requests: Their state.
+
+        Returns:
+            R lists of early predictions.
+        """
+        window = self._drafter.draft(requests)
+        self.ledger.record(step, request_ids, window)
+        drafts = []
+        for request, request_id in enumerate(request_ids):
+            predicted = slice(1, window.length[request])
+            drafts.append(window.token_ids[request, predicted].tolist())
+            self._exits[request_id] = window.exits[request, predicted]
+        return drafts
+
+    def forward(
+        self, batch: ScheduledBatch, resumable: Resumable, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """Run a batch with pending tokens, inside vLLM's own forward context.
+
+        Args:
+            batch: All scheduled tokens, N.
+            resumable: Those that have come some way.
+            positions: (N,) their positions.
+
+        Returns:
+            (N, d) final hidden states.
+        """
+        with self.executor.within_forward(positions):
+            return self._resumer.forward(batch, resumable)
+
+    def count_verdicts(self, sampled: dict[str, int], scheduled: dict[str, int]) -> None:
+        """Count what a step's verification said.
+
+        Args:
+            sampled: Number of tokens that the step yielded, for each request that
+                sampled any.
+            scheduled: Number of drafts that were verified, per request with drafts.
+        """
+        self.stats.request_steps += len(sampled)
+        self.stats.generated_tokens += sum(sampled.values())
+        for request_id, num_drafts in scheduled.items():
+            exits = self._exits.pop(request_id, None)
+            tokens = sampled.get(request_id, 0)
+            if exits is not None and tokens:
+                self.stats.count_verdict(exits[:num_drafts], tokens - 1)
+
+    def forget(self, request_ids: set[str]) -> None:
+        """Release what is remembered of finished requests."""
+        for request_id in request_ids & self._exits.keys():
+            del self._exits[request_id]
+
+
+def _check_lm_head(
+    decoder: Decoder, config: AdaDecodeConfig, vllm_config: VllmConfig
+) -> None:
+    """Compare the loaded LM head's rows with the heads' fingerprint.
+
+    Start-up compares local checkpoints without loading them; this covers the others.
+    A quantized LM head has no rows to compare.
+    """
+    head = decoder.lm_head
+    weight = getattr(head, "weight", None)
+    if weight is None or not weight.is_floating_point():
+        return
+    heads = load_heads_config(config.heads)
+    first_row, rows = 0, heads.vocab_size
+    if get_tensor_model_parallel_world_size() > 1:
+        shard = head.shard_indices
+        first_row = shard.org_vocab_start_index
+        rows = shard.org_vocab_end_index - first_row
+    if not check_fingerprint(
+        heads.lm_head_fingerprint, weight[:rows], first_row, heads.vocab_size
+    ):
+        raise fingerprint_mismatch(
+            config.heads, vllm_config.model_config.model, heads.base_model
+        )

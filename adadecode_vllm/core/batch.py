@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention metadata for token subsets over vLLM's paged KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from adadecode_vllm.core.executor import TokenSubset
+
+
+class AttentionGroup(Protocol):
+    """The part of vLLM's attention group that is used here."""
+
+    layer_names: list[str]
+    kernel_block_size: int | None
+
+    def build_metadata(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
+        """Build one backend's metadata."""
+
+
+@dataclass(frozen=True)
+class KVGroup:
+    """One KV cache group: layers that share a block table.
+
+    Attributes:
+        block_table: Returns the (max_requests, max_blocks) int32 table on the device.
+            A function, because vLLM may replace its tables.
+        block_size: Tokens per block.
+        blocks_owned: Returns (max_requests,) int32, blocks per row.
+        layer_names: Names of the group's attention layers.
+        attention_groups: The group's attention backends.
+    """
+
+    block_table: Callable[[], torch.Tensor]
+    block_size: int
+    blocks_owned: Callable[[], np.ndarray]
+    layer_names: Sequence[str]
+    attention_groups: Sequence[AttentionGroup]
+
+
+@dataclass(frozen=True)
+class AttentionBatch:
+    """Everything that running layers on a subset needs.
+
+    Attributes:
+        metadata: Attention metadata per layer name.
+        slot_mapping: (n,) int64 KV slots per layer name.
+        positions: (n,) int64.
+    """
+
+    metadata: dict[str, Any]
+    slot_mapping: dict[str, torch.Tensor]
+    positions: torch.Tensor
+
+
+class AttentionBatcher:
+    """Builds :class:`AttentionBatch` objects for all KV cache groups."""
+
+    def __init__(self, groups: Sequence[KVGroup], device: torch.device) -> None:
+        """Remember the groups.
+
+        Args:
+            groups: The engine's KV cache groups, in order.
+            device: The model's device.
+        """
+        self.groups = list(groups)
+        self.device = device
+
+    @property
+    def shares_buffers(self) -> bool:
+        """Whether building metadata overwrites what was built before.
+
+        vLLM maps block tables to kernel-sized blocks in one persistent buffer.
+        """
+        return any(
+            attention_group.kernel_block_size is not None
+            for group in self.groups
+            for attention_group in group.attention_groups
+        )
+
+    def owned_slots(self, rows: np.ndarray) -> np.ndarray:
+        """KV slots that belong to requests, in every group (I3).
+
+        Args:
+            rows: (R,) block table rows.
+
+        Returns:
+            (R,) int64: positions below this may be written.
+        """
+        owned = [group.blocks_owned()[rows] * group.block_size for group in self.groups]
+        return np.min(owned, axis=0).astype(np.int64)
+
+    def build(self, subset: TokenSubset) -> AttentionBatch:
+        """Build the metadata for a subset.
+
+        Args:
+            subset: Consecutive tokens of some requests. Their slots must belong to the
+                requests and all earlier positions must hold valid KV.
+
+        Returns:
+            The metadata.
+        """
+        end = subset.first + subset.count
+        query_start = np.zeros(subset.num_requests + 1, np.int32)
+        np.cumsum(subset.count, out=query_start[1:])
+        num_tokens = int(query_start[-1])
+        request = np.repeat(np.arange(subset.num_requests), subset.count)
+        within = np.arange(num_tokens) - query_start[request]
+        positions = self._to_device(subset.first[request] + within)
+
+        query_start_cpu = torch.from_numpy(query_start)
+        query_start_device = query_start_cpu.to(self.device, non_blocking=True)
+        seq_lens_cpu = torch.from_numpy(end.astype(np.int32))
+        seq_lens = seq_lens_cpu.to(self.device, non_blocking=True)
+        rows = self._to_device(subset.rows)
+        token_requests = self._to_device(request)
+
+        metadata: dict[str, Any] = {}
+        slot_mapping: dict[str, torch.Tensor] = {}
+        for group in self.groups:
+            block_table = group.block_table().index_select(0, rows)
+            block = torch.div(positions, group.block_size, rounding_mode="floor")
+            slots = (
+                block_table[token_requests, block].to(torch.int64) * group.block_size
+                + positions % group.block_size
+            )
+            common = CommonAttentionMetadata(
+                query_start_loc=query_start_device,
+                query_start_loc_cpu=query_start_cpu,
+                seq_lens=seq_lens,
+                seq_lens_cpu_upper_bound=seq_lens_cpu,
+                num_reqs=subset.num_requests,
+                num_actual_tokens=num_tokens,
+                max_query_len=int(subset.count.max()),
+                max_seq_len=int(end.max()),
+                block_table_tensor=block_table,
+                slot_mapping=slots,
+                causal=True,
+                positions=positions,
+            )
+            for attention_group in group.attention_groups:
+                built = attention_group.build_metadata(common)
+                metadata.update(dict.fromkeys(attention_group.layer_names, built))
+            slot_mapping.update(dict.fromkeys(group.layer_names, slots))
+        return AttentionBatch(metadata, slot_mapping, positions)
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(array, np.int64))
+        return tensor.to(self.device, non_blocking=True)

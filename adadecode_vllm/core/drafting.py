@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Early prediction over a whole batch: step 2 of a cycle."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from adadecode_vllm.core.executor import SegmentExecutor, TokenSubset
+from adadecode_vllm.core.ledger import Window
+from adadecode_vllm.core.policy import ThresholdPolicy
+from adadecode_vllm.core.states import PendingStates
+from adadecode_vllm.core.stats import Stats
+
+
+@dataclass(frozen=True)
+class DraftRequests:
+    """The requests that may predict early, R of them.
+
+    Attributes:
+        rows: (R,) int64, rows in the block tables.
+        token_ids: (R,) int64, the newest sampled tokens.
+        positions: (R,) int64, their positions; none has KV yet.
+        limits: (R,) int64, most early predictions each request may make: 0 .. cap.
+            KV slots up to ``positions + limits - 1`` must belong to the request (I3).
+        stop_token_ids: R collections of tokens after which nothing will be kept.
+    """
+
+    rows: np.ndarray
+    token_ids: np.ndarray
+    positions: np.ndarray
+    limits: np.ndarray
+    stop_token_ids: list[Collection[int]]
+
+
+class Drafter:
+    """Runs front tokens from exit to exit and predicts where a head is confident."""
+
+    def __init__(
+        self,
+        executor: SegmentExecutor,
+        states: PendingStates,
+        policy: ThresholdPolicy,
+        stats: Stats,
+    ) -> None:
+        """Wire the drafter.
+
+        Args:
+            executor: Runs segments and gates.
+            states: Receives the hidden states of all tokens that were run.
+            policy: Decides at each gate.
+            stats: Counters to add to.
+        """
+        self.executor = executor
+        self.states = states
+        self.policy = policy
+        self.stats = stats
+
+    def draft(self, requests: DraftRequests) -> Window:
+        """Predict early for a batch.
+
+        All requests move together. Each round takes the lowest level at which some
+        active request's front token stands and runs that segment for those front
+        tokens and for their pending tokens at the same level, so deferred layers of
+        several tokens and requests share one pass over the weights.
+
+        Args:
+            requests: The requests. Every limit must be positive.
+
+        Returns:
+            Their windows; ``length - 1`` early predictions each.
+        """
+        started = time.perf_counter()
+        num_requests = len(requests.rows)
+        width = self.states.window
+        token_ids = np.zeros((num_requests, width), np.int64)
+        token_ids[:, 0] = requests.token_ids
+        levels = np.zeros((num_requests, width), np.int8)
+        exits = np.full((num_requests, width), -1, np.int8)
+        length = np.ones(num_requests, np.int64)
+        active = requests.limits > 0
+        everyone = np.arange(num_requests)
+        last_exit = self.executor.num_segments - 2
+
+        while active.any():
+            front_level = levels[everyone, length - 1]
+            segment = int(front_level[active].min())
+            chosen = np.flatnonzero(active & (front_level == segment))
+            self._run_segment(requests, chosen, segment, token_ids, levels, length)
+
+            front = length[chosen] - 1
+            index = self._index(chosen * width + front)
+            predicted, confidence = self.executor.gate(segment, *self.states.read(index))
+            self.stats.gates[segment] += len(chosen)
+            confident = self.policy.confident(confidence)
+
+            stayed, moved = chosen[~confident], chosen[confident]
+            if segment == last_exit:
+                active[stayed] = False
+            token_ids[moved, length[moved]] = predicted[confident]
+            exits[moved, length[moved]] = segment
+            length[moved] += 1
+            self.stats.early_predictions[segment] += len(moved)
+            active[moved] = length[moved] - 1 < requests.limits[moved]
+            for request in moved[active[moved]]:
+                token = int(token_ids[request, length[request] - 1])
+                active[request] = token not in requests.stop_token_ids[request]
+
+        self.stats.drafting_seconds += time.perf_counter() - started
+        return Window(requests.positions, length, token_ids, levels, exits)
+
+    def _run_segment(
+        self,
+        requests: DraftRequests,
+        chosen: np.ndarray,
+        segment: int,
+        token_ids: np.ndarray,
+        levels: np.ndarray,
+        length: np.ndarray,
+    ) -> None:
+        """Run a segment for all tokens of the chosen requests that stand at it.
+
+        Levels never increase with the position (I1), so these tokens are a suffix of
+        each window; ``levels`` is updated in place.
+        """
+        width = self.states.window
+        offsets = np.arange(width)
+        in_window = offsets < length[chosen, None]
+        standing = in_window & (levels[chosen] == segment)
+        count = standing.sum(1)
+        request, offset = np.nonzero(standing)
+        index = self._index(chosen[request] * width + offset)
+        subset = TokenSubset(
+            rows=requests.rows[chosen],
+            first=requests.positions[chosen] + length[chosen] - count,
+            count=count,
+        )
+        if segment == 0:
+            ids = torch.from_numpy(token_ids[chosen[request], offset])
+            hidden = self.executor.embed(ids.to(self.states.hidden.device))
+            residual = None
+        else:
+            hidden, residual = self.states.read(index)
+        hidden, residual = self.executor.run(segment, subset, hidden, residual)
+        assert residual is not None, "only the last segment, never drafted, ends it"
+        self.states.write(index, hidden, residual)
+        levels[chosen[request], offset] = segment + 1
+        self.stats.count_segment(segment, len(index))
+
+    def _index(self, index: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(index).to(self.states.hidden.device)

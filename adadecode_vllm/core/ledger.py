@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tokens are pending, how far each has come, and when that stops being true.
+
+The ledger holds one drafting cycle. Its entries may be used in the engine step right
+after the one that wrote them and in no other (I2): in that step vLLM schedules the
+window of every request that goes on, and whatever it does not schedule (preempted,
+aborted, skipped, truncated by a grammar) is gone. Dropping an entry is always correct:
+its tokens then run from the first layer and rewrite the same KV.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Window:
+    """The drafting state of R requests, one row each, W tokens wide.
+
+    Attributes:
+        first_position: (R,) int64, position of the newest sampled token.
+        length: (R,) int64, 1 + number of early predictions.
+        token_ids: (R, W) int64; columns at and beyond ``length`` are undefined.
+        levels: (R, W) int8, segments run per token.
+        exits: (R, W) int8, the exit that predicted the token; -1 for column 0.
+    """
+
+    first_position: np.ndarray
+    length: np.ndarray
+    token_ids: np.ndarray
+    levels: np.ndarray
+    exits: np.ndarray
+
+
+@dataclass(frozen=True)
+class Resumable:
+    """Pending tokens that the current step may resume.
+
+    Attributes:
+        requests: (M,) int64, batch rows of the current step.
+        slots: (M,) int64, the requests' rows in the drafting cycle's buffers.
+        levels: (M, W) int8, the tokens' levels; 0 beyond the agreeing prefix.
+    """
+
+    requests: np.ndarray
+    slots: np.ndarray
+    levels: np.ndarray
+
+
+class Ledger:
+    """Pending tokens of one drafting cycle.
+
+    Attributes:
+        dropped: Requests whose pending tokens were discarded, by reason.
+    """
+
+    def __init__(self) -> None:
+        """Start with nothing pending."""
+        self.dropped: Counter[str] = Counter()
+        self._request_ids: list[str] = []
+        self._window: Window | None = None
+        self._step = -1
+
+    def __len__(self) -> int:
+        """Number of requests with an entry."""
+        return len(self._request_ids)
+
+    def record(self, step: int, request_ids: Sequence[str], window: Window) -> None:
+        """Replace the ledger's content by a new cycle's.
+
+        Args:
+            step: Number of the engine step that drafted.
+            request_ids: The requests, in the order of the window's rows.
+            window: Their state when drafting ended.
+        """
+        self._request_ids = list(request_ids)
+        self._window = window
+        self._step = step
+
+    def clear(self, reason: str) -> None:
+        """Drop everything, e.g. because the weights change.
+
+        Args:
+            reason: Key under which the drop is counted.
+        """
+        if self._request_ids:
+            self.dropped[reason] += len(self._request_ids)
+        self._request_ids = []
+        self._window = None
+
+    def take(
+        self,
+        step: int,
+        batch_rows: dict[str, int],
+        first_position: np.ndarray,
+        count: np.ndarray,
+        token_ids: np.ndarray,
+    ) -> Resumable | None:
+        """Hand out what may be resumed in this step and forget the rest.
+
+        Args:
+            step: Number of the current engine step.
+            batch_rows: Request id to batch row, without requests whose KV cache was
+                rebuilt since (new ones and those resumed after a preemption).
+            first_position: (B,) int64, first scheduled position per batch row.
+            count: (B,) int64, number of scheduled tokens per batch row.
+            token_ids: (B, T) token ids by absolute position; a view of vLLM's own
+                table is enough.
+
+        Returns:
+            The resumable tokens, or None when there are none.
+        """
+        window, request_ids = self._window, self._request_ids
+        if window is None or not request_ids:
+            return None
+        if step != self._step + 1:
+            self.clear("skipped_step")
+            return None
+        self._request_ids, self._window = [], None
+
+        rows = np.fromiter(
+            (batch_rows.get(request_id, -1) for request_id in request_ids),
+            dtype=np.int64,
+            count=len(request_ids),
+        )
+        scheduled = rows >= 0
+        slots = np.flatnonzero(scheduled)
+        rows = rows[slots]
+        self._count("not_scheduled", len(request_ids) - len(slots))
+
+        aligned = first_position[rows] == window.first_position[slots]
+        self._count("moved", int((~aligned).sum()))
+        rows, slots = rows[aligned], slots[aligned]
+        if not len(rows):
+            return None
+
+        offsets = np.arange(window.token_ids.shape[1])
+        positions = window.first_position[slots, None] + offsets
+        # Columns past the table's end are past the scheduled tokens as well.
+        positions = np.minimum(positions, token_ids.shape[1] - 1)
+        valid = (offsets < window.length[slots, None]) & (offsets < count[rows, None])
+        agrees = valid & (
+            token_ids[rows[:, None], positions] == window.token_ids[slots]
+        )
+        prefix = np.logical_and.accumulate(agrees, axis=1)
+        self._count("changed", int((prefix.sum(1) < valid.sum(1)).sum()))
+
+        levels = np.where(prefix, window.levels[slots], 0).astype(np.int8)
+        useful = levels[:, 0] > 0
+        if not useful.any():
+            return None
+        return Resumable(rows[useful], slots[useful], levels[useful])
+
+    def _count(self, reason: str, requests: int) -> None:
+        if requests:
+            self.dropped[reason] += requests

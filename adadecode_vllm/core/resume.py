@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The forward that verifies: every token goes on from its own level (step 4)."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from adadecode_vllm.core.executor import SegmentExecutor, TokenSubset
+from adadecode_vllm.core.ledger import Resumable
+from adadecode_vllm.core.states import PendingStates
+from adadecode_vllm.core.stats import Stats
+
+
+@dataclass(frozen=True)
+class ScheduledBatch:
+    """The tokens of one engine step, request by request.
+
+    Attributes:
+        rows: (B,) int64, the requests' rows in the block tables.
+        first: (B,) int64, first scheduled position.
+        count: (B,) int64, scheduled tokens, all positive; N in all.
+        token_ids: (N,) int64 on the device; unused where ``embeddings`` is given.
+        embeddings: (N, d) prompt embeddings and embedded tokens, or None.
+    """
+
+    rows: np.ndarray
+    first: np.ndarray
+    count: np.ndarray
+    token_ids: torch.Tensor
+    embeddings: torch.Tensor | None = None
+
+
+class Resumer:
+    """Runs deferred layers and new tokens in one batch per segment."""
+
+    def __init__(
+        self, executor: SegmentExecutor, states: PendingStates, stats: Stats
+    ) -> None:
+        """Wire the resumer.
+
+        Args:
+            executor: Runs segments.
+            states: Holds the pending tokens' hidden states.
+            stats: Counters to add to.
+        """
+        self.executor = executor
+        self.states = states
+        self.stats = stats
+
+    def forward(self, batch: ScheduledBatch, resumable: Resumable) -> torch.Tensor:
+        """Run the rest of the model for a batch with pending tokens.
+
+        Segment j runs every token at level <= j: prompt chunks and new tokens from
+        segment 0 on, pending tokens from where drafting left them.
+
+        Args:
+            batch: All scheduled tokens.
+            resumable: Which of them have come how far.
+
+        Returns:
+            (N, d) final hidden states, as the model's own forward returns them.
+        """
+        started = time.perf_counter()
+        device = self.states.hidden.device
+        starts = np.concatenate(([0], np.cumsum(batch.count)))
+        num_tokens = int(starts[-1])
+        levels = np.zeros(num_tokens, np.int8)
+        slots = np.zeros(num_tokens, np.int64)
+        offset = np.arange(self.states.window)
+        for request, slot, row in zip(
+            resumable.requests, resumable.slots, resumable.levels, strict=True
+        ):
+            # Bounded by the number of requests; no tensor is touched here.
+            width = min(int((row > 0).sum()), int(batch.count[request]))
+            here = slice(starts[request], starts[request] + width)
+            levels[here] = row[:width]
+            slots[here] = slot * self.states.window + offset[:width]
+        self.stats.resumed_forwards += 1
+        self.stats.resumed_tokens += int((levels > 0).sum())
+
+        hidden = residual = None
+        previous = np.empty(0, np.int64)
+        for segment in range(self.executor.num_segments):
+            tokens = np.flatnonzero(levels <= segment)
+            if not len(tokens):
+                continue
+            waiting = tokens[levels[tokens] == segment]
+            if segment == 0:
+                hidden, residual = self._embed(batch, waiting), None
+            elif len(waiting):
+                index = torch.from_numpy(slots[waiting]).to(device)
+                hidden, residual = self._merge(
+                    tokens, previous, hidden, residual, waiting, index
+                )
+            subset = _suffix(batch, starts, tokens)
+            assert hidden is not None, "a segment with tokens has their states"
+            hidden, residual = self.executor.run(segment, subset, hidden, residual)
+            self.stats.count_segment(segment, len(tokens))
+            previous = tokens
+
+        assert hidden is not None, "the last segment runs every token"
+        self.stats.verifying_seconds += time.perf_counter() - started
+        return hidden
+
+    def _embed(self, batch: ScheduledBatch, tokens: np.ndarray) -> torch.Tensor:
+        index = torch.from_numpy(tokens).to(batch.token_ids.device)
+        if batch.embeddings is not None:
+            return batch.embeddings.index_select(0, index)
+        return self.executor.embed(batch.token_ids.index_select(0, index))
+
+    def _merge(
+        self,
+        tokens: np.ndarray,
+        previous: np.ndarray,
+        hidden: torch.Tensor | None,
+        residual: torch.Tensor | None,
+        waiting: np.ndarray,
+        index: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put tokens that ran so far and those that join now into batch order."""
+        joined_hidden, joined_residual = self.states.read(index)
+        if hidden is None or residual is None:
+            return joined_hidden, joined_residual
+        order = np.argsort(np.concatenate((previous, waiting)), kind="stable")
+        permutation = torch.from_numpy(order).to(index.device)
+        return (
+            torch.cat((hidden, joined_hidden)).index_select(0, permutation),
+            torch.cat((residual, joined_residual)).index_select(0, permutation),
+        )
+
+
+def _suffix(
+    batch: ScheduledBatch, starts: np.ndarray, tokens: np.ndarray
+) -> TokenSubset:
+    """Describe batch tokens, a suffix of each request by I1, as a subset.
+
+    Args:
+        batch: The batch.
+        starts: (B + 1,) index of each request's first token.
+        tokens: (n,) sorted indices into the batch's tokens.
+
+    Returns:
+        The subset, without requests that have no token in it.
+    """
+    bounds = np.searchsorted(tokens, starts)
+    count = np.diff(bounds)
+    present = count > 0
+    return TokenSubset(
+        rows=batch.rows[present],
+        first=(batch.first + batch.count - count)[present],
+        count=count[present],
+    )

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A decoder's layers, split at the exits, and the model families that allow it."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.compilation.backends import set_model_tag
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig, set_current_vllm_config
+
+from adadecode_vllm.errors import AdaDecodeError
+
+# Architectures (Hugging Face names) whose vLLM model runs one of the loops below.
+# Known before a model is loaded, so that start-up can refuse early; `find_decoder`
+# checks the loaded model itself.
+SUPPORTED_ARCHITECTURES = frozenset(
+    {
+        "LlamaForCausalLM",
+        "MistralForCausalLM",
+        "Phi3ForCausalLM",
+        "Qwen2ForCausalLM",
+        "Qwen3ForCausalLM",
+    }
+)
+
+_LAYER_PARAMETERS = ("positions", "hidden_states", "residual")
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The parts of a loaded model that segments are made of.
+
+    Attributes:
+        embed: (n,) token ids to (n, d) hidden states.
+        layers: All L decoder layers.
+        norm: The final norm, ``norm(hidden, residual) -> (normed, sum)``.
+        compute_logits: (n, d) normed hidden states to (n, V) logits, on every rank.
+        lm_head: The model's own LM head.
+        hidden_size: d.
+    """
+
+    embed: Callable[[torch.Tensor], torch.Tensor]
+    layers: Sequence[nn.Module]
+    norm: nn.Module
+    compute_logits: Callable[[torch.Tensor], torch.Tensor | None]
+    lm_head: nn.Module
+    hidden_size: int
+
+
+def find_decoder(model: nn.Module) -> Decoder:
+    """Take a loaded vLLM model apart.
+
+    Args:
+        model: A causal language model as vLLM loaded it.
+
+    Returns:
+        Its parts.
+
+    Raises:
+        AdaDecodeError: If the model does not run the shared layer loop.
+    """
+    inner = getattr(model, "model", None)
+    if inner is None or type(inner).forward not in _shared_loops():
+        raise AdaDecodeError(
+            f"--plugin adadecode: {type(model).__name__} does not run the layer loop "
+            "`hidden, residual = layer(positions, hidden, residual)` that early "
+            f"exits need. Use one of {', '.join(sorted(SUPPORTED_ARCHITECTURES))}, or "
+            "start without --plugin adadecode."
+        )
+    layers = list(inner.layers)
+    for layer in layers:
+        parameters = tuple(inspect.signature(layer.forward).parameters)
+        if parameters[: len(_LAYER_PARAMETERS)] != _LAYER_PARAMETERS:
+            raise AdaDecodeError(
+                f"--plugin adadecode: {type(layer).__name__}.forward takes "
+                f"{parameters}, not (positions, hidden_states, residual), so its "
+                "tokens cannot be resumed. Start this model without --plugin adadecode."
+            )
+    return Decoder(
+        embed=model.embed_input_ids,
+        layers=layers,
+        norm=inner.norm,
+        compute_logits=model.compute_logits,
+        lm_head=model.lm_head,
+        hidden_size=inner.config.hidden_size,
+    )
+
+
+def _shared_loops() -> set[Callable[..., Any]]:
+    """The ``forward`` functions known to be the shared loop and nothing else."""
+    from vllm.model_executor.models.llama import LlamaModel
+    from vllm.model_executor.models.mistral import MistralModel
+    from vllm.model_executor.models.qwen2 import Qwen2Model
+
+    return {LlamaModel.forward, MistralModel.forward, Qwen2Model.forward}
+
+
+def build_segments(
+    decoder: Decoder, exit_layers: Sequence[int], vllm_config: VllmConfig
+) -> list[nn.Module]:
+    """Split a decoder at its exits.
+
+    The segments share the model's layers, so they cost no memory. They are compiled
+    the way vLLM compiles the model itself, or run eagerly where the model does.
+
+    Args:
+        decoder: The model's parts.
+        exit_layers: Layer counts of the exits, strictly increasing.
+        vllm_config: The engine's configuration.
+
+    Returns:
+        K + 1 callables ``segment(positions, hidden, residual) -> (hidden, residual)``.
+        Segment 0 takes no residual; the last one ends with the final norm and returns
+        (normed, None).
+    """
+    bounds = [0, *exit_layers, len(decoder.layers)]
+    segments = []
+    for first, last in pairwise(bounds):
+        ends_model = last == len(decoder.layers)
+        cls = _segment_class(first, last, ends_model)
+        with (
+            set_current_vllm_config(vllm_config),
+            set_model_tag(f"adadecode_layers_{first}_{last}"),
+        ):
+            norm = decoder.norm if ends_model else None
+            segments.append(cls(layers=decoder.layers[first:last], norm=norm))
+    return segments
+
+
+class _Segment(nn.Module):
+    """Some consecutive decoder layers, with the final norm if they are the last."""
+
+    def __init__(self, layers: Sequence[nn.Module], norm: nn.Module | None) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.norm = norm
+
+
+def _run_first(
+    self: Any, positions: torch.Tensor, hidden_states: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    residual = None
+    for layer in self.layers:
+        hidden_states, residual = layer(positions, hidden_states, residual)
+    return hidden_states, residual
+
+
+def _run_middle(
+    self: Any,
+    positions: torch.Tensor,
+    hidden_states: torch.Tensor,
+    residual: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    for layer in self.layers:
+        hidden_states, residual = layer(positions, hidden_states, residual)
+    return hidden_states, residual
+
+
+def _run_last(
+    self: Any,
+    positions: torch.Tensor,
+    hidden_states: torch.Tensor,
+    residual: torch.Tensor,
+) -> torch.Tensor:
+    for layer in self.layers:
+        hidden_states, residual = layer(positions, hidden_states, residual)
+    hidden_states, _ = self.norm(hidden_states, residual)
+    return hidden_states
+
+
+def _segment_class(first: int, last: int, ends_model: bool) -> type[_Segment]:
+    """Make a class for one segment.
+
+    vLLM keys compiled graphs by the class's ``forward`` (its code object in memory, its
+    qualified name and first line on disk). Segments that shared one would run each
+    other's graphs, so each gets a class, a name and a code object of its own.
+    """
+    template = _run_first if first == 0 else _run_last if ends_model else _run_middle
+    name = f"Segment_{first}_{last}{'_end' if ends_model else ''}"
+    code = template.__code__.replace(co_name=name, co_qualname=name)
+    forward = types.FunctionType(code, template.__globals__, name)
+    forward.__qualname__ = f"{name}.forward"
+    forward.__annotations__ = dict(template.__annotations__)
+    cls = type(name, (_Segment,), {"forward": forward, "__module__": __name__})
+    dynamic = {"positions": {0: "n"}, "hidden_states": {0: "n"}}
+    if first > 0:
+        dynamic["residual"] = {0: "n"}
+    return support_torch_compile(dynamic_arg_dims=dynamic)(cls)

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Counters of one worker, since its start or the last reset."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass
+class Stats:
+    """What early prediction did and what it cost.
+
+    A draft that follows a rejected one in the same cycle is never compared with the
+    model's choice: it is neither accepted nor rejected. The same holds for drafts that
+    the scheduler trimmed. So ``accepted + rejected <= early_predictions``.
+
+    Attributes:
+        exit_layers: Layer counts of the exits, in order.
+        num_layers: L.
+        early_predictions: Tokens predicted at each exit.
+        accepted: Of those, confirmed by the final layer.
+        rejected: Of those, contradicted by the final layer.
+        gates: Times each exit head was asked, in tokens.
+        segments_run: Calls of each segment, while drafting and in resumed forwards.
+        token_layers: Tokens times layers run by each segment in those calls.
+        request_steps: Full forwards, counted per decoding request.
+        generated_tokens: Tokens that those yielded.
+        resumed_tokens: Tokens that entered a forward with work already done.
+        resumed_forwards: Forwards with at least one resumed token.
+        drafting_seconds: Wall time spent drafting.
+        verifying_seconds: Wall time of resumed forwards.
+    """
+
+    exit_layers: tuple[int, ...]
+    num_layers: int
+    early_predictions: np.ndarray = field(init=False)
+    accepted: np.ndarray = field(init=False)
+    rejected: np.ndarray = field(init=False)
+    gates: np.ndarray = field(init=False)
+    segments_run: np.ndarray = field(init=False)
+    token_layers: np.ndarray = field(init=False)
+    request_steps: int = field(init=False)
+    generated_tokens: int = field(init=False)
+    resumed_tokens: int = field(init=False)
+    resumed_forwards: int = field(init=False)
+    drafting_seconds: float = field(init=False)
+    verifying_seconds: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Start all counters at zero."""
+        self.reset()
+
+    def reset(self) -> None:
+        """Set all counters to zero."""
+        exits = len(self.exit_layers)
+        self.early_predictions = np.zeros(exits, np.int64)
+        self.accepted = np.zeros(exits, np.int64)
+        self.rejected = np.zeros(exits, np.int64)
+        self.gates = np.zeros(exits, np.int64)
+        self.segments_run = np.zeros(exits + 1, np.int64)
+        self.token_layers = np.zeros(exits + 1, np.int64)
+        self.request_steps = 0
+        self.generated_tokens = 0
+        self.resumed_tokens = 0
+        self.resumed_forwards = 0
+        self.drafting_seconds = 0.0
+        self.verifying_seconds = 0.0
+
+    def count_segment(self, segment: int, tokens: int) -> None:
+        """Count one call of a segment on so many tokens."""
+        bounds = (0, *self.exit_layers, self.num_layers)
+        self.segments_run[segment] += 1
+        self.token_layers[segment] += tokens * (bounds[segment + 1] - bounds[segment])
+
+    def count_verdict(self, exits: np.ndarray, accepted: int) -> None:
+        """Count the outcome of one request's verified drafts.
+
+        Args:
+            exits: (m,) int8, the exit of each draft that was verified, in order.
+            accepted: Number of drafts that were accepted, 0 .. m.
+        """
+        np.add.at(self.accepted, exits[:accepted], 1)
+        if accepted < len(exits):
+            self.rejected[exits[accepted]] += 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """All counters as plain numbers and lists, e.g. for JSON."""
+        return {
+            name: value.tolist() if isinstance(value, np.ndarray) else value
+            for name, value in asdict(self).items()
+        }

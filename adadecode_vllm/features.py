@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What cannot work with early predictions, refused at start-up.
+
+Every message names the flag, the reason and the remedy.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adadecode_vllm.config import CONFIG_KEY, AdaDecodeConfig
+from adadecode_vllm.errors import AdaDecodeError
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+    from adadecode_vllm.heads import ExitHeadsConfig
+
+
+def check_arguments(args: EngineArgs) -> None:
+    """Refuse engine arguments that conflict, before vLLM acts on them.
+
+    Args:
+        args: The user's arguments.
+
+    Raises:
+        AdaDecodeError: On the first conflict.
+    """
+    if args.pipeline_parallel_size > 1:
+        raise _refusal(
+            f"--pipeline-parallel-size {args.pipeline_parallel_size}",
+            "early predictions need the embedding, every layer and the LM head in one "
+            "process",
+            "Use --tensor-parallel-size instead",
+        )
+    if args.enable_lora:
+        raise _refusal(
+            "--enable-lora",
+            "exit heads are trained for one set of weights and an adapter changes them",
+            "Merge the adapter into the model and train heads for the result",
+        )
+    speculative = {
+        "--speculative-config": args.speculative_config,
+        "--spec-method": args.spec_method,
+        "--spec-model": args.spec_model,
+        "--spec-tokens": args.spec_tokens,
+    }
+    for flag, value in speculative.items():
+        if value is not None:
+            raise _refusal(
+                f"{flag} {value}",
+                "AdaDecode is itself a speculative method and vLLM runs one at a time",
+                f"Remove {flag}, or remove --plugin adadecode",
+            )
+    if args.worker_cls != "auto":
+        raise _refusal(
+            f"--worker-cls {args.worker_cls}",
+            "AdaDecode brings its own worker",
+            "Remove --worker-cls",
+        )
+    if args.scheduler_cls is not None:
+        raise _refusal(
+            f"--scheduler-cls {args.scheduler_cls}",
+            "AdaDecode brings its own scheduler",
+            "Remove --scheduler-cls",
+        )
+    if args.async_scheduling:
+        raise _refusal(
+            "--async-scheduling",
+            "the next step is scheduled only after its early predictions are known",
+            "Remove --async-scheduling",
+        )
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") == "1":
+        raise _refusal(
+            "VLLM_USE_V2_MODEL_RUNNER=1",
+            "this version works in Model Runner V1",
+            "Unset the variable",
+        )
+
+
+def check_engine(vllm_config: VllmConfig, config: AdaDecodeConfig) -> None:
+    """Refuse models, features and heads that do not fit, with all of it known.
+
+    Resolves the exits and writes them into ``additional_config``, which is part of the
+    compile cache's key.
+
+    Args:
+        vllm_config: The engine's configuration.
+        config: The user's options.
+
+    Raises:
+        AdaDecodeError: On the first thing that does not fit.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        raise _refusal(
+            "--plugin adadecode",
+            f"this version decodes early on CPUs, not on {current_platform.device_name}",
+            "Start without --plugin adadecode on this machine",
+        )
+    _check_model(vllm_config.model_config)
+    _check_features(vllm_config)
+    from adadecode_vllm.heads import load_heads_config
+
+    heads = load_heads_config(config.heads)
+    check_heads_fit(heads, vllm_config.model_config, config.heads)
+    exit_layers = resolve_exit_layers(config, heads)
+    resolved = config.model_copy(update={"exit_layers": exit_layers})
+    vllm_config.additional_config = {
+        **vllm_config.additional_config,
+        CONFIG_KEY: resolved.model_dump(mode="json"),
+    }
+
+
+def resolve_exit_layers(
+    config: AdaDecodeConfig, heads: ExitHeadsConfig
+) -> tuple[int, ...]:
+    """The exits to use.
+
+    Args:
+        config: The user's options.
+        heads: The heads' description.
+
+    Returns:
+        Layer counts, strictly increasing.
+
+    Raises:
+        AdaDecodeError: If there is no head for a requested exit.
+    """
+    if config.exit_layers is None:
+        return tuple(heads.exit_layers)
+    missing = sorted(set(config.exit_layers) - set(heads.exit_layers))
+    if missing:
+        raise AdaDecodeError(
+            f"--adadecode-config: exit_layers = {list(config.exit_layers)} is refused: "
+            f"{config.heads} has no head after layer {missing[0]}. Choose among "
+            f"{list(heads.exit_layers)}, or train heads for that exit."
+        )
+    return config.exit_layers
+
+
+def check_heads_fit(
+    heads: ExitHeadsConfig, model_config: ModelConfig, directory: str
+) -> None:
+    """Refuse heads of another model.
+
+    Args:
+        heads: The heads' description.
+        model_config: The served model.
+        directory: The heads' directory, for the message.
+
+    Raises:
+        AdaDecodeError: If a shape or the LM head's fingerprint differs.
+    """
+    text_config = model_config.hf_text_config
+    for name, label in (
+        ("hidden_size", "hidden size"),
+        ("vocab_size", "vocabulary size"),
+        ("num_hidden_layers", "number of layers"),
+    ):
+        served, trained = getattr(text_config, name), getattr(heads, name)
+        if served != trained:
+            raise _wrong_heads(
+                directory,
+                f"their {label} is {trained} and that of {model_config.model} is "
+                f"{served}",
+                heads.base_model,
+            )
+
+    from adadecode_vllm.heads import read_lm_head
+
+    model_dir = Path(model_config.model)
+    lm_head = read_lm_head(model_dir) if model_dir.is_dir() else None
+    # A model that is not a local safetensors checkpoint is checked once it is loaded.
+    if lm_head is not None and lm_head.fingerprint != heads.lm_head_fingerprint:
+        raise fingerprint_mismatch(directory, model_config.model, heads.base_model)
+
+
+def fingerprint_mismatch(
+    directory: str, model: str, base_model: str
+) -> AdaDecodeError:
+    """The error for heads whose LM head is not the served model's."""
+    return _wrong_heads(
+        directory,
+        f"they were made for an LM head with other weights than that of {model}",
+        base_model,
+    )
+
+
+def _wrong_heads(directory: str, reason: str, base_model: str) -> AdaDecodeError:
+    return AdaDecodeError(
+        f"--adadecode-heads {directory}: these heads do not fit: {reason} (they name "
+        f"{base_model} as their model). Give the heads of the served model, or make "
+        "some with `adadecode init-heads`."
+    )
+
+
+def _check_model(model: ModelConfig) -> None:
+    from adadecode_vllm.core.segments import SUPPORTED_ARCHITECTURES
+
+    if model.runner_type != "generate":
+        raise _refusal(
+            f"--runner {model.runner_type}",
+            "only text generation decodes tokens",
+            "Start without --plugin adadecode",
+        )
+    if model.is_encoder_decoder:
+        raise _unsupported(model, "it is an encoder-decoder model")
+    if model.is_multimodal_model:
+        raise _unsupported(model, "it is a multimodal model")
+    if model.is_hybrid or model.has_inner_state or model.is_attention_free:
+        raise _unsupported(
+            model,
+            "it has recurrent (Mamba or linear attention) layers, whose state cannot "
+            "be taken back after a rejected prediction",
+        )
+    if not SUPPORTED_ARCHITECTURES.intersection(model.architectures):
+        raise _unsupported(
+            model,
+            "its layers are not known to have the form (positions, hidden_states, "
+            "residual)",
+        )
+    if model.model_impl == "transformers":
+        raise _refusal(
+            "--model-impl transformers",
+            "early exits need the layers of vLLM's own implementation",
+            "Remove --model-impl",
+        )
+
+
+def _check_features(vllm_config: VllmConfig) -> None:
+    parallel = vllm_config.parallel_config
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, name) > 1:
+            raise _refusal(
+                f"--{name.replace('_', '-')} {getattr(parallel, name)}",
+                "pending tokens are resumed on the rank that holds their KV",
+                "Use --tensor-parallel-size instead",
+            )
+    if vllm_config.kv_transfer_config is not None:
+        raise _refusal(
+            "--kv-transfer-config",
+            "a connector would save KV of layers that have not run yet",
+            "Remove it, or start without --plugin adadecode",
+        )
+    if vllm_config.cache_config.kv_sharing_fast_prefill:
+        raise _refusal(
+            "--kv-sharing-fast-prefill",
+            "it skips layers of prompt tokens on its own terms",
+            "Remove it",
+        )
+
+
+def _unsupported(model: ModelConfig, reason: str) -> AdaDecodeError:
+    from adadecode_vllm.core.segments import SUPPORTED_ARCHITECTURES
+
+    return _refusal(
+        f"--model {model.model} ({', '.join(model.architectures)})",
+        reason,
+        f"Serve one of {', '.join(sorted(SUPPORTED_ARCHITECTURES))}, or start without "
+        "--plugin adadecode",
+    )
+
+
+def _refusal(flag: str, reason: str, remedy: str) -> AdaDecodeError:
+    return AdaDecodeError(f"{flag}: not with AdaDecode, because {reason}. {remedy}.")

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exit heads: their directory format, their module, and the check of the base model.
+
+A heads directory holds `config.json` (`ExitHeadsConfig`) and `model.safetensors` with
+one tensor `exit_heads.{layer}.weight` of shape (d, d) per exit. The logits of the exit
+after `layer` decoder layers are
+
+    LM_head(T @ final_norm(hidden + residual))
+
+with the base model's own final norm and LM head; T is the exit's weight.
+
+Names are imported on first use, so that reading a configuration does not import torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adadecode_vllm.heads.config import ExitHeadsConfig, load_heads_config
+    from adadecode_vllm.heads.fingerprint import (
+        LMHeadRows,
+        check_fingerprint,
+        lm_head_fingerprint,
+        read_lm_head,
+    )
+    from adadecode_vllm.heads.init import init_heads
+    from adadecode_vllm.heads.io import load_exit_weights, save_heads
+    from adadecode_vllm.heads.module import ExitHeads
+
+__all__ = [
+    "ExitHeads",
+    "ExitHeadsConfig",
+    "LMHeadRows",
+    "check_fingerprint",
+    "init_heads",
+    "lm_head_fingerprint",
+    "load_exit_weights",
+    "load_heads_config",
+    "read_lm_head",
+    "save_heads",
+]
+
+_MODULE_OF = {
+    "ExitHeads": "module",
+    "ExitHeadsConfig": "config",
+    "LMHeadRows": "fingerprint",
+    "check_fingerprint": "fingerprint",
+    "init_heads": "init",
+    "lm_head_fingerprint": "fingerprint",
+    "load_exit_weights": "io",
+    "load_heads_config": "config",
+    "read_lm_head": "fingerprint",
+    "save_heads": "io",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use (PEP 562)."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

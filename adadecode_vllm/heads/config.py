@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The schema of a heads directory's `config.json`, and its reading."""
+
+import json
+from os import PathLike
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from adadecode_vllm import __version__
+from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.heads.files import (
+    CONFIG_FILE,
+    check_tensors,
+    config_path,
+    heads_error,
+    tensor_name,
+)
+
+HeadsDtype = Literal["float32", "bfloat16", "float16"]
+
+MODEL_TYPE: Final = "adadecode"
+_SAFETENSORS_DTYPE = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+class ExitHeadsConfig(BaseModel):
+    """What `config.json` of a heads directory says.
+
+    Attributes:
+        model_type: Always `adadecode`.
+        exit_layers: Layer counts of the exits, strictly increasing, each in
+            [1, num_hidden_layers - 1]; an exit at l reads the output of layers[0:l].
+        hidden_size: d of the base model.
+        vocab_size: Rows of the base model's LM head.
+        num_hidden_layers: Decoder layers of the base model.
+        base_model: Name or path of the base model, for people; never opened.
+        lm_head_fingerprint: See `adadecode_vllm.heads.fingerprint`.
+        library_version: Version of adadecode-vllm that wrote the directory.
+        dtype: Dtype of the stored weights.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    model_type: Literal["adadecode"] = MODEL_TYPE
+    exit_layers: Annotated[list[int], Field(min_length=1)]
+    hidden_size: PositiveInt
+    vocab_size: PositiveInt
+    num_hidden_layers: Annotated[int, Field(ge=2)]
+    base_model: str
+    lm_head_fingerprint: Annotated[
+        str, Field(pattern=r"^bf16x16:[0-9a-f]{8}(-[0-9a-f]{8}){15}$")
+    ]
+    library_version: str = __version__
+    dtype: HeadsDtype = "float32"
+
+    @model_validator(mode="after")
+    def _check_exit_layers(self) -> "ExitHeadsConfig":
+        """Exit layers must increase and lie strictly inside the model."""
+        if problem := exit_layers_problem(self.exit_layers, self.num_hidden_layers):
+            raise ValueError(f"exit_layers {problem}")
+        return self
+
+
+def exit_layers_problem(layers: list[int], num_hidden_layers: int) -> str | None:
+    """Say what is wrong with a list of exit layers.
+
+    Args:
+        layers: Layer counts of the exits.
+        num_hidden_layers: Decoder layers of the base model.
+
+    Returns:
+        The end of a sentence that begins with the name of the list, or None when the
+        list is valid.
+    """
+    if not layers:
+        return "is empty"
+    last = num_hidden_layers - 1
+    if outside := [layer for layer in layers if not 1 <= layer <= last]:
+        return (
+            f"contains {outside[0]}, but the model's {num_hidden_layers} layers allow "
+            f"1 to {last}"
+        )
+    if sorted(set(layers)) != layers:
+        return f"must be strictly increasing, not {layers}"
+    return None
+
+
+def load_heads_config(directory: str | PathLike[str]) -> ExitHeadsConfig:
+    """Read and check a heads directory, all but the values of the weights.
+
+    Args:
+        directory: A local directory.
+
+    Returns:
+        The configuration. `model.safetensors` is there and its header agrees with it.
+
+    Raises:
+        AdaDecodeError: The directory cannot be used; the message names the flag, the
+            reason and the remedy.
+    """
+    directory = Path(directory)
+    config = _parse(directory, _read_json(directory))
+    shape = (config.hidden_size, config.hidden_size)
+    check_tensors(
+        directory,
+        {tensor_name(layer): shape for layer in config.exit_layers},
+        _SAFETENSORS_DTYPE[config.dtype],
+    )
+    return config
+
+
+def _read_json(directory: Path) -> dict[str, Any]:
+    """Read `config.json` as a dictionary."""
+    path = config_path(directory)
+    remedy = "save the heads again"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise heads_error(
+            directory,
+            f"{CONFIG_FILE} cannot be read ({error.strerror})",
+            "check the file and its permissions",
+        ) from error
+    except (ValueError, RecursionError) as error:  # bad JSON or bad UTF-8
+        raise heads_error(
+            directory, f"{CONFIG_FILE} is not JSON ({error})", remedy
+        ) from error
+    if not isinstance(values, dict):
+        raise heads_error(directory, f"{CONFIG_FILE} is not a JSON object", remedy)
+    return values
+
+
+def _parse(directory: Path, values: dict[str, Any]) -> ExitHeadsConfig:
+    """Validate the dictionary, with sentences instead of pydantic's report."""
+    found = values.get("model_type")
+    if found != MODEL_TYPE:
+        raise heads_error(
+            directory,
+            f"{CONFIG_FILE} has model_type {found!r} instead of {MODEL_TYPE!r}",
+            "give a directory of exit heads, not of a model",
+        )
+    try:
+        return ExitHeadsConfig.model_validate(values)
+    except ValidationError as error:
+        raise _explain(directory, values, error) from error
+
+
+def _explain(
+    directory: Path, values: dict[str, Any], error: ValidationError
+) -> AdaDecodeError:
+    """Turn pydantic's report into one sentence."""
+    details = error.errors(include_url=False)
+    unknown = [d["loc"][0] for d in details if d["type"] == "extra_forbidden"]
+    if unknown:
+        names = ", ".join(repr(name) for name in unknown)
+        return heads_error(
+            directory,
+            f"{CONFIG_FILE} has the unknown key {names} (written by adadecode-vllm "
+            f"{values.get('library_version', 'of unknown version')}, this is "
+            f"{__version__})",
+            "install the version that wrote it, or remove the key",
+        )
+    problems = []
+    for detail in details:
+        place = ".".join(str(part) for part in detail["loc"])
+        message = detail["msg"].removeprefix("Value error, ")
+        problems.append(f"{place}: {message}" if place else message)
+    return heads_error(
+        directory,
+        f"{CONFIG_FILE} is invalid: {', '.join(problems)}",
+        "correct the file or save the heads again",
+    )

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A heads directory on disk: which files may be opened, and what they must hold.
+
+Heads are downloaded from strangers. Hence only safetensors are opened, never pickle,
+and no link may lead out of the directory. Nothing here imports torch.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from adadecode_vllm.errors import AdaDecodeError
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+_PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
+_NO_PICKLE = "only safetensors are loaded, never pickle"
+
+
+def heads_error(directory: Path, reason: str, remedy: str) -> AdaDecodeError:
+    """Build the error for a heads directory that cannot be used.
+
+    Args:
+        directory: What the user gave to `--adadecode-heads`.
+        reason: What is wrong, without a full stop.
+        remedy: What to do about it, in the imperative.
+
+    Returns:
+        The error, to be raised by the caller.
+    """
+    return AdaDecodeError(f"--adadecode-heads {directory}: {reason}; {remedy}")
+
+
+def tensor_name(layer: int) -> str:
+    """Return the name of an exit's weight in `model.safetensors`."""
+    return f"exit_heads.{layer}.weight"
+
+
+def config_path(directory: Path) -> Path:
+    """Return the real path of a heads directory's `config.json`.
+
+    Args:
+        directory: The heads directory.
+
+    Returns:
+        The path with all links resolved.
+
+    Raises:
+        AdaDecodeError: The directory or the file is missing, or a link leaves the
+            directory.
+    """
+    if not directory.is_dir():
+        what = "is not a directory" if directory.exists() else "does not exist"
+        raise heads_error(
+            directory,
+            f"the path {what}",
+            "give the directory that `adadecode init-heads` or training wrote",
+        )
+    return _resolve(directory, CONFIG_FILE)
+
+
+def weights_path(directory: Path) -> Path:
+    """Return the real path of a heads directory's `model.safetensors`.
+
+    Args:
+        directory: The heads directory; it exists.
+
+    Returns:
+        The path with all links resolved.
+
+    Raises:
+        AdaDecodeError: The file is missing, there are pickle files in its stead, or a
+            link leaves the directory.
+    """
+    path = directory / WEIGHTS_FILE
+    if not path.exists() and not path.is_symlink():
+        pickles = sorted(
+            file.name
+            for pattern in _PICKLE_PATTERNS
+            for file in directory.glob(pattern)
+        )
+        if pickles:
+            raise heads_error(
+                directory,
+                f"it holds {', '.join(pickles)} but no {WEIGHTS_FILE}; {_NO_PICKLE}",
+                f"convert the weights to {WEIGHTS_FILE}",
+            )
+    return _resolve(directory, WEIGHTS_FILE)
+
+
+def check_tensors(
+    directory: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str
+) -> None:
+    """Check names, shapes and dtypes in `model.safetensors` without reading the data.
+
+    Args:
+        directory: The heads directory.
+        shapes: The expected shape of every expected tensor.
+        dtype: The expected dtype of all of them, in safetensors' spelling (`F32`).
+
+    Raises:
+        AdaDecodeError: The file is missing, is not safetensors, is truncated, or does
+            not hold exactly these tensors.
+    """
+    path = weights_path(directory)
+    remedy = f"save the heads again so that {WEIGHTS_FILE} and {CONFIG_FILE} agree"
+    try:
+        with safe_open(path, framework="np") as tensors:
+            names = set(tensors.keys())
+            if missing := sorted(shapes.keys() - names):
+                raise heads_error(
+                    directory, f"{WEIGHTS_FILE} lacks {', '.join(missing)}", remedy
+                )
+            if unexpected := sorted(names - shapes.keys()):
+                raise heads_error(
+                    directory,
+                    f"{WEIGHTS_FILE} holds the unexpected {', '.join(unexpected)}",
+                    remedy,
+                )
+            for name, shape in shapes.items():
+                header = tensors.get_slice(name)
+                if (found := tuple(header.get_shape())) != shape:
+                    raise heads_error(
+                        directory,
+                        f"{name} has shape {found} instead of {shape}",
+                        remedy,
+                    )
+                if header.get_dtype() != dtype:
+                    raise heads_error(
+                        directory,
+                        f"{name} has dtype {header.get_dtype()} instead of {dtype}",
+                        remedy,
+                    )
+    except SafetensorError as error:
+        raise unreadable(directory, error) from error
+    except OSError as error:
+        raise heads_error(
+            directory,
+            f"{WEIGHTS_FILE} cannot be read ({error})",
+            "check the file and its permissions",
+        ) from error
+
+
+def unreadable(directory: Path, error: SafetensorError) -> AdaDecodeError:
+    """Say in a sentence what safetensors found wrong with `model.safetensors`."""
+    with weights_path(directory).open("rb") as file:
+        start = file.read(9)
+    # 8 bytes of length, then a JSON object: what begins so, or ends before, was
+    # safetensors once.
+    if start[8:] in (b"{", b""):
+        return heads_error(
+            directory,
+            f"{WEIGHTS_FILE} is truncated or damaged ({error})",
+            "copy or download it again",
+        )
+    return heads_error(
+        directory,
+        f"{WEIGHTS_FILE} is not a safetensors file ({error}); {_NO_PICKLE}",
+        "save the heads as safetensors",
+    )
+
+
+def _resolve(directory: Path, name: str) -> Path:
+    """Follow links from `directory / name`, within the allowed places only."""
+    path = directory / name
+    if not path.exists() and not path.is_symlink():
+        raise heads_error(
+            directory,
+            f"{name} is missing",
+            "give a directory that `adadecode init-heads` or training wrote",
+        )
+    root = directory.resolve()
+    allowed = [root]
+    # The Hugging Face cache: snapshots/<revision>/file -> ../../blobs/<hash>.
+    if root.parent.name == "snapshots":
+        allowed.append(root.parent.parent / "blobs")
+    try:
+        target = path.resolve(strict=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop, before 3.13
+        raise heads_error(
+            directory, f"{name} is a broken link", "copy the file itself there"
+        ) from error
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise heads_error(
+            directory,
+            f"{name} is a link that leaves the directory",
+            "copy the file itself there",
+        )
+    return target

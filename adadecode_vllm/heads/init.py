@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Untrained exit heads, T = I: the start of training, and usable as they are."""
+
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+
+import torch
+
+from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.heads.config import (
+    ExitHeadsConfig,
+    HeadsDtype,
+    exit_layers_problem,
+)
+from adadecode_vllm.heads.files import CONFIG_FILE, WEIGHTS_FILE
+from adadecode_vllm.heads.fingerprint import read_lm_head
+from adadecode_vllm.heads.io import save_heads
+
+# Not `*.safetensors`: some repositories hold the weights twice, in another layout.
+_CHECKPOINT_FILES = ["*.json", "model*.safetensors"]
+
+
+def init_heads(
+    model: str,
+    directory: str | PathLike[str],
+    exit_layers: Sequence[int],
+    dtype: HeadsDtype = "float32",
+    *,
+    overwrite: bool = False,
+) -> ExitHeadsConfig:
+    """Write a heads directory with T = I for every exit.
+
+    Args:
+        model: The base model: a local directory or the name of a Hugging Face
+            repository, in either case with safetensors.
+        directory: The heads directory to write.
+        exit_layers: Layer counts of the exits, strictly increasing, each in
+            [1, L - 1] for a model of L decoder layers.
+        dtype: Dtype of the stored weights.
+        overwrite: Replace heads that are already in `directory`.
+
+    Returns:
+        The configuration that was written.
+
+    Raises:
+        AdaDecodeError: The model cannot be read or is no language model, the exit
+            layers do not fit it, or the directory holds files already.
+    """
+    directory = Path(directory)
+    if not overwrite:
+        _refuse_existing(directory)
+    model_dir = _checkpoint(model)
+    hidden_size, vocab_size, num_hidden_layers = _dimensions(model, model_dir)
+    layers = list(exit_layers)
+    if problem := exit_layers_problem(layers, num_hidden_layers):
+        raise AdaDecodeError(
+            f"--exit-layers {problem}; give increasing layer counts such as "
+            f"{_suggestion(num_hidden_layers)}"
+        )
+    lm_head = read_lm_head(model_dir)
+    if lm_head is None:
+        raise AdaDecodeError(
+            f"MODEL {model}: its LM head cannot be read from safetensors; give the "
+            "unquantized checkpoint in safetensors format"
+        )
+    if (lm_head.vocab_size, lm_head.hidden_size) != (vocab_size, hidden_size):
+        raise AdaDecodeError(
+            f"MODEL {model}: its LM head has shape "
+            f"({lm_head.vocab_size}, {lm_head.hidden_size}), but its configuration "
+            f"says ({vocab_size}, {hidden_size}); correct the checkpoint"
+        )
+    config = ExitHeadsConfig(
+        exit_layers=layers,
+        hidden_size=hidden_size,
+        vocab_size=vocab_size,
+        num_hidden_layers=num_hidden_layers,
+        base_model=model,
+        lm_head_fingerprint=lm_head.fingerprint,
+        dtype=dtype,
+    )
+    save_heads(directory, {layer: torch.eye(hidden_size) for layer in layers}, config)
+    return config
+
+
+def _refuse_existing(directory: Path) -> None:
+    """Trained heads, or a model, must not be lost to a mistyped directory."""
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if (directory / name).exists():
+            raise AdaDecodeError(
+                f"DIR {directory}: it already holds {name}; choose another directory, "
+                "or pass --overwrite to replace heads"
+            )
+
+
+def _checkpoint(model: str) -> Path:
+    """Return the model's local directory, downloading the checkpoint if needed."""
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=_CHECKPOINT_FILES))
+    # OSError: no connection; ValueError: not even the form of a repository's name.
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise AdaDecodeError(
+            f"MODEL {model}: neither a local directory nor a repository that the "
+            f"Hugging Face Hub gave ({str(error).splitlines()[0]}); check the name, "
+            "the connection and your access to the model"
+        ) from error
+
+
+def _dimensions(model: str, model_dir: Path) -> tuple[int, int, int]:
+    """Return (hidden_size, vocab_size, num_hidden_layers) of the language model."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model_dir).get_text_config()
+        return config.hidden_size, config.vocab_size, config.num_hidden_layers
+    except (OSError, ValueError, AttributeError) as error:
+        raise AdaDecodeError(
+            f"MODEL {model}: its configuration is not that of a language model "
+            f"({str(error).splitlines()[0]}); give a Llama-like model in the Hugging "
+            "Face layout"
+        ) from error
+
+
+def _suggestion(num_hidden_layers: int) -> str:
+    """Exits at the quarters of a model, as `--exit-layers` takes them."""
+    quarters = {max(1, num_hidden_layers * i // 4) for i in (1, 2, 3)}
+    return ",".join(
+        str(layer) for layer in sorted(quarters) if layer < num_hidden_layers
+    )

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The exit heads as a torch module."""
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+
+import torch
+from torch import nn
+
+from adadecode_vllm.heads.config import load_heads_config
+from adadecode_vllm.heads.io import load_exit_weights
+
+
+class ExitHeads(nn.Module):
+    """The transformations T of all exits, for inference.
+
+    The weights are replicated on every tensor-parallel rank: a (d, d) product is small
+    beside the all-reduce that sharding it would need. They are plain parameters, not
+    vLLM's linear layers, and so never inherit the base model's quantization.
+
+    An exit whose T is exactly the identity has no parameter and costs nothing.
+
+    Attributes:
+        exit_layers: Layer counts of the exits, strictly increasing.
+        identity_layers: Those whose T is the identity.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[int, torch.Tensor],
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Cast the weights to the model's dtype and place them.
+
+        Args:
+            weights: T of shape (d, d) for every exit.
+            dtype: The base model's dtype.
+            device: The base model's device.
+        """
+        super().__init__()
+        self.exit_layers = tuple(sorted(weights))
+        self.weights = nn.ParameterDict()
+        identity = []
+        for layer in self.exit_layers:
+            weight = weights[layer].detach().to(dtype)
+            # After the cast: what rounds to the identity computes the identity.
+            if torch.equal(weight, torch.eye(len(weight)).to(weight)):
+                identity.append(layer)
+                continue
+            self.weights[str(layer)] = nn.Parameter(
+                weight.to(device), requires_grad=False
+            )
+        self.identity_layers = frozenset(identity)
+
+    @classmethod
+    def from_directory(
+        cls,
+        directory: str | PathLike[str],
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        exit_layers: Sequence[int] | None = None,
+    ) -> "ExitHeads":
+        """Load the heads of a directory.
+
+        Args:
+            directory: The heads directory.
+            dtype: The base model's dtype.
+            device: The base model's device.
+            exit_layers: The exits to keep, a subset of the directory's; None for all.
+
+        Returns:
+            The module.
+
+        Raises:
+            AdaDecodeError: The directory cannot be used.
+            KeyError: `exit_layers` names an exit that the directory does not have.
+        """
+        weights = load_exit_weights(directory, load_heads_config(directory))
+        if exit_layers is not None:
+            weights = {layer: weights[layer] for layer in exit_layers}
+        return cls(weights, dtype, device)
+
+    def forward(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Transform normed hidden states for the LM head.
+
+        Args:
+            layer: The exit's layer count.
+            hidden: final_norm(hidden + residual) after `layer` layers, shape (n, d), in
+                the model's dtype.
+
+        Returns:
+            T @ hidden, shape (n, d); `hidden` itself, not a copy, where T is the
+            identity.
+
+        Raises:
+            KeyError: There is no exit at `layer`.
+        """
+        if layer in self.identity_layers:
+            return hidden
+        return nn.functional.linear(hidden, self.weights[str(layer)])

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model Runner V1 on CPUs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from vllm.config import CompilationMode
+from vllm.v1.worker.cpu_model_runner import (
+    CPUModelRunner,
+    _set_global_compilation_settings,
+)
+
+from adadecode_vllm.core.ledger import Resumable
+from adadecode_vllm.core.resume import ScheduledBatch
+from adadecode_vllm.runner.proposer import AdaDecodeProposer
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+
+class AdaDecodeCPUModelRunner(CPUModelRunner):
+    """vLLM's runner, whose forward resumes pending tokens.
+
+    Steps without a pending token run the ordinary, unchanged forward.
+
+    Attributes:
+        step: Number of the current engine step.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        """Create vLLM's runner; the proposer comes from ``speculative_config``.
+
+        Args:
+            vllm_config: The engine's configuration.
+            device: The CPU.
+        """
+        super().__init__(vllm_config, device)
+        self.step = 0
+        self._scheduled: SchedulerOutput | None = None
+        # vLLM replaces all drafts of a batch by zeros once one request comes within
+        # num_speculative_tokens of the drafter's length. Early predictions are bounded
+        # request by request instead.
+        self.effective_drafter_max_model_len = self.max_model_len + 2 * (
+            self.num_spec_tokens + 1
+        )
+
+    @property
+    def proposer(self) -> AdaDecodeProposer:
+        """vLLM's ``drafter``, typed."""
+        return cast(AdaDecodeProposer, self.drafter)
+
+    def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
+        """Allocate the KV cache and tell the proposer about its groups."""
+        super().initialize_kv_cache(*args, **kwargs)
+        self.proposer.bind(self)
+
+    def warming_up_model(self) -> None:
+        """Compile the model, then the segments."""
+        super().warming_up_model()
+        if self.vllm_config.compilation_config.mode != CompilationMode.NONE:
+            with _set_global_compilation_settings(self.vllm_config):
+                self.proposer.adadecode.executor.warm_up()
+
+    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Reload the weights; what the old ones computed is dropped (I2)."""
+        self.proposer.adadecode.ledger.clear("weights_reloaded")
+        super().reload_weights(*args, **kwargs)
+
+    def execute_model(
+        self, scheduler_output: SchedulerOutput, intermediate_tensors: Any = None
+    ) -> Any:
+        """Run one engine step."""
+        self.step += 1
+        self._scheduled = scheduler_output
+        self.proposer.adadecode.forget(scheduler_output.finished_req_ids)
+        return super().execute_model(scheduler_output, intermediate_tensors)
+
+    def _model_forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        intermediate_tensors: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Resume pending tokens where there are any; vLLM's override point."""
+        num_reqs = self.input_batch.num_reqs
+        count = np.diff(self.query_start_loc.np[: num_reqs + 1]).astype(np.int64)
+        first = self.input_batch.num_computed_tokens_cpu[:num_reqs].astype(np.int64)
+        resumable = self._take_resumable(first, count)
+        if resumable is None:
+            return super()._model_forward(
+                input_ids,
+                positions,
+                intermediate_tensors,
+                inputs_embeds,
+                **model_kwargs,
+            )
+        num_tokens = int(count.sum())
+        batch = ScheduledBatch(
+            rows=np.arange(num_reqs),
+            first=first,
+            count=count,
+            token_ids=self.input_ids.gpu[:num_tokens],
+            embeddings=None if inputs_embeds is None else inputs_embeds[:num_tokens],
+        )
+        return self.proposer.adadecode.forward(
+            batch, resumable, self.positions[:num_tokens]
+        )
+
+    def _take_resumable(
+        self, first: np.ndarray, count: np.ndarray
+    ) -> Resumable | None:
+        """Ask the ledger, offering only requests whose KV cache is still theirs."""
+        ledger = self.proposer.adadecode.ledger
+        scheduled = self._scheduled
+        if not len(ledger) or scheduled is None:
+            return None
+        resumed = scheduled.scheduled_cached_reqs.resumed_req_ids
+        rows = {
+            request_id: self.input_batch.req_id_to_index[request_id]
+            for request_id in scheduled.scheduled_cached_reqs.req_ids
+            if request_id not in resumed
+        }
+        return ledger.take(self.step, rows, first, count, self.input_batch.token_ids_cpu)
+
+    def count_verdicts(self, sampled_token_ids: list[list[int]]) -> None:
+        """Count which of this step's drafts were accepted.
+
+        Args:
+            sampled_token_ids: Tokens that the step yielded, per batch row.
+        """
+        assert self._scheduled is not None, "called within a step"
+        sampled = {
+            request_id: len(tokens)
+            for request_id, tokens in zip(
+                self.input_batch.req_ids, sampled_token_ids, strict=True
+            )
+            if tokens
+        }
+        drafts = self._scheduled.scheduled_spec_decode_tokens
+        scheduled = {request_id: len(tokens) for request_id, tokens in drafts.items()}
+        self.proposer.adadecode.count_verdicts(sampled, scheduled)

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Worker classes: they choose the model runner and answer for its counters."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from adadecode_vllm.patches import cpu_model_runner
+from adadecode_vllm.runner.v1 import AdaDecodeCPUModelRunner
+
+
+class AdaDecodeCPUWorker(CPUWorker):
+    """vLLM's CPU worker with a runner that predicts early."""
+
+    def init_device(self) -> None:
+        """Set the worker up, with our runner in place of vLLM's."""
+        with cpu_model_runner.use(AdaDecodeCPUModelRunner):
+            super().init_device()
+
+    def adadecode_stats(self, reset: bool = False) -> dict[str, Any]:
+        """Counters of this worker; reached through ``LLM.collective_rpc``.
+
+        Args:
+            reset: Start again from zero afterwards.
+
+        Returns:
+            :meth:`adadecode_vllm.core.stats.Stats.to_dict` and ``dropped``, requests
+            whose pending tokens were discarded, by reason.
+        """
+        runner = cast(AdaDecodeCPUModelRunner, self.model_runner)
+        adadecode = runner.proposer.adadecode
+        answer = {**adadecode.stats.to_dict(), "dropped": dict(adadecode.ledger.dropped)}
+        if reset:
+            adadecode.stats.reset()
+            adadecode.ledger.dropped.clear()
+        return answer

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``EngineArgs`` learns the plugin's flags and ``additional_config["adadecode"]``.
+
+Symptom without it: vLLM has no way for a plugin to add command-line flags or to turn an
+entry of ``additional_config`` into a worker, a scheduler and a speculative method; a
+user would have to write all three class paths by hand.
+
+Upstream: ``EngineArgs.add_cli_args``, ``from_cli_args`` and ``create_engine_config`` in
+https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/engine/arg_utils.py
+
+Can go when vLLM offers plugins a hook to extend the parser and the engine arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+_MARK = "_adadecode_original"
+
+
+def install() -> None:
+    """Wrap three methods of ``EngineArgs``; a second call does nothing.
+
+    An ``EngineArgs`` that does not look as in vLLM 0.32 is left alone with a warning:
+    this runs in every vLLM process, also in those that never ask for the plugin.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.logger import init_logger
+
+    logger = init_logger("vllm.adadecode")
+
+    if hasattr(EngineArgs.create_engine_config, _MARK):
+        return
+    for name in ("add_cli_args", "from_cli_args", "create_engine_config"):
+        if name not in vars(EngineArgs):
+            logger.warning(
+                "adadecode: vLLM's EngineArgs has no %s. The plugin was written for "
+                "vLLM 0.32 and stays off; install vllm 0.32 to use it.",
+                name,
+            )
+            return
+    EngineArgs.add_cli_args = staticmethod(_wrap_add(EngineArgs.add_cli_args))
+    EngineArgs.from_cli_args = classmethod(
+        _wrap_from(vars(EngineArgs)["from_cli_args"].__func__)
+    )
+    EngineArgs.create_engine_config = _wrap_create(EngineArgs.create_engine_config)
+    logger.debug("EngineArgs extended by the adadecode plugin")
+
+
+def _wrap_add(original: Any) -> Any:
+    @functools.wraps(original)
+    def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        from adadecode_vllm.arguments import add_cli_flags
+
+        parser = original(parser)
+        add_cli_flags(parser)
+        return parser
+
+    return add_cli_args
+
+
+def _wrap_from(original: Any) -> Any:
+    @functools.wraps(original)
+    def from_cli_args(cls: type[EngineArgs], args: argparse.Namespace) -> EngineArgs:
+        from adadecode_vllm.arguments import (
+            merge_into_additional_config,
+            options_from_flags,
+        )
+        from adadecode_vllm.errors import AdaDecodeError
+
+        engine_args = original(cls, args)
+        try:
+            options = options_from_flags(args)
+            if options is not None:
+                engine_args.additional_config = merge_into_additional_config(
+                    engine_args.additional_config, options
+                )
+        except AdaDecodeError as error:
+            raise SystemExit(f"vllm: error: {error}") from None
+        # On the command line a user's mistake ends with a sentence, not a traceback.
+        engine_args._adadecode_from_cli = True
+        return engine_args
+
+    return from_cli_args
+
+
+def _wrap_create(original: Any) -> Any:
+    @functools.wraps(original)
+    def create_engine_config(
+        self: EngineArgs, *args: Any, **kwargs: Any
+    ) -> VllmConfig:
+        from adadecode_vllm import arguments
+        from adadecode_vllm.errors import AdaDecodeError
+
+        try:
+            config = arguments.requested_config(self)
+            if config is None:
+                return original(self, *args, **kwargs)
+            # Heavy imports only for engines that use the plugin.
+            from adadecode_vllm import features, plugin
+
+            plugin.check_vllm_version()
+            if not arguments.is_prepared(self):
+                features.check_arguments(self)
+                arguments.prepare_engine_args(self, config)
+            vllm_config = original(self, *args, **kwargs)
+            features.check_engine(vllm_config, config)
+        except AdaDecodeError as error:
+            if getattr(self, "_adadecode_from_cli", False):
+                raise SystemExit(f"vllm: error: {error}") from None
+            raise
+        return vllm_config
+
+    setattr(create_engine_config, _MARK, original)
+    return create_engine_config

