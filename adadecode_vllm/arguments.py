@@ -101,6 +101,11 @@ def merge_into_additional_config(
     """
     merged = dict(additional_config or {})
     present = merged.get(CONFIG_KEY, {})
+    if not isinstance(present, dict):
+        raise AdaDecodeError(
+            f"--additional-config: {CONFIG_KEY} = {present!r} is not an object with "
+            "options. Give one, or remove it."
+        )
     for name in present.keys() & options.keys():
         if present[name] != options[name]:
             raise AdaDecodeError(
@@ -164,6 +169,6 @@ def _parse_json(text: str) -> dict[str, Any]:
     if not isinstance(options, dict):
         raise AdaDecodeError(
             f"--adadecode-config: expected a JSON object, got {text}. Write for "
-            'example \'{"threshold": 0.8}\'.'
+            "example '{\"threshold\": 0.8}'."
         )
     return options

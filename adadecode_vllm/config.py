@@ -46,7 +46,8 @@ class AdaDecodeConfig(BaseModel):
         description="Most unverified tokens of a request (the cap).",
     )
     enabled: bool = Field(
-        default=True, description="False serves the model exactly as without the plugin."
+        default=True,
+        description="False serves the model as if the plugin were not installed.",
     )
 
     @field_validator("exit_layers")
@@ -96,7 +97,8 @@ def _sentence(detail: Any) -> str:
     if detail["type"] == "missing" and name == "heads":
         return (
             "--adadecode-heads: no exit heads given. Name the directory with the "
-            "served model's heads; `adadecode init-heads MODEL DIR` makes untrained ones."
+            "served model's heads; `adadecode init-heads MODEL DIR` makes untrained "
+            "ones."
         )
     reason = detail["msg"].removeprefix("Value error, ")
     field = AdaDecodeConfig.model_fields.get(option)

@@ -99,7 +99,8 @@ def check_engine(vllm_config: VllmConfig, config: AdaDecodeConfig) -> None:
     if not current_platform.is_cpu():
         raise _refusal(
             "--plugin adadecode",
-            f"this version decodes early on CPUs, not on {current_platform.device_name}",
+            "this version predicts early on CPUs, not on "
+            f"{current_platform.device_name}",
             "Start without --plugin adadecode on this machine",
         )
     _check_model(vllm_config.model_config)
@@ -110,8 +111,10 @@ def check_engine(vllm_config: VllmConfig, config: AdaDecodeConfig) -> None:
     check_heads_fit(heads, vllm_config.model_config, config.heads)
     exit_layers = resolve_exit_layers(config, heads)
     resolved = config.model_copy(update={"exit_layers": exit_layers})
+    additional_config = vllm_config.additional_config
+    assert isinstance(additional_config, dict), "the options came from it"
     vllm_config.additional_config = {
-        **vllm_config.additional_config,
+        **additional_config,
         CONFIG_KEY: resolved.model_dump(mode="json"),
     }
 
@@ -180,9 +183,7 @@ def check_heads_fit(
         raise fingerprint_mismatch(directory, model_config.model, heads.base_model)
 
 
-def fingerprint_mismatch(
-    directory: str, model: str, base_model: str
-) -> AdaDecodeError:
+def fingerprint_mismatch(directory: str, model: str, base_model: str) -> AdaDecodeError:
     """The error for heads whose LM head is not the served model's."""
     return _wrong_heads(
         directory,

@@ -13,9 +13,10 @@ class AdaDecodeScheduler(Scheduler):
     """Reserves the slots that drafting writes to (I3).
 
     vLLM reserves none for ``custom_class`` proposers, which normally bring tokens only.
-    Drafting writes KV of up to ``max_early_predictions`` tokens past the scheduled ones.
-    When blocks are short the reservation is dropped rather than a request preempted for
-    it; the worker then predicts no further than the blocks that a request owns.
+    Drafting writes KV of up to ``max_early_predictions`` tokens past the scheduled
+    ones. When blocks are short the reservation is dropped rather than a request
+    preempted for it; the worker then predicts no further than the blocks that a request
+    owns.
     """
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:

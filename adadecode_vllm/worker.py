@@ -31,7 +31,10 @@ class AdaDecodeCPUWorker(CPUWorker):
         """
         runner = cast(AdaDecodeCPUModelRunner, self.model_runner)
         adadecode = runner.proposer.adadecode
-        answer = {**adadecode.stats.to_dict(), "dropped": dict(adadecode.ledger.dropped)}
+        answer = {
+            **adadecode.stats.to_dict(),
+            "dropped": dict(adadecode.ledger.dropped),
+        }
         if reset:
             adadecode.stats.reset()
             adadecode.ledger.dropped.clear()

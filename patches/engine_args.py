@@ -46,7 +46,7 @@ def install() -> None:
             )
             return
     EngineArgs.add_cli_args = staticmethod(_wrap_add(EngineArgs.add_cli_args))
-    EngineArgs.from_cli_args = classmethod(
+    EngineArgs.from_cli_args = classmethod(  # type: ignore[assignment]
         _wrap_from(vars(EngineArgs)["from_cli_args"].__func__)
     )
     EngineArgs.create_engine_config = _wrap_create(EngineArgs.create_engine_config)
@@ -92,9 +92,7 @@ def _wrap_from(original: Any) -> Any:
 
 def _wrap_create(original: Any) -> Any:
     @functools.wraps(original)
-    def create_engine_config(
-        self: EngineArgs, *args: Any, **kwargs: Any
-    ) -> VllmConfig:
+    def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
         from adadecode_vllm import arguments
         from adadecode_vllm.errors import AdaDecodeError
 

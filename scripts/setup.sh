@@ -24,10 +24,11 @@ fail() {
     exit 1
 }
 
-# Run a command with its output in the log; show the log's end if it fails.
 logged() {
     "$@" >>"$log" 2>&1
 }
+
+# The same, but a failure ends the script with a message and the log's last lines.
 logged_or_fail() {
     local message=$1
     shift
@@ -54,7 +55,6 @@ find_python() {
     return 1
 }
 
-# What is installed must be the CPU build; PyPI's default is several GB of CUDA.
 torch_is_cpu() {
     "$venv/bin/python" - <<'PY' >/dev/null 2>&1
 from importlib.metadata import version
@@ -63,18 +63,16 @@ assert version("torch").endswith("+cpu")
 PY
 }
 
-# Look before installing: `pip download` without dependencies would fetch the CUDA
-# build to find out, `--dry-run` with the local version spelled out does not.
+# The `+cpu` is spelled out: `torch==2.13.0` alone would fetch the CUDA build from PyPI.
 install_torch() {
     local requirement="torch==$torch_version+cpu"
     torch_is_cpu && return
     logged "$venv/bin/python" -m pip install -q "$requirement" && return
     logged "$venv/bin/python" -m pip install -q "$requirement" \
         --index-url "$torch_cpu_index" && return
-    tail -n 5 "$log" >&2
     fail "the CPU build of torch ($requirement) was found neither on pip's index nor\
  on $torch_cpu_index; make one of them reachable, or set PIP_EXTRA_INDEX_URL or\
- PIP_FIND_LINKS to a place that has it."
+ PIP_FIND_LINKS to a place that has it (pip's words: $log)"
 }
 
 wanted=$(cat pyproject.toml scripts/setup.sh | sha256sum | cut -d' ' -f1)-$extras

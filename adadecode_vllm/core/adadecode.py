@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,10 +51,8 @@ class AdaDecode:
         assert config.exit_layers is not None, "resolved at start-up"
         decoder = find_decoder(model)
         _check_lm_head(decoder, config, vllm_config)
-        weight = decoder.lm_head.weight
-        dtype = vllm_config.model_config.dtype
         heads = ExitHeads.from_directory(
-            config.heads, dtype, weight.device, config.exit_layers
+            config.heads, decoder.dtype, decoder.device, config.exit_layers
         )
         segments = build_segments(decoder, config.exit_layers, vllm_config)
         self.executor = VllmExecutor(
@@ -66,8 +65,8 @@ class AdaDecode:
             vllm_config.scheduler_config.max_num_seqs,
             config.max_early_predictions + 1,
             decoder.hidden_size,
-            dtype,
-            weight.device,
+            decoder.dtype,
+            decoder.device,
         )
         self._drafter = Drafter(self.executor, self.states, self.policy, self.stats)
         self._resumer = Resumer(self.executor, self.states, self.stats)
@@ -112,7 +111,9 @@ class AdaDecode:
         with self.executor.within_forward(positions):
             return self._resumer.forward(batch, resumable)
 
-    def count_verdicts(self, sampled: dict[str, int], scheduled: dict[str, int]) -> None:
+    def count_verdicts(
+        self, sampled: dict[str, int], scheduled: dict[str, int]
+    ) -> None:
         """Count what a step's verification said.
 
         Args:
@@ -140,11 +141,12 @@ def _check_lm_head(
     """Compare the loaded LM head's rows with the heads' fingerprint.
 
     Start-up compares local checkpoints without loading them; this covers the others.
-    A quantized LM head has no rows to compare.
+    A quantized LM head has no rows to compare, nor has one whose weight vLLM moved into
+    a packed format of its own.
     """
-    head = decoder.lm_head
+    head: Any = decoder.lm_head
     weight = getattr(head, "weight", None)
-    if weight is None or not weight.is_floating_point():
+    if weight is None or not weight.is_floating_point() or not weight.numel():
         return
     heads = load_heads_config(config.heads)
     first_row, rows = 0, heads.vocab_size

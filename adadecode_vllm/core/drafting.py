@@ -94,7 +94,9 @@ class Drafter:
 
             front = length[chosen] - 1
             index = self._index(chosen * width + front)
-            predicted, confidence = self.executor.gate(segment, *self.states.read(index))
+            predicted, confidence = self.executor.gate(
+                segment, *self.states.read(index)
+            )
             self.stats.gates[segment] += len(chosen)
             confident = self.policy.confident(confidence)
 

@@ -8,7 +8,7 @@ import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -45,6 +45,8 @@ class Decoder:
         compute_logits: (n, d) normed hidden states to (n, V) logits, on every rank.
         lm_head: The model's own LM head.
         hidden_size: d.
+        dtype: The model's dtype.
+        device: The model's device.
     """
 
     embed: Callable[[torch.Tensor], torch.Tensor]
@@ -53,6 +55,8 @@ class Decoder:
     compute_logits: Callable[[torch.Tensor], torch.Tensor | None]
     lm_head: nn.Module
     hidden_size: int
+    dtype: torch.dtype
+    device: torch.device
 
 
 def find_decoder(model: nn.Module) -> Decoder:
@@ -75,6 +79,8 @@ def find_decoder(model: nn.Module) -> Decoder:
             f"exits need. Use one of {', '.join(sorted(SUPPORTED_ARCHITECTURES))}, or "
             "start without --plugin adadecode."
         )
+    # Module attributes are typed as tensors or modules; these are methods.
+    causal_lm = cast(Any, model)
     layers = list(inner.layers)
     for layer in layers:
         parameters = tuple(inspect.signature(layer.forward).parameters)
@@ -85,12 +91,14 @@ def find_decoder(model: nn.Module) -> Decoder:
                 "tokens cannot be resumed. Start this model without --plugin adadecode."
             )
     return Decoder(
-        embed=model.embed_input_ids,
+        embed=causal_lm.embed_input_ids,
         layers=layers,
         norm=inner.norm,
-        compute_logits=model.compute_logits,
-        lm_head=model.lm_head,
+        compute_logits=causal_lm.compute_logits,
+        lm_head=causal_lm.lm_head,
         hidden_size=inner.config.hidden_size,
+        dtype=inner.norm.weight.dtype,
+        device=inner.norm.weight.device,
     )
 
 
@@ -122,7 +130,7 @@ def build_segments(
         (normed, None).
     """
     bounds = [0, *exit_layers, len(decoder.layers)]
-    segments = []
+    segments: list[nn.Module] = []
     for first, last in pairwise(bounds):
         ends_model = last == len(decoder.layers)
         cls = _segment_class(first, last, ends_model)
@@ -146,7 +154,7 @@ class _Segment(nn.Module):
 
 def _run_first(
     self: Any, positions: torch.Tensor, hidden_states: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     residual = None
     for layer in self.layers:
         hidden_states, residual = layer(positions, hidden_states, residual)
@@ -190,7 +198,7 @@ def _segment_class(first: int, last: int, ends_model: bool) -> type[_Segment]:
     forward.__qualname__ = f"{name}.forward"
     forward.__annotations__ = dict(template.__annotations__)
     cls = type(name, (_Segment,), {"forward": forward, "__module__": __name__})
-    dynamic = {"positions": {0: "n"}, "hidden_states": {0: "n"}}
-    if first > 0:
-        dynamic["residual"] = {0: "n"}
-    return support_torch_compile(dynamic_arg_dims=dynamic)(cls)
+    tensors = ["positions", "hidden_states", *(["residual"] if first > 0 else [])]
+    return support_torch_compile(
+        dynamic_arg_dims={tensor: {0: "n"} for tensor in tensors}
+    )(cls)

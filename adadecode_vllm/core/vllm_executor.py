@@ -120,14 +120,12 @@ class VllmExecutor:
 
         Two tokens, because sizes 0 and 1 would be baked into the graphs.
         """
-        weight = next(self.segments[0].parameters())
+        decoder = self.decoder
         hidden = torch.zeros(
-            (2, self.decoder.hidden_size),
-            dtype=self.vllm_config.model_config.dtype,
-            device=weight.device,
+            (2, decoder.hidden_size), dtype=decoder.dtype, device=decoder.device
         )
         for segment in range(self.num_segments):
-            positions = torch.zeros(2, dtype=torch.int64, device=weight.device)
+            positions = torch.zeros(2, dtype=torch.int64, device=decoder.device)
             with set_forward_context(None, self.vllm_config, num_tokens=2):
                 residual = None if segment == 0 else hidden.clone()
                 self._call(segment, positions, hidden.clone(), residual)

@@ -85,16 +85,13 @@ class ExitHeads(nn.Module):
         """Transform normed hidden states for the LM head.
 
         Args:
-            layer: The exit's layer count.
+            layer: The exit's layer count, one of `exit_layers`.
             hidden: final_norm(hidden + residual) after `layer` layers, shape (n, d), in
                 the model's dtype.
 
         Returns:
             T @ hidden, shape (n, d); `hidden` itself, not a copy, where T is the
             identity.
-
-        Raises:
-            KeyError: There is no exit at `layer`.
         """
         if layer in self.identity_layers:
             return hidden

@@ -39,7 +39,9 @@ class AdaDecodeProposer:
             vllm_config: The engine's configuration.
         """
         self.vllm_config = vllm_config
-        self.config = parse_config(vllm_config.additional_config[CONFIG_KEY])
+        additional_config = vllm_config.additional_config
+        assert isinstance(additional_config, dict), "start-up wrote the options there"
+        self.config = parse_config(additional_config[CONFIG_KEY])
         self._runner: AdaDecodeCPUModelRunner | None = None
 
     def load_model(self, target_model: nn.Module) -> None:
@@ -141,7 +143,7 @@ class AdaDecodeProposer:
             (_remaining_tokens(state) for state in states), np.int64, len(states)
         )
         bounds = (
-            np.full(len(rows), self.config.max_early_predictions),
+            np.full(len(rows), self.adadecode.policy.max_early_predictions),
             batcher.owned_slots(rows) - positions,
             max_model_len - 2 - positions,
             remaining - 1,

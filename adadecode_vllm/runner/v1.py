@@ -112,9 +112,7 @@ class AdaDecodeCPUModelRunner(CPUModelRunner):
             batch, resumable, self.positions[:num_tokens]
         )
 
-    def _take_resumable(
-        self, first: np.ndarray, count: np.ndarray
-    ) -> Resumable | None:
+    def _take_resumable(self, first: np.ndarray, count: np.ndarray) -> Resumable | None:
         """Ask the ledger, offering only requests whose KV cache is still theirs."""
         ledger = self.proposer.adadecode.ledger
         scheduled = self._scheduled
@@ -126,7 +124,9 @@ class AdaDecodeCPUModelRunner(CPUModelRunner):
             for request_id in scheduled.scheduled_cached_reqs.req_ids
             if request_id not in resumed
         }
-        return ledger.take(self.step, rows, first, count, self.input_batch.token_ids_cpu)
+        return ledger.take(
+            self.step, rows, first, count, self.input_batch.token_ids_cpu
+        )
 
     def count_verdicts(self, sampled_token_ids: list[list[int]]) -> None:
         """Count which of this step's drafts were accepted.

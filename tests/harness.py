@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines on the demo model, for tests and their fixtures."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DEMO = ROOT / "examples" / "demo"
+MODEL = str(DEMO / "model")
+HEADS = str(DEMO / "heads")
+MAX_MODEL_LEN = 256
+OUTPUT_TOKENS = 40
+
+
+def demo_corpus() -> ModuleType:
+    """The demo's module with held-out prompts; a script's neighbour, not a package."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(DEMO))
+        return importlib.import_module("corpus")
+
+
+@contextmanager
+def start_engine(model: str = MODEL, **options: Any) -> Iterator[Any]:
+    """An engine with the tests' defaults, shut down afterwards."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    defaults: dict[str, Any] = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": MAX_MODEL_LEN,
+        "block_size": 32,
+        "kv_cache_memory_bytes": 64 << 20,
+        "max_num_seqs": 16,
+        "disable_log_stats": False,
+    }
+    llm = LLM(model, **{**defaults, **options})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def adadecode_options(heads: str = HEADS, **options: Any) -> dict[str, Any]:
+    from adadecode_vllm import engine_args
+
+    return engine_args(heads, **options)
+
+
+def generate(
+    llm: Any, prompts: list[Any], max_tokens: int | None = OUTPUT_TOKENS, **options: Any
+) -> list[list[int]]:
+    """Greedy token ids of one batch."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, **options)
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def set_policy(llm: Any, threshold: float, max_early_predictions: int) -> None:
+    """Give a running engine another threshold and a cap up to its own; reset stats."""
+    from adadecode_vllm.core.policy import ThresholdPolicy
+
+    policy = ThresholdPolicy(threshold, max_early_predictions)
+
+    def change(worker: Any) -> None:
+        adadecode = worker.model_runner.proposer.adadecode
+        adadecode.policy = policy
+        adadecode._drafter.policy = policy
+        worker.adadecode_stats(reset=True)
+
+    llm.collective_rpc(change)
+
+
+def stats(llm: Any) -> dict[str, Any]:
+    return llm.collective_rpc("adadecode_stats")[0]
+
+
+def metric(llm: Any, name: str) -> float:
+    """The sum of a counter of vLLM's own metrics."""
+    return sum(m.value for m in llm.get_metrics() if m.name == name)

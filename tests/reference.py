@@ -1,0 +1,781 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model and an engine in plain torch that check what the core does to them.
+
+:class:`ReferenceModel` implements the core's ``SegmentExecutor`` over a paged KV cache.
+Every row of its arithmetic is independent of the other rows, so batching cannot change
+a bit. It also keeps books, and an ``AssertionError`` tells the first violation:
+
+* Hidden states carry three columns more: token id, position and request; residuals
+  carry them negated. A state that reaches another token, or the wrong argument, shows.
+* Every KV entry remembers the request and the token ids up to it. Attention accepts
+  only entries of its own request and prefix, hence no stale or foreign ones.
+* KV may be written only at positions that the engine announced, in owned blocks (I3).
+
+:class:`Engine` imitates vLLM's step loop around the core's parts, with the mishaps of
+:data:`EVENTS`. :func:`ordinary` is the loop without any of that.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from adadecode_vllm.core.drafting import Drafter, DraftRequests
+from adadecode_vllm.core.executor import TokenSubset
+from adadecode_vllm.core.ledger import Ledger, Resumable, Window
+from adadecode_vllm.core.policy import ThresholdPolicy
+from adadecode_vllm.core.resume import Resumer, ScheduledBatch
+from adadecode_vllm.core.states import PendingStates
+from adadecode_vllm.core.stats import Stats
+
+TAGS = 3
+WIDTH = 6
+
+GateFunction = Callable[[int, tuple[int, ...], int], tuple[int, float]]
+"""(request, prefix, exit) to (token, confidence)."""
+
+Event = tuple[str, int]
+EVENTS = (
+    "none",
+    "skip",  # an engine step without a forward
+    "hold",  # a running request is not scheduled in this step
+    "preempt",  # a request loses its KV and starts again later
+    "bounce",  # the same, but it starts again in this very step
+    "truncate",  # a request's last drafts are not scheduled
+    "change",  # a draft is replaced by another token
+    "rollback",  # the KV of a request's last tokens is lost
+    "abort",
+    "reorder",  # batch rows are permuted
+)
+
+
+@dataclass
+class View:
+    """What the model may know of a batch row.
+
+    Attributes:
+        request: Number of the request.
+        blocks: Its blocks.
+        tokens: Its token ids; drafting appends predictions.
+        writable: First position and end of what may be written.
+    """
+
+    request: int
+    blocks: list[int]
+    tokens: list[int]
+    writable: tuple[int, int]
+
+
+class Write(NamedTuple):
+    """One KV entry written: by whom, and where."""
+
+    drafting: bool
+    layer: int
+    request: int
+    position: int
+    slot: int
+
+
+class ReferenceModel:
+    """A decoder with exits, its paged KV cache, and the books about both."""
+
+    def __init__(
+        self,
+        exit_layers: Sequence[int] = (1, 2),
+        num_layers: int = 3,
+        *,
+        vocab_size: int = 7,
+        num_blocks: int = 64,
+        block_size: int = 2,
+        seed: int = 0,
+        gate: GateFunction | None = None,
+    ) -> None:
+        """Draw the weights.
+
+        Args:
+            exit_layers: Layer counts of the exits.
+            num_layers: L.
+            vocab_size: V.
+            num_blocks: Blocks of the KV cache.
+            block_size: Tokens per block.
+            seed: Seed of the weights.
+            gate: What the exits answer; None asks the model's own LM head there.
+        """
+        self.bounds = [0, *exit_layers, num_layers]
+        self.exit_layers = tuple(exit_layers)
+        self.num_layers = num_layers
+        self.vocab_size = vocab_size
+        self.block_size = block_size
+        self.num_blocks = num_blocks
+        self.gate_function = gate
+        generator = torch.Generator().manual_seed(seed)
+
+        def weight(*shape: int) -> torch.Tensor:
+            scale = 1.5 / math.sqrt(shape[-1])
+            return torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
+
+        self.embedding = weight(vocab_size, WIDTH) * 2
+        self.lm_head = weight(vocab_size, WIDTH)
+        names = ("q", "k", "v", "o", "up", "down")
+        self.layers = [
+            {name: weight(WIDTH, WIDTH) for name in names} for _ in range(num_layers)
+        ]
+        shape = (num_layers, num_blocks * block_size, WIDTH)
+        self.keys = torch.full(shape, torch.nan)
+        self.values = torch.full(shape, torch.nan)
+        self.provenance = np.zeros(shape[:2], np.int64)
+        self.views: dict[int, View] = {}
+        self.drafting = False
+        self.writes: list[Write] = []
+
+    @property
+    def num_segments(self) -> int:
+        return len(self.bounds) - 1
+
+    @property
+    def state_width(self) -> int:
+        return WIDTH + TAGS
+
+    def poison(self, slots: Iterable[int]) -> None:
+        """Destroy KV entries, as handing their blocks to others does."""
+        index = list(slots)
+        self.keys[:, index] = torch.nan
+        self.values[:, index] = torch.nan
+        self.provenance[:, index] = 0
+
+    def block_slots(self, blocks: Iterable[int]) -> list[int]:
+        size = self.block_size
+        return [block * size + i for block in blocks for i in range(size)]
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        assert int(token_ids.min()) >= 0
+        tags = torch.zeros(len(token_ids), TAGS)
+        tags[:, 0] = token_ids
+        return torch.cat((self.embedding[token_ids].float(), tags), dim=1)
+
+    def run(
+        self,
+        segment: int,
+        subset: TokenSubset,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run a segment; see the protocol."""
+        assert len(subset.rows) == len(subset.first) == len(subset.count) > 0
+        assert len(set(subset.rows.tolist())) == len(subset.rows)
+        assert (subset.count > 0).all()
+        assert hidden.shape == (subset.num_tokens, self.state_width)
+        placed = [
+            (self.views[row], position)
+            for row, first, count in zip(
+                subset.rows.tolist(),
+                subset.first.tolist(),
+                subset.count.tolist(),
+                strict=True,
+            )
+            for position in range(first, first + count)
+        ]
+        if segment == 0:
+            assert residual is None
+            hidden = self._enter(placed, hidden)
+        else:
+            assert residual is not None
+            expected = torch.tensor(
+                [[view.tokens[at], at, view.request] for view, at in placed]
+            ).float()
+            assert torch.equal(hidden[:, WIDTH:], expected), "hidden of other tokens"
+            assert torch.equal(residual[:, WIDTH:], -expected), "residual of others"
+        tags = hidden[:, WIDTH:]
+        state = hidden[:, :WIDTH]
+        stream = None if residual is None else residual[:, :WIDTH]
+        for layer in range(self.bounds[segment], self.bounds[segment + 1]):
+            state, stream = self._layer(layer, placed, state, stream)
+        assert stream is not None
+        if segment == self.num_segments - 1:
+            return _norm(state.double() + stream.double()).float(), None
+        return torch.cat((state, tags), 1), torch.cat((stream, -tags), 1)
+
+    def gate(
+        self, exit_index: int, hidden: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ask an exit; see the protocol."""
+        assert torch.equal(hidden[:, WIDTH:], -residual[:, WIDTH:])
+        tags = hidden[:, WIDTH:].long().tolist()
+        if self.gate_function is None:
+            normed = _norm(hidden[:, :WIDTH].double() + residual[:, :WIDTH].double())
+            top = _linear(normed, self.lm_head).softmax(-1).max(-1)
+            return top.indices.numpy(), top.values.float().numpy()
+        by_request = {view.request: view for view in self.views.values()}
+        answers = []
+        for token, position, request in tags:
+            prefix = tuple(by_request[request].tokens[: position + 1])
+            assert prefix[position] == token
+            answers.append(self.gate_function(request, prefix, exit_index))
+        tokens, confidences = zip(*answers, strict=True)
+        return np.array(tokens, np.int64), np.array(confidences, np.float32)
+
+    def forward(self, subset: TokenSubset, token_ids: torch.Tensor) -> torch.Tensor:
+        """Run the whole model, as vLLM does without a pending token."""
+        hidden, residual = self.embed(token_ids), None
+        for segment in range(self.num_segments):
+            hidden, residual = self.run(segment, subset, hidden, residual)
+        return hidden
+
+    def next_tokens(self, final: torch.Tensor) -> list[int]:
+        """Greedy tokens after (n, d) final hidden states."""
+        return _linear(final.double(), self.lm_head).argmax(-1).tolist()
+
+    def _enter(
+        self, placed: list[tuple[View, int]], hidden: torch.Tensor
+    ) -> torch.Tensor:
+        hidden = hidden.clone()
+        for index, (view, position) in enumerate(placed):
+            token = int(hidden[index, WIDTH])
+            if self.drafting and position == len(view.tokens):
+                view.tokens.append(token)
+            assert view.tokens[position] == token, "another token was embedded"
+            hidden[index, WIDTH + 1] = position
+            hidden[index, WIDTH + 2] = view.request
+        return hidden
+
+    def _layer(
+        self,
+        layer: int,
+        placed: list[tuple[View, int]],
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        weights = self.layers[layer]
+        # As vLLM's fused add-and-norm, the norm sees the sum before it is rounded.
+        total = hidden.double()
+        if residual is not None:
+            total = total + residual.double()
+        residual = total.float()
+        normed = _norm(total)
+        positions = torch.tensor([[position] for _, position in placed])
+        phase = torch.sin((positions + 1) * torch.arange(1, WIDTH + 1) * 0.7).double()
+        query = _linear(normed, weights["q"]) + phase
+        key = (_linear(normed, weights["k"]) + phase).float()
+        value = _linear(normed, weights["v"]).float()
+        origins = {view.request: _provenance(view) for view, _ in placed}
+        for index, (view, position) in enumerate(placed):
+            slot = self._writable_slot(layer, view, position)
+            self.keys[layer, slot] = key[index]
+            self.values[layer, slot] = value[index]
+            self.provenance[layer, slot] = origins[view.request][position]
+        mixed = torch.stack(
+            [
+                self._attend(layer, view, position, origins[view.request], query[index])
+                for index, (view, position) in enumerate(placed)
+            ]
+        )
+        attended = _linear(mixed, weights["o"]).float()
+        total = attended.double() + residual.double()
+        inner = _linear(_norm(total), weights["up"]).tanh()
+        return _linear(inner, weights["down"]).float(), total.float()
+
+    def _writable_slot(self, layer: int, view: View, position: int) -> int:
+        first, end = view.writable
+        assert first <= position < end, f"KV write at {position}, not {first}..{end}"
+        assert position < len(view.blocks) * self.block_size, "slot is not owned"
+        block = view.blocks[position // self.block_size]
+        slot = block * self.block_size + position % self.block_size
+        self.writes.append(Write(self.drafting, layer, view.request, position, slot))
+        return slot
+
+    def _attend(
+        self,
+        layer: int,
+        view: View,
+        position: int,
+        origins: list[int],
+        query: torch.Tensor,
+    ) -> torch.Tensor:
+        slots = self.block_slots(view.blocks)[: position + 1]
+        valid = self.provenance[layer, slots] == origins[: position + 1]
+        assert valid.all(), (
+            f"layer {layer}, request {view.request}, position {position}: KV at "
+            f"{np.flatnonzero(~valid).tolist()} is not that of its tokens"
+        )
+        keys = self.keys[layer, slots].double()
+        values = self.values[layer, slots].double()
+        score = (keys * query).sum(-1).softmax(-1)
+        return (score[:, None] * values).sum(0)
+
+
+def _linear(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """A product whose rows do not depend on how many there are."""
+    return (rows[:, None, :] * weight).sum(-1)
+
+
+def _norm(rows: torch.Tensor) -> torch.Tensor:
+    return rows / (rows * rows).mean(-1, keepdim=True).add(1e-6).sqrt()
+
+
+def _provenance(view: View) -> list[int]:
+    """A number for each of a request's prefixes; 0 is that of no prefix."""
+    value = view.request + 1
+    numbers = []
+    for token in view.tokens:
+        value = hash((value, token)) or 1
+        numbers.append(value)
+    return numbers
+
+
+def ordinary(
+    model: ReferenceModel,
+    prompt: Sequence[int],
+    max_tokens: int,
+    stop_token_ids: frozenset[int] = frozenset(),
+) -> tuple[list[int], dict[tuple[int, ...], torch.Tensor]]:
+    """Generate greedily, one token per forward, prompt included.
+
+    Args:
+        model: A model of its own: blocks 0, 1, ... are used.
+        prompt: Token ids.
+        max_tokens: Tokens to generate.
+        stop_token_ids: Tokens to end after.
+
+    Returns:
+        The generated tokens, and the final hidden state after each prefix.
+    """
+    tokens = list(prompt)
+    finals = {}
+    view = View(0, list(range(model.num_blocks)), tokens, (0, 1 << 30))
+    model.views = {0: view}
+    one = np.ones(1, np.int64)
+    generated: list[int] = []
+    position = 0
+    while len(generated) < max_tokens and not stop_token_ids & set(generated):
+        subset = TokenSubset(one * 0, one * position, one)
+        final = model.forward(subset, torch.tensor([tokens[position]]))
+        position += 1
+        finals[tuple(tokens[:position])] = final[0]
+        if position == len(tokens):
+            generated += model.next_tokens(final)
+            tokens.append(generated[-1])
+    return generated, finals
+
+
+class RandomGate:
+    """Answers that depend on nothing but the prefix, the exit and a seed.
+
+    Attributes:
+        continuations: Request number to its true tokens, prompt included.
+    """
+
+    def __init__(self, seed: int, vocab_size: int, accuracy: float) -> None:
+        """Remember the parameters.
+
+        Args:
+            seed: Seed of all answers.
+            vocab_size: V.
+            accuracy: How often to answer with the true token.
+        """
+        self.seed = seed
+        self.vocab_size = vocab_size
+        self.accuracy = accuracy
+        self.continuations: dict[int, list[int]] = {}
+
+    def __call__(
+        self, request: int, prefix: tuple[int, ...], exit_index: int
+    ) -> tuple[int, float]:
+        draw = random.Random(repr((self.seed, request, prefix, exit_index)))
+        true = self.continuations.get(request, [])
+        knows = len(true) > len(prefix) and tuple(true[: len(prefix)]) == prefix
+        token = draw.randrange(self.vocab_size)
+        if knows and draw.random() < self.accuracy:
+            token = true[len(prefix)]
+        return token, draw.random()
+
+
+@dataclass
+class Request:
+    """A request, as vLLM's scheduler and worker see it."""
+
+    number: int
+    tokens: list[int]
+    prompt_length: int
+    max_tokens: int
+    stop_token_ids: frozenset[int] = frozenset()
+    computed: int = 0
+    drafts: list[int] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+    started: bool = False
+    aborted: bool = False
+
+    @property
+    def id(self) -> str:
+        return f"request-{self.number}"
+
+    @property
+    def generated(self) -> list[int]:
+        return self.tokens[self.prompt_length :]
+
+
+@dataclass
+class Schedule:
+    """One step's decisions.
+
+    Attributes:
+        counts: Scheduled tokens per request number.
+        drafts: Scheduled drafts per request number.
+        rebuilt: Numbers of requests that are new or resumed after a preemption.
+    """
+
+    counts: dict[int, int] = field(default_factory=dict)
+    drafts: dict[int, list[int]] = field(default_factory=dict)
+    rebuilt: set[int] = field(default_factory=set)
+
+
+class Engine:
+    """vLLM's step loop in small, around the parts of the core."""
+
+    def __init__(
+        self,
+        model: ReferenceModel,
+        *,
+        cap: int = 3,
+        threshold: float = 0.5,
+        token_budget: int = 8,
+        max_num_seqs: int = 4,
+        max_model_len: int = 32,
+    ) -> None:
+        """Wire the parts.
+
+        Args:
+            model: The model; its blocks must hold at least one whole request.
+            cap: Most early predictions of a request.
+            threshold: gamma.
+            token_budget: Tokens per step; less than a prompt cuts it into chunks.
+            max_num_seqs: Requests per step.
+            max_model_len: Most tokens of a request.
+        """
+        assert model.num_blocks * model.block_size >= max_model_len
+        self.model = model
+        self.cap = cap
+        self.token_budget = token_budget
+        self.max_num_seqs = max_num_seqs
+        self.max_model_len = max_model_len
+        self.policy = ThresholdPolicy(threshold, cap)
+        self.stats = Stats(model.exit_layers, model.num_layers)
+        self.ledger = Ledger()
+        self.states = PendingStates(
+            max_num_seqs,
+            cap + 1,
+            model.state_width,
+            torch.float32,
+            torch.device("cpu"),
+        )
+        self.drafter = Drafter(model, self.states, self.policy, self.stats)
+        self.resumer = Resumer(model, self.states, self.stats)
+        self.finals: dict[tuple[int, ...], torch.Tensor] = {}
+        self.requests: list[Request] = []
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        self.rows: list[Request] = []
+        self.step_number = 0
+        self.compared_states = 0
+        self._free = list(range(model.num_blocks))
+        self._exits: dict[int, np.ndarray] = {}
+
+    def add(
+        self,
+        prompt: Sequence[int],
+        max_tokens: int,
+        stop_token_ids: frozenset[int] = frozenset(),
+    ) -> Request:
+        """Add a request."""
+        assert len(prompt) + max_tokens <= self.max_model_len
+        request = Request(
+            len(self.requests), list(prompt), len(prompt), max_tokens, stop_token_ids
+        )
+        self.requests.append(request)
+        self.waiting.append(request)
+        return request
+
+    def run(self, events: Sequence[Event] = ()) -> None:
+        """Step until every request is finished, with one event per step."""
+        pending = list(events)
+        for _ in range(2000):
+            if not self.waiting and not self.running:
+                return
+            self.step(pending.pop(0) if pending else ("none", 0))
+        raise AssertionError("the engine makes no progress")
+
+    def step(self, event: Event = ("none", 0)) -> None:
+        """Schedule, run the model, verify, draft: one engine step."""
+        self.step_number += 1
+        schedule = self._schedule(*event)
+        if not schedule.counts:
+            return
+        self._arrange_rows(schedule, *event)
+        final, starts = self._forward(schedule)
+        sampled = self._verify(schedule, final, starts)
+        for request in self.rows:
+            request.tokens += sampled.get(request.number, [])
+        drafts = self._draft([r for r in self.rows if r.number in sampled])
+        for request in self.rows:
+            if request.number in sampled:
+                request.drafts = drafts.get(request.number, [])
+                self._finish_if_done(request)
+
+    # The scheduler
+
+    def _schedule(self, kind: str, argument: int) -> Schedule:
+        schedule = Schedule()
+        held = None
+        may_admit = True
+        if kind == "skip":
+            return schedule
+        if self.running:
+            chosen = self.running[argument % len(self.running)]
+            if kind == "hold":
+                held = chosen
+            elif kind in ("preempt", "bounce"):
+                self._preempt(chosen)
+                may_admit = kind == "bounce"
+            elif kind == "abort":
+                chosen.aborted = True
+                self._release(chosen)
+            elif kind == "truncate":
+                chosen.drafts = chosen.drafts[: argument % (len(chosen.drafts) + 1)]
+            elif kind == "change" and chosen.drafts:
+                place = argument % len(chosen.drafts)
+                token = (chosen.drafts[place] + 1) % self.model.vocab_size
+                chosen.drafts[place] = token
+            elif kind == "rollback":
+                lost = min(chosen.computed, 1 + argument % 3)
+                chosen.computed -= lost
+                slots = self.model.block_slots(chosen.blocks)[chosen.computed :]
+                self.model.poison(slots)
+        budget = self.token_budget
+        lookahead = self._lookahead()
+        for request in list(self.running):
+            if request is held or request not in self.running:
+                continue
+            count = self._wanted(request, budget)
+            while count > 0 and not self._allocate(request, count + lookahead):
+                victim = self.running[-1]
+                self._preempt(victim)
+                may_admit = False
+                if victim is request:
+                    count = 0
+            if count > 0:
+                self._admit(schedule, request, count)
+                budget -= count
+        while may_admit and self.waiting and len(self.running) < self.max_num_seqs:
+            request = self.waiting[0]
+            count = self._wanted(request, budget)
+            if count <= 0 or not self._allocate(request, count + lookahead):
+                break
+            self.running.append(self.waiting.pop(0))
+            schedule.rebuilt.add(request.number)
+            self._admit(schedule, request, count)
+            budget -= count
+        return schedule
+
+    def _wanted(self, request: Request, budget: int) -> int:
+        count = len(request.tokens) + len(request.drafts) - request.computed
+        return min(count, budget, self.max_model_len - 1 - request.computed)
+
+    def _lookahead(self) -> int:
+        """The reservation of ``AdaDecodeScheduler``."""
+        blocks = -(-(1 + 2 * self.cap) // self.model.block_size) + 1
+        affordable = len(self._free) >= blocks * (len(self.running) + 1)
+        return self.cap if affordable else 0
+
+    def _allocate(self, request: Request, tokens: int) -> bool:
+        end = min(request.computed + tokens, self.max_model_len)
+        missing = -(-end // self.model.block_size) - len(request.blocks)
+        if missing > len(self._free):
+            return False
+        for _ in range(missing):
+            request.blocks.append(self._free.pop())
+        return True
+
+    def _admit(self, schedule: Schedule, request: Request, count: int) -> None:
+        past = max(0, request.computed + count - len(request.tokens))
+        schedule.counts[request.number] = count
+        schedule.drafts[request.number] = request.drafts[:past]
+        request.drafts = []
+
+    def _preempt(self, request: Request) -> None:
+        self._release(request)
+        request.computed = 0
+        request.drafts = []
+        self.waiting.insert(0, request)
+
+    def _release(self, request: Request) -> None:
+        self.running.remove(request)
+        self.model.poison(self.model.block_slots(request.blocks))
+        self._free += request.blocks
+        request.blocks = []
+
+    def _finish_if_done(self, request: Request) -> None:
+        """Keep what precedes the end, as vLLM's scheduler does after the step."""
+        for length, token in enumerate(request.generated, 1):
+            if length == request.max_tokens or token in request.stop_token_ids:
+                del request.tokens[request.prompt_length + length :]
+                self._release(request)
+                return
+
+    # The worker
+
+    def _arrange_rows(self, schedule: Schedule, kind: str, argument: int) -> None:
+        scheduled = [r for r in self.requests if r.number in schedule.counts]
+        kept = [request for request in self.rows if request in scheduled]
+        self.rows = kept + [request for request in scheduled if request not in kept]
+        if kind == "reorder":
+            random.Random(argument).shuffle(self.rows)
+
+    def _forward(self, schedule: Schedule) -> tuple[torch.Tensor, np.ndarray]:
+        numbers = [request.number for request in self.rows]
+        first = np.array([request.computed for request in self.rows], np.int64)
+        count = np.array([schedule.counts[number] for number in numbers], np.int64)
+        table = np.full((len(self.rows), self.max_model_len), -7, np.int64)
+        self.model.drafting = False
+        self.model.views = {}
+        for row, request in enumerate(self.rows):
+            tokens = request.tokens + schedule.drafts[request.number]
+            table[row, : len(tokens)] = tokens
+            end = int(first[row] + count[row])
+            view = View(request.number, request.blocks, tokens, (int(first[row]), end))
+            self.model.views[row] = view
+        resumable = self._take(schedule, first, count, table)
+        rows = np.arange(len(self.rows))
+        starts = np.concatenate(([0], np.cumsum(count)))
+        token_ids = torch.from_numpy(
+            np.concatenate([table[r, first[r] : first[r] + count[r]] for r in rows])
+        )
+        if resumable is None:
+            subset = TokenSubset(rows, first, count)
+            final = self.model.forward(subset, token_ids)
+        else:
+            batch = ScheduledBatch(rows, first, count, token_ids)
+            final = self.resumer.forward(batch, resumable)
+        assert final.shape == (len(token_ids), WIDTH)
+        for row in rows:
+            for offset in range(count[row]):
+                prefix = tuple(table[row, : first[row] + offset + 1].tolist())
+                if prefix in self.finals:
+                    self.compared_states += 1
+                    found = final[starts[row] + offset]
+                    assert torch.equal(found, self.finals[prefix]), "I4"
+        return final, starts
+
+    def _take(
+        self,
+        schedule: Schedule,
+        first: np.ndarray,
+        count: np.ndarray,
+        table: np.ndarray,
+    ) -> Resumable | None:
+        if not len(self.ledger):
+            return None
+        offered = {
+            request.id: row
+            for row, request in enumerate(self.rows)
+            if request.number not in schedule.rebuilt
+        }
+        resumable = self.ledger.take(self.step_number, offered, first, count, table)
+        assert len(self.ledger) == 0
+        if resumable is not None:
+            assert (np.diff(resumable.levels, axis=1) <= 0).all(), "I1"
+            assert len(set(resumable.requests.tolist())) == len(resumable.requests)
+        return resumable
+
+    def _verify(
+        self, schedule: Schedule, final: torch.Tensor, starts: np.ndarray
+    ) -> dict[int, list[int]]:
+        """Sample greedily; accepted drafts and one more token per request."""
+        sampled = {}
+        for row, request in enumerate(self.rows):
+            count = schedule.counts[request.number]
+            drafts = schedule.drafts[request.number]
+            request.computed += count
+            if request.computed < len(request.tokens):
+                continue
+            end = int(starts[row]) + count
+            chosen = self.model.next_tokens(final[end - len(drafts) - 1 : end])
+            accepted = 0
+            while accepted < len(drafts) and drafts[accepted] == chosen[accepted]:
+                accepted += 1
+            sampled[request.number] = chosen[: accepted + 1]
+            request.computed -= len(drafts) - accepted
+            exits = self._exits.pop(request.number, None)
+            if exits is not None:
+                self.stats.count_verdict(exits[: len(drafts)], accepted)
+        self.stats.request_steps += len(sampled)
+        self.stats.generated_tokens += sum(map(len, sampled.values()))
+        return sampled
+
+    def _draft(self, requests: list[Request]) -> dict[int, list[int]]:
+        if not self.policy.can_predict:
+            return {}
+        limits = {request.number: self._limit(request) for request in requests}
+        requests = [request for request in requests if limits[request.number] > 0]
+        if not requests:
+            return {}
+        rows = {request.number: row for row, request in enumerate(self.rows)}
+        self.model.drafting = True
+        self.model.views = {}
+        for request in requests:
+            position = len(request.tokens) - 1
+            end = position + limits[request.number]
+            self.model.views[rows[request.number]] = View(
+                request.number, request.blocks, list(request.tokens), (position, end)
+            )
+        numbers = [request.number for request in requests]
+        window = self.drafter.draft(
+            DraftRequests(
+                rows=np.array([rows[number] for number in numbers], np.int64),
+                token_ids=np.array([r.tokens[-1] for r in requests], np.int64),
+                positions=np.array([len(r.tokens) - 1 for r in requests], np.int64),
+                limits=np.array([limits[number] for number in numbers], np.int64),
+                stop_token_ids=[request.stop_token_ids for request in requests],
+            )
+        )
+        self._check_window(window, [limits[number] for number in numbers])
+        self.ledger.record(self.step_number, [r.id for r in requests], window)
+        drafts = {}
+        for index, number in enumerate(numbers):
+            predicted = slice(1, window.length[index])
+            drafts[number] = window.token_ids[index, predicted].tolist()
+            self._exits[number] = window.exits[index, predicted]
+        return drafts
+
+    def _limit(self, request: Request) -> int:
+        """The bounds of ``AdaDecodeProposer``."""
+        position = len(request.tokens) - 1
+        if request.tokens[-1] in request.stop_token_ids:
+            return 0
+        return max(
+            0,
+            min(
+                self.cap,
+                len(request.blocks) * self.model.block_size - position,
+                self.max_model_len - 2 - position,
+                request.max_tokens - len(request.generated) - 1,
+            ),
+        )
+
+    def _check_window(self, window: Window, limits: list[int]) -> None:
+        for index, limit in enumerate(limits):
+            length = int(window.length[index])
+            assert 1 <= length <= limit + 1, "limits"
+            levels = window.levels[index, :length]
+            assert (np.diff(levels) <= 0).all(), "I1"
+            assert levels[0] > 0, "the newest token ran"
+            assert (levels < self.model.num_segments).all(), "no token is done"
+            exits = window.exits[index, :length]
+            assert exits[0] == -1
+            assert (exits[1:] >= 0).all()
+            # A token is predicted at an exit that the one before it has reached.
+            assert (levels[:-1] > exits[1:]).all()
