@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from adadecode_vllm.config import CONFIG_KEY, AdaDecodeConfig, parse_config
@@ -135,27 +137,35 @@ def requested_config(args: EngineArgs) -> AdaDecodeConfig | None:
     return config if config.enabled else None
 
 
-def is_prepared(args: EngineArgs) -> bool:
-    """Whether :func:`prepare_engine_args` has seen these arguments before."""
-    speculative = args.speculative_config
-    return isinstance(speculative, dict) and speculative.get("model") == PROPOSER
+@contextmanager
+def prepared(args: EngineArgs, config: AdaDecodeConfig) -> Iterator[None]:
+    """Name AdaDecode's worker, scheduler and proposer in engine arguments for a while.
 
-
-def prepare_engine_args(args: EngineArgs, config: AdaDecodeConfig) -> None:
-    """Name AdaDecode's worker, scheduler and proposer in engine arguments.
+    The user's own arguments come back afterwards, so that the same object can be used,
+    changed and used again.
 
     Args:
-        args: vLLM's engine arguments, changed in place. Conflicting ones were refused
-            before (:func:`adadecode_vllm.features.check_arguments`).
+        args: vLLM's engine arguments. Conflicting ones were refused before
+            (:func:`adadecode_vllm.features.check_arguments`).
         config: The configuration.
     """
-    args.speculative_config = {
-        "method": "custom_class",
-        "model": PROPOSER,
-        "num_speculative_tokens": config.max_early_predictions,
+    ours = {
+        "speculative_config": {
+            "method": "custom_class",
+            "model": PROPOSER,
+            "num_speculative_tokens": config.max_early_predictions,
+        },
+        "scheduler_cls": SCHEDULER,
+        "worker_cls": CPU_WORKER,
     }
-    args.scheduler_cls = SCHEDULER
-    args.worker_cls = CPU_WORKER
+    theirs = {name: getattr(args, name) for name in ours}
+    for name, value in ours.items():
+        setattr(args, name, value)
+    try:
+        yield
+    finally:
+        for name, value in theirs.items():
+            setattr(args, name, value)
 
 
 def _parse_json(text: str) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def _sentence(detail: Any) -> str:
         )
     reason = detail["msg"].removeprefix("Value error, ")
     field = AdaDecodeConfig.model_fields.get(option)
-    meaning = f" ({field.description})" if field is not None else ""
+    meaning = f" ({(field.description or '').rstrip('.')})" if field is not None else ""
     given = detail.get("input")
     return (
         f"--adadecode-config: {name} = {given!r} is refused: {reason}. "

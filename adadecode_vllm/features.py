@@ -6,7 +6,6 @@ Every message names the flag, the reason and the remedy.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,12 +71,6 @@ def check_arguments(args: EngineArgs) -> None:
             "--async-scheduling",
             "the next step is scheduled only after its early predictions are known",
             "Remove --async-scheduling",
-        )
-    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") == "1":
-        raise _refusal(
-            "VLLM_USE_V2_MODEL_RUNNER=1",
-            "this version works in Model Runner V1",
-            "Unset the variable",
         )
 
 
@@ -234,6 +227,12 @@ def _check_model(model: ModelConfig) -> None:
 
 
 def _check_features(vllm_config: VllmConfig) -> None:
+    if vllm_config.use_v2_model_runner:
+        raise _refusal(
+            "VLLM_USE_V2_MODEL_RUNNER",
+            "this version works in Model Runner V1 and another setting asks for V2",
+            "Unset the variable",
+        )
     parallel = vllm_config.parallel_config
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name) > 1:

@@ -59,7 +59,7 @@ def main(
     job = {
         "model": model,
         "heads": heads,
-        "prompts": _load_prompts(prompts, num_prompts),
+        "workloads": {"prompts": _load_prompts(prompts, num_prompts)},
         "batch_size": batch_size,
         "output_tokens": output_tokens,
         "threshold": threshold,
@@ -71,10 +71,11 @@ def main(
     runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in chosen}
     for repeat in range(repeats):
         for arm in chosen:
-            run = _run_in_process(arm, job)
+            run = run_in_process(arm, job)
             runs[arm].append(run)
             typer.echo(
-                f"[{repeat + 1}/{repeats}] {arm}: {run['tokens_per_s']:.2f} tok/s",
+                f"[{repeat + 1}/{repeats}] {arm}: "
+                f"{run['workloads']['prompts']['tokens_per_s']:.2f} tok/s",
                 err=True,
             )
             if output is not None:
@@ -82,70 +83,22 @@ def main(
     typer.echo(_table(runs))
 
 
-def run_arm(arm: str, job: dict[str, Any]) -> dict[str, Any]:
-    """Start an engine, generate and measure; runs in a process of its own.
+def run_in_process(arm: str, job: dict[str, Any]) -> dict[str, Any]:
+    """Run one arm in a process of its own.
 
     Args:
         arm: A key of :data:`ARMS`.
-        job: What to run.
+        job: What to run: ``model``, ``heads``, ``workloads`` (prompts by name, texts or
+            token ids), ``batch_size``, ``output_tokens``, ``threshold``,
+            ``max_early_predictions``, ``dtype``, ``ignore_eos``, ``kv_cache_gib`` and,
+            optionally, further arguments of ``vllm.LLM`` under ``engine``.
 
     Returns:
-        Speed, token ids, peak memory and AdaDecode's counters.
+        Peak memory and, by workload, speed, token ids and AdaDecode's counters.
+
+    Raises:
+        RuntimeError: If the run fails; with the end of its log.
     """
-    from vllm import LLM, SamplingParams
-
-    options: dict[str, Any] = {}
-    if arm in ("adadecode", "threshold-1"):
-        from adadecode_vllm import engine_args
-
-        options = engine_args(
-            job["heads"],
-            threshold=1.0 if arm == "threshold-1" else job["threshold"],
-            max_early_predictions=job["max_early_predictions"],
-        )
-    texts = isinstance(job["prompts"][0], str)
-    params = SamplingParams(
-        temperature=0,
-        max_tokens=job["output_tokens"],
-        ignore_eos=job["ignore_eos"],
-        detokenize=texts,
-    )
-    prompts = [
-        prompt if texts else {"prompt_token_ids": prompt} for prompt in job["prompts"]
-    ]
-    llm = LLM(
-        job["model"],
-        dtype=job["dtype"],
-        skip_tokenizer_init=not texts,
-        kv_cache_memory_bytes=job["kv_cache_gib"] << 30,
-        enable_prefix_caching=False,
-        **options,
-    )
-    size = job["batch_size"]
-    llm.generate(prompts[:size], params, use_tqdm=False)
-    if options:
-        llm.collective_rpc("adadecode_stats", kwargs={"reset": True})
-    token_ids: list[list[int]] = []
-    started = time.perf_counter()
-    for first in range(0, len(prompts), size):
-        outputs = llm.generate(prompts[first : first + size], params, use_tqdm=False)
-        token_ids += [list(output.outputs[0].token_ids) for output in outputs]
-    seconds = time.perf_counter() - started
-    tokens = sum(map(len, token_ids))
-    stats = llm.collective_rpc("adadecode_stats")[0] if options else None
-    llm.llm_engine.engine_core.shutdown()
-    peak_kib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    return {
-        "tokens_per_s": tokens / seconds,
-        "seconds": seconds,
-        "tokens": tokens,
-        "peak_memory_mib": peak_kib / 1024,
-        "stats": stats,
-        "token_ids": token_ids,
-    }
-
-
-def _run_in_process(arm: str, job: dict[str, Any]) -> dict[str, Any]:
     environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
     if arm == "ordinary":
         environment["VLLM_PLUGINS"] = ""
@@ -158,8 +111,81 @@ def _run_in_process(arm: str, job: dict[str, Any]) -> dict[str, Any]:
         check=False,
     )
     if result.returncode != 0:
-        raise SystemExit(f"{arm} failed:\n{result.stderr[-3000:]}")
+        raise RuntimeError(f"{arm} failed:\n{result.stderr[-3000:]}")
     return json.loads(result.stdout.splitlines()[-1])
+
+
+def _run_arm(arm: str, job: dict[str, Any]) -> dict[str, Any]:
+    from vllm import LLM
+
+    options: dict[str, Any] = {}
+    if arm in ("adadecode", "threshold-1"):
+        from adadecode_vllm import engine_args
+
+        options = engine_args(
+            job["heads"],
+            threshold=1.0 if arm == "threshold-1" else job["threshold"],
+            max_early_predictions=job["max_early_predictions"],
+        )
+    started = time.perf_counter()
+    llm = LLM(
+        job["model"],
+        dtype=job["dtype"],
+        skip_tokenizer_init=not _are_texts(job["workloads"]),
+        kv_cache_memory_bytes=job["kv_cache_gib"] << 30,
+        enable_prefix_caching=False,
+        **options,
+        **job.get("engine", {}),
+    )
+    start_up = time.perf_counter() - started
+    workloads = {
+        name: _time_workload(llm, prompts, job, counters=bool(options))
+        for name, prompts in job["workloads"].items()
+    }
+    llm.llm_engine.engine_core.shutdown()
+    peak_kib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return {
+        "start_up_seconds": start_up,
+        "peak_memory_mib": peak_kib / 1024,
+        "workloads": workloads,
+    }
+
+
+def _time_workload(
+    llm: Any, prompts: list[Any], job: dict[str, Any], *, counters: bool
+) -> dict[str, Any]:
+    from vllm import SamplingParams
+
+    texts = isinstance(prompts[0], str)
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=job["output_tokens"],
+        ignore_eos=job["ignore_eos"],
+        detokenize=texts,
+    )
+    inputs = [prompt if texts else {"prompt_token_ids": prompt} for prompt in prompts]
+    size = job["batch_size"]
+    llm.generate(inputs[:size], params, use_tqdm=False)
+    if counters:
+        llm.collective_rpc("adadecode_stats", kwargs={"reset": True})
+    outputs = []
+    started = time.perf_counter()
+    for first in range(0, len(inputs), size):
+        outputs += llm.generate(inputs[first : first + size], params, use_tqdm=False)
+    seconds = time.perf_counter() - started
+    token_ids = [list(output.outputs[0].token_ids) for output in outputs]
+    tokens = sum(map(len, token_ids))
+    return {
+        "tokens_per_s": tokens / seconds,
+        "seconds": seconds,
+        "tokens": tokens,
+        "stats": llm.collective_rpc("adadecode_stats")[0] if counters else None,
+        "token_ids": token_ids,
+    }
+
+
+def _are_texts(workloads: dict[str, list[Any]]) -> bool:
+    return all(isinstance(prompts[0], str) for prompts in workloads.values())
 
 
 def _load_prompts(path: Path | None, count: int) -> list[Any]:
@@ -168,7 +194,11 @@ def _load_prompts(path: Path | None, count: int) -> list[Any]:
     return [[(17 * i + 31 * j) % 1000 + 3 for j in range(32)] for i in range(count)]
 
 
-def _table(runs: dict[str, list[dict[str, Any]]]) -> str:
+def _table(all_runs: dict[str, list[dict[str, Any]]]) -> str:
+    runs = {
+        arm: [{**run, **run["workloads"]["prompts"]} for run in results]
+        for arm, results in all_runs.items()
+    }
     reference = next(iter(runs))
     base = [run["tokens_per_s"] for run in runs[reference]]
     lines = [
@@ -186,17 +216,18 @@ def _table(runs: dict[str, list[dict[str, Any]]]) -> str:
         )
         total = sum(len(run["token_ids"]) for run in results)
         stats = results[0]["stats"]
-        forward = (
-            f"{stats['generated_tokens'] / stats['request_steps']:.2f}"
-            if stats
-            else "1.00"
-        )
+        per_forward = tokens_per_forward(stats) if stats else 1.0
         memory = statistics.median(run["peak_memory_mib"] for run in results)
         lines.append(
             f"| {arm} | {_spread(speeds)} | {_spread(ratios)} | {same}/{total} "
-            f"| {forward} | {memory:.0f} MiB |"
+            f"| {per_forward:.2f} | {memory:.0f} MiB |"
         )
     return "\n".join(lines)
+
+
+def tokens_per_forward(stats: dict[str, Any]) -> float:
+    """Tokens that a full forward yields, counted per request."""
+    return stats["generated_tokens"] / stats["request_steps"]
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -220,19 +251,21 @@ def _write(path: Path, job: dict[str, Any], runs: dict[str, Any]) -> None:
         },
         "hardware": {"cpu": _cpu_name(), "cores": os.cpu_count()},
         "python": platform.python_version(),
-        "job": {name: value for name, value in job.items() if name != "prompts"},
-        "num_prompts": len(job["prompts"]),
+        "job": {name: value for name, value in job.items() if name != "workloads"},
+        "num_prompts": len(job["workloads"]["prompts"]),
         "table": _table({arm: results for arm, results in runs.items() if results}),
         "runs": {
-            arm: [
-                {name: value for name, value in run.items() if name != "token_ids"}
-                for run in results
-            ]
-            for arm, results in runs.items()
+            arm: [_summary(run) for run in results] for arm, results in runs.items()
         },
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def _summary(run: dict[str, Any]) -> dict[str, Any]:
+    workload = dict(run["workloads"]["prompts"])
+    del workload["token_ids"]
+    return {**{name: run[name] for name in run if name != "workloads"}, **workload}
 
 
 def _cpu_name() -> str:
@@ -244,6 +277,6 @@ def _cpu_name() -> str:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["run-arm"]:
-        print(json.dumps(run_arm(sys.argv[2], json.load(sys.stdin))))
+        print(json.dumps(_run_arm(sys.argv[2], json.load(sys.stdin))))
     else:
         typer.run(main)

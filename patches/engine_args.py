@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import argparse
 import functools
-from typing import TYPE_CHECKING, Any
+import sys
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -82,7 +83,7 @@ def _wrap_from(original: Any) -> Any:
                     engine_args.additional_config, options
                 )
         except AdaDecodeError as error:
-            raise SystemExit(f"vllm: error: {error}") from None
+            _exit(error)
         # On the command line a user's mistake ends with a sentence, not a traceback.
         engine_args._adadecode_from_cli = True
         return engine_args
@@ -104,16 +105,21 @@ def _wrap_create(original: Any) -> Any:
             from adadecode_vllm import features, plugin
 
             plugin.check_vllm_version()
-            if not arguments.is_prepared(self):
-                features.check_arguments(self)
-                arguments.prepare_engine_args(self, config)
-            vllm_config = original(self, *args, **kwargs)
+            features.check_arguments(self)
+            with arguments.prepared(self, config):
+                vllm_config = original(self, *args, **kwargs)
             features.check_engine(vllm_config, config)
         except AdaDecodeError as error:
             if getattr(self, "_adadecode_from_cli", False):
-                raise SystemExit(f"vllm: error: {error}") from None
+                _exit(error)
             raise
         return vllm_config
 
     setattr(create_engine_config, _MARK, original)
     return create_engine_config
+
+
+def _exit(error: Exception) -> NoReturn:
+    """End a command the way its own parser ends on a wrong flag."""
+    sys.stderr.write(f"vllm: error: {error}\n")
+    raise SystemExit(2) from None

@@ -31,6 +31,8 @@ _SHAPE: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
+    # Large enough that a tied model does more than repeat its input.
+    "initializer_range": 0.15,
 }
 
 

@@ -231,6 +231,6 @@ def test_a_mistake_ends_with_one_sentence(arguments: list[str], sentence: str) -
         timeout=120,
         check=False,
     )
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert f"vllm: error: {sentence}" in result.stderr
     assert "Traceback" not in result.stderr

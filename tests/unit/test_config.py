@@ -15,12 +15,13 @@ from pydantic import ValidationError
 import adadecode_vllm
 from adadecode_vllm import plugin
 from adadecode_vllm.arguments import (
+    CPU_WORKER,
     PROPOSER,
     SCHEDULER,
     add_cli_flags,
-    is_prepared,
     merge_into_additional_config,
     options_from_flags,
+    prepared,
     requested_config,
 )
 from adadecode_vllm.config import AdaDecodeConfig, engine_args, parse_config
@@ -116,7 +117,8 @@ def test_refused_with_flag_reason_and_remedy(
     assert message.startswith(f"--adadecode-config: {given} is refused: ")
     assert reason in message
     description = AdaDecodeConfig.model_fields[option].description
-    assert f"Give a valid {option} ({description})." in message
+    assert description is not None
+    assert message.endswith(f"Give a valid {option} ({description[:-1]}).")
     assert "\n" not in message
     assert "pydantic" not in message
 
@@ -302,6 +304,15 @@ def test_merge_contradiction() -> None:
     )
 
 
+@pytest.mark.parametrize("present", [5, "heads", ["heads"]])
+def test_merge_with_no_object(present: Any) -> None:
+    with pytest.raises(AdaDecodeError) as caught:
+        merge_into_additional_config({"adadecode": present}, {"heads": "H"})
+    assert str(caught.value).startswith(
+        f"--additional-config: adadecode = {present!r} is not an object with options"
+    )
+
+
 # vLLM's own command line
 
 
@@ -346,7 +357,30 @@ def test_flags_become_additional_config(cli: argparse.ArgumentParser) -> None:
     }
     config = requested_config(args)
     assert config == parse_config({"heads": "H", "threshold": 0.5})
-    assert not is_prepared(args)
+    assert args.speculative_config is None
+
+
+def test_class_names_stand_in_the_arguments_only_for_a_while(
+    cli: argparse.ArgumentParser,
+) -> None:
+    args = from_cli(cli, "--plugin", "adadecode", "--adadecode-heads", "H")
+    before = dict(vars(args))
+
+    def fail_within() -> None:
+        options = {"heads": "H", "max_early_predictions": 3}
+        with prepared(args, parse_config(options)):
+            assert args.speculative_config == {
+                "method": "custom_class",
+                "model": PROPOSER,
+                "num_speculative_tokens": 3,
+            }
+            assert args.scheduler_cls == SCHEDULER
+            assert args.worker_cls == CPU_WORKER
+            raise KeyError("vLLM failed")
+
+    with pytest.raises(KeyError, match="vLLM failed"):
+        fail_within()
+    assert vars(args) == before
 
 
 def test_dotted_flags_are_json_too(cli: argparse.ArgumentParser) -> None:
@@ -391,13 +425,18 @@ def test_off(cli: argparse.ArgumentParser) -> None:
     ],
 )
 def test_mistakes_end_with_a_sentence(
-    cli: argparse.ArgumentParser, argv: list[str], message: str
+    cli: argparse.ArgumentParser,
+    argv: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
         from_cli(cli, *argv)
-    assert str(caught.value.code).startswith(f"vllm: error: {message}")
-    assert "\n" not in str(caught.value.code)
-    assert caught.value.__suppress_context__
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert f"vllm: error: {message}" in error
+    assert "Traceback" not in error
 
 
 @pytest.mark.parametrize(
@@ -408,12 +447,16 @@ def test_mistakes_end_with_a_sentence(
     ],
 )
 def test_wrong_options_end_with_a_sentence(
-    cli: argparse.ArgumentParser, options: str, message: str
+    cli: argparse.ArgumentParser,
+    options: str,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     args = from_cli(cli, "--plugin", "adadecode", "--adadecode-config", options)
     with pytest.raises(SystemExit) as caught:
         args.create_engine_config()
-    assert str(caught.value.code).startswith(f"vllm: error: {message}")
+    assert caught.value.code == 2
+    assert f"vllm: error: {message}" in capsys.readouterr().err
 
 
 def test_an_unknown_plugin(

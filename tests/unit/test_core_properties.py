@@ -420,7 +420,7 @@ def test_drafting_goes_deeper_only_where_it_must() -> None:
     assert engine.stats.early_predictions.tolist() == [2, 1]
     # Deferred layers of several tokens ran as one batch.
     assert engine.stats.token_layers.tolist() == [5, 5, 0]
-    assert engine.stats.segments_run[1] < 5
+    assert engine.stats.segments_run.tolist() == [4, 2, 0]
 
 
 def test_confidence_must_exceed_the_threshold() -> None:

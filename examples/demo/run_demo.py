@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The main job on the shipped model: the same text as ordinary vLLM, and its speed.
+
+Generates from held-out problems and from prompts cut from held-out source files, with
+ordinary vLLM and with AdaDecode, each at vLLM's defaults, one request at a time and in
+float32. Checks that the texts are identical.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from corpus import heldout_code_prompts, heldout_problems
+from rich.console import Console
+from rich.table import Table
+
+DEMO = Path(__file__).resolve().parent
+sys.path.insert(0, str(DEMO.parents[1]))
+
+from benchmarks.compare import run_in_process, tokens_per_forward  # noqa: E402
+
+
+def main(
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts of each kind")] = 16,
+    output_tokens: Annotated[int, typer.Option(min=1)] = 80,
+    threshold: Annotated[float, typer.Option(min=0, max=1)] = 0.75,
+    max_early_predictions: Annotated[int, typer.Option(min=1)] = 5,
+    enforce_eager: Annotated[bool, typer.Option(help="Do not compile")] = False,
+) -> None:
+    """Run both, compare the texts and print a table."""
+    console = Console()
+    job = {
+        "model": str(DEMO / "model"),
+        "heads": str(DEMO / "heads"),
+        "workloads": {
+            "problems": heldout_problems(prompts),
+            "code": heldout_code_prompts(prompts),
+        },
+        "batch_size": 1,
+        "output_tokens": output_tokens,
+        "threshold": threshold,
+        "max_early_predictions": max_early_predictions,
+        "dtype": "float32",
+        "ignore_eos": False,
+        "kv_cache_gib": 1,
+        "engine": {"enforce_eager": enforce_eager},
+    }
+    results = {}
+    for arm in ("ordinary", "adadecode"):
+        with console.status(f"{arm}: starting vLLM and generating"):
+            results[arm] = run_in_process(arm, job)["workloads"]
+    console.print(_table(results))
+    different = [
+        f"{workload} prompt {index}"
+        for workload, ordinary in results["ordinary"].items()
+        for index, (expected, text) in enumerate(
+            zip(
+                ordinary["token_ids"],
+                results["adadecode"][workload]["token_ids"],
+                strict=True,
+            )
+        )
+        if expected != text
+    ]
+    if different:
+        console.print(f"[red]Texts differ: {', '.join(different)}[/red]")
+        raise typer.Exit(1)
+    console.print(f"All {2 * prompts} texts are identical.")
+
+
+def _table(results: dict[str, Any]) -> Table:
+    table = Table(title="One request at a time, float32, greedy")
+    columns = (
+        "text",
+        "vLLM\ntok/s",
+        "AdaDecode\ntok/s",
+        "\nratio",
+        "tokens per\nforward",
+        "predicted early\nat exit",
+        "share of\ntokens",
+        "\naccepted",
+    )
+    for column in columns:
+        table.add_column(column, justify="left" if column == "text" else "right")
+    for workload, ordinary in results["ordinary"].items():
+        ours = results["adadecode"][workload]
+        stats = ours["stats"]
+        predicted = stats["early_predictions"]
+        accepted, rejected = sum(stats["accepted"]), sum(stats["rejected"])
+        by_exit = " ".join(
+            f"{layer}:{count}"
+            for layer, count in zip(stats["exit_layers"], predicted, strict=True)
+        )
+        table.add_row(
+            workload,
+            f"{ordinary['tokens_per_s']:.0f}",
+            f"{ours['tokens_per_s']:.0f}",
+            f"{ours['tokens_per_s'] / ordinary['tokens_per_s']:.2f}x",
+            f"{tokens_per_forward(stats):.2f}",
+            by_exit,
+            f"{accepted / max(1, stats['generated_tokens']):.0%}",
+            f"{accepted / max(1, accepted + rejected):.1%}",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    typer.run(main)
