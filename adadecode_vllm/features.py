@@ -41,6 +41,8 @@ def check_arguments(args: EngineArgs) -> None:
             "exit heads are trained for one set of weights and an adapter changes them",
             "Merge the adapter into the model and train heads for the result",
         )
+    from vllm import envs
+
     speculative = {
         "--speculative-config": args.speculative_config,
         "--spec-method": args.spec_method,
@@ -72,6 +74,9 @@ def check_arguments(args: EngineArgs) -> None:
             "the next step is scheduled only after its early predictions are known",
             "Remove --async-scheduling",
         )
+    # vLLM would refuse it itself where Triton is missing, with another remedy.
+    if envs.VLLM_USE_V2_MODEL_RUNNER:
+        raise _runner_v2()
 
 
 def check_engine(vllm_config: VllmConfig, config: AdaDecodeConfig) -> None:
@@ -228,11 +233,7 @@ def _check_model(model: ModelConfig) -> None:
 
 def _check_features(vllm_config: VllmConfig) -> None:
     if vllm_config.use_v2_model_runner:
-        raise _refusal(
-            "VLLM_USE_V2_MODEL_RUNNER",
-            "this version works in Model Runner V1 and another setting asks for V2",
-            "Unset the variable",
-        )
+        raise _runner_v2()
     parallel = vllm_config.parallel_config
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name) > 1:
@@ -253,6 +254,14 @@ def _check_features(vllm_config: VllmConfig) -> None:
             "it skips layers of prompt tokens on its own terms",
             "Remove it",
         )
+
+
+def _runner_v2() -> AdaDecodeError:
+    return _refusal(
+        "VLLM_USE_V2_MODEL_RUNNER",
+        "this version works in Model Runner V1 and this or another setting asks for V2",
+        "Unset the variable",
+    )
 
 
 def _unsupported(model: ModelConfig, reason: str) -> AdaDecodeError:

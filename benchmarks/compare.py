@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -46,6 +45,9 @@ def main(
     dtype: str = "bfloat16",
     ignore_eos: bool = True,
     kv_cache_gib: int = 1,
+    engine: Annotated[
+        str, typer.Option(help="JSON object: more arguments of vllm.LLM, for all arms")
+    ] = "{}",
     output: Annotated[Path | None, typer.Option(help="JSON file for results")] = None,
 ) -> None:
     """Compare the arms and print a table of medians with their spread."""
@@ -67,6 +69,7 @@ def main(
         "dtype": dtype,
         "ignore_eos": ignore_eos,
         "kv_cache_gib": kv_cache_gib,
+        "engine": json.loads(engine),
     }
     runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in chosen}
     for repeat in range(repeats):
@@ -142,11 +145,11 @@ def _run_arm(arm: str, job: dict[str, Any]) -> dict[str, Any]:
         name: _time_workload(llm, prompts, job, counters=bool(options))
         for name, prompts in job["workloads"].items()
     }
+    peak_mib = _peak_memory_mib()
     llm.llm_engine.engine_core.shutdown()
-    peak_kib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     return {
         "start_up_seconds": start_up,
-        "peak_memory_mib": peak_kib / 1024,
+        "peak_memory_mib": peak_mib,
         "workloads": workloads,
     }
 
@@ -165,7 +168,9 @@ def _time_workload(
     )
     inputs = [prompt if texts else {"prompt_token_ids": prompt} for prompt in prompts]
     size = job["batch_size"]
-    llm.generate(inputs[:size], params, use_tqdm=False)
+    warm_up = params.clone()
+    warm_up.max_tokens = min(params.max_tokens or 16, 16)
+    llm.generate(inputs[:size], warm_up, use_tqdm=False)
     if counters:
         llm.collective_rpc("adadecode_stats", kwargs={"reset": True})
     outputs = []
@@ -182,6 +187,18 @@ def _time_workload(
         "stats": llm.collective_rpc("adadecode_stats")[0] if counters else None,
         "token_ids": token_ids,
     }
+
+
+def _peak_memory_mib() -> float:
+    """Largest resident memory that this process and its descendants had, summed."""
+    import psutil
+
+    this = psutil.Process()
+    total = 0
+    for process in (this, *this.children(recursive=True)):
+        status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
+        total += int(status.split("VmHWM:")[1].split()[0])
+    return total / 1024
 
 
 def _are_texts(workloads: dict[str, list[Any]]) -> bool:

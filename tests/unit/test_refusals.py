@@ -290,9 +290,8 @@ def test_model_runner_v2(
     v2: Any = SimpleNamespace(use_v2_model_runner=True)
     with pytest.raises(AdaDecodeError, match="works in Model Runner V1"):
         features._check_features(v2)
-    # Without Triton vLLM itself refuses, in its own words.
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    with pytest.raises(ValueError, match=r"Model Runner V[12]"):
+    with pytest.raises(AdaDecodeError, match="works in Model Runner V1"):
         create(model, heads)
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
     assert not create(model, heads).use_v2_model_runner
