@@ -29,8 +29,13 @@ def demo_corpus() -> ModuleType:
 
 
 @contextmanager
-def start_engine(model: str = MODEL, **options: Any) -> Iterator[Any]:
-    """An engine with the tests' defaults, shut down afterwards."""
+def start_engine(
+    model: str = MODEL, *, multiprocessing: bool = False, **options: Any
+) -> Iterator[Any]:
+    """An engine with the tests' defaults, shut down afterwards.
+
+    By default it runs in this process, so that tests can reach into it.
+    """
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -43,7 +48,9 @@ def start_engine(model: str = MODEL, **options: Any) -> Iterator[Any]:
         "max_num_seqs": 16,
         "disable_log_stats": False,
     }
-    llm = LLM(model, **{**defaults, **options})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", str(int(multiprocessing)))
+        llm = LLM(model, **{**defaults, **options})
     try:
         yield llm
     finally:

@@ -59,11 +59,13 @@ class AdaDecodeCPUModelRunner(CPUModelRunner):
         self.proposer.bind(self)
 
     def warming_up_model(self) -> None:
-        """Compile the model, then the segments."""
+        """Compile the model, then the segments if they will ever run."""
         super().warming_up_model()
-        if self.vllm_config.compilation_config.mode != CompilationMode.NONE:
+        adadecode = self.proposer.adadecode
+        compiles = self.vllm_config.compilation_config.mode != CompilationMode.NONE
+        if compiles and adadecode.policy.can_predict:
             with _set_global_compilation_settings(self.vllm_config):
-                self.proposer.adadecode.executor.warm_up()
+                adadecode.executor.warm_up()
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
         """Reload the weights; what the old ones computed is dropped (I2)."""

@@ -1,26 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines and reference texts that the engine tests share.
+"""Prompts and reference texts that the engine tests share.
 
-Starting an engine takes much longer than the tests themselves, so engines are shared
-and a test changes the policy of a running one. All run in this process and in float32,
-where greedy texts must be identical (I6).
+Starting an engine takes much longer than the tests themselves, so tests share engines
+and change the policy of a running one. All run in float32, where greedy texts must be
+identical (I6).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import pytest
 
-from tests.harness import adadecode_options, demo_corpus, generate, start_engine
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _in_process() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        yield
+from tests.harness import demo_corpus, generate, start_engine
 
 
 @pytest.fixture(scope="session")
@@ -50,10 +40,3 @@ def reference(prompts: list[str]) -> dict[str, list[list[int]]]:
             "texts": generate(llm, prompts),
             "full": generate(llm, prompts[:4], max_tokens=None, ignore_eos=True),
         }
-
-
-@pytest.fixture(scope="session")
-def adaptive(reference: Any) -> Iterator[Any]:
-    """AdaDecode with all exits and the largest cap that the tests use."""
-    with start_engine(**adadecode_options(max_early_predictions=8)) as llm:
-        yield llm

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Greedy texts equal ordinary vLLM's under settings that change the flow (I6)."""
+
+from __future__ import annotations
+
+import pytest
+
+from adadecode_vllm.heads import load_heads_config
+from tests.harness import (
+    HEADS,
+    adadecode_options,
+    generate,
+    metric,
+    set_policy,
+    start_engine,
+    stats,
+)
+
+pytestmark = pytest.mark.engine
+
+Reference = dict[str, list[list[int]]]
+
+
+@pytest.mark.parametrize("exit_index", [0, 1, 2])
+def test_single_exits(
+    prompts: list[str], reference: Reference, exit_index: int
+) -> None:
+
+    layer = load_heads_config(HEADS).exit_layers[exit_index]
+    options = adadecode_options(exit_layers=[layer], threshold=0.5)
+    with start_engine(**options) as llm:
+        assert generate(llm, prompts) == reference["texts"]
+        counted = stats(llm)
+        assert counted["exit_layers"] == (layer,)
+        assert counted["accepted"][0] > 0
+        set_policy(llm, 0.0, 5)
+        assert generate(llm, prompts) == reference["texts"]
+        assert stats(llm)["rejected"][0] > 0
+
+
+def test_chunked_prefill_and_preemption(
+    prompts: list[str], reference: Reference
+) -> None:
+    """A token budget below the prompts' lengths and a KV cache that is too small."""
+    with start_engine(
+        **adadecode_options(threshold=0.5),
+        enable_prefix_caching=False,
+        max_num_batched_tokens=48,
+        num_gpu_blocks_override=20,
+        max_num_seqs=12,
+    ) as llm:
+        tokenizer = llm.get_tokenizer()
+        assert max(len(tokenizer(prompt)["input_ids"]) for prompt in prompts) > 48
+        assert generate(llm, prompts) == reference["texts"]
+        assert metric(llm, "vllm:num_preemptions") > 0
+        counted = stats(llm)
+        assert sum(counted["accepted"]) > 0
+        # What was pending when a request was preempted did not survive it.
+        assert counted["dropped"]["not_scheduled"] > 0
+        assert metric(llm, "vllm:prefix_cache_hits") == 0
+        set_policy(llm, 0.0, 5)
+        assert generate(llm, prompts) == reference["texts"]
+        assert sum(stats(llm)["rejected"]) > 0
+
+
+def test_compiled_as_vllm_does_by_default(
+    prompts: list[str], reference: Reference
+) -> None:
+    options = adadecode_options(threshold=0.5)
+    with start_engine(**options, enforce_eager=False) as llm:
+        assert generate(llm, prompts) == reference["texts"]
+        assert sum(stats(llm)["accepted"]) > 0
+        set_policy(llm, 0.0, 5)
+        assert generate(llm, prompts) == reference["texts"]
+        assert sum(stats(llm)["rejected"]) > 0
+
+
+def test_tensor_parallel_2(
+    prompts: list[str], reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every rank takes the same decisions (I7), with a vocab-parallel LM head."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    options = adadecode_options(threshold=0.0)
+    with start_engine(**options, multiprocessing=True, tensor_parallel_size=2) as llm:
+        assert generate(llm, prompts) == reference["texts"]
+        ranks = llm.collective_rpc("adadecode_stats")
+    assert len(ranks) == 2
+    for counter in ("early_predictions", "accepted", "rejected", "resumed_tokens"):
+        assert ranks[0][counter] == ranks[1][counter]
+    assert sum(ranks[0]["accepted"]) > 0
+    assert sum(ranks[0]["rejected"]) > 0
