@@ -18,15 +18,8 @@ from adadecode_vllm.core.drafting import DraftRequests
 from adadecode_vllm.core.executor import TokenSubset
 from adadecode_vllm.core.ledger import Resumable
 from adadecode_vllm.core.resume import ScheduledBatch
-from tests.reference import (
-    EVENTS,
-    Engine,
-    Event,
-    RandomGate,
-    ReferenceModel,
-    View,
-    ordinary,
-)
+from tests.reference_engine import EVENTS, Engine, Event, RandomGate, ordinary
+from tests.reference_model import ReferenceModel, View
 
 VOCAB_SIZE = 7
 MAX_MODEL_LEN = 24
