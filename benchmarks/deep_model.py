@@ -70,11 +70,11 @@ def make_deep_model(
 
 def main(
     directory: Annotated[Path, typer.Argument(help="Where to write model/ and heads/")],
-    hidden_size: int = 1280,
-    num_layers: int = 32,
-    vocab_size: int = 8192,
+    hidden_size: int = 2560,
+    num_layers: int = 8,
+    vocab_size: int = 2048,
 ) -> None:
-    """Write the model; the defaults have 0.6 B parameters."""
+    """Write the model; the defaults have 0.57 B parameters."""
     make_deep_model(
         directory,
         hidden_size=hidden_size,

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
@@ -84,8 +85,6 @@ def _wrap_from(original: Any) -> Any:
                 )
         except AdaDecodeError as error:
             _exit(error)
-        # On the command line a user's mistake ends with a sentence, not a traceback.
-        engine_args._adadecode_from_cli = True
         return engine_args
 
     return from_cli_args
@@ -110,7 +109,8 @@ def _wrap_create(original: Any) -> Any:
                 vllm_config = original(self, *args, **kwargs)
             features.check_engine(vllm_config, config)
         except AdaDecodeError as error:
-            if getattr(self, "_adadecode_from_cli", False):
+            # In the `vllm` command a user's mistake ends with a sentence.
+            if Path(sys.argv[0]).name == "vllm":
                 _exit(error)
             raise
         return vllm_config

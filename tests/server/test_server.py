@@ -208,6 +208,7 @@ def test_bench_throughput() -> None:
         text=True,
         timeout=300,
         check=False,
+        env={**os.environ, "VLLM_LOGGING_LEVEL": "INFO"},
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert "Throughput:" in result.stdout

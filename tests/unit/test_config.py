@@ -6,6 +6,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -451,8 +453,12 @@ def test_wrong_options_end_with_a_sentence(
     options: str,
     message: str,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     args = from_cli(cli, "--plugin", "adadecode", "--adadecode-config", options)
+    with pytest.raises(AdaDecodeError, match=re.escape(message)):
+        args.create_engine_config()
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/vllm", "serve"])
     with pytest.raises(SystemExit) as caught:
         args.create_engine_config()
     assert caught.value.code == 2

