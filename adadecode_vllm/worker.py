@@ -19,6 +19,11 @@ class AdaDecodeCPUWorker(CPUWorker):
         with cpu_model_runner.use(AdaDecodeCPUModelRunner):
             super().init_device()
 
+    def update_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Receive new weights; what the old ones computed is dropped (I2)."""
+        self._runner.proposer.adadecode.ledger.clear("weights_updated")
+        super().update_weights(*args, **kwargs)
+
     def adadecode_stats(self, reset: bool = False) -> dict[str, Any]:
         """Counters of this worker; reached through ``LLM.collective_rpc``.
 
@@ -29,8 +34,7 @@ class AdaDecodeCPUWorker(CPUWorker):
             :meth:`adadecode_vllm.core.stats.Stats.to_dict` and ``dropped``, requests
             whose pending tokens were discarded, by reason.
         """
-        runner = cast(AdaDecodeCPUModelRunner, self.model_runner)
-        adadecode = runner.proposer.adadecode
+        adadecode = self._runner.proposer.adadecode
         answer = {
             **adadecode.stats.to_dict(),
             "dropped": dict(adadecode.ledger.dropped),
@@ -39,3 +43,7 @@ class AdaDecodeCPUWorker(CPUWorker):
             adadecode.stats.reset()
             adadecode.ledger.dropped.clear()
         return answer
+
+    @property
+    def _runner(self) -> AdaDecodeCPUModelRunner:
+        return cast(AdaDecodeCPUModelRunner, self.model_runner)

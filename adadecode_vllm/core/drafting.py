@@ -90,13 +90,10 @@ class Drafter:
             front_level = levels[everyone, length - 1]
             segment = int(front_level[active].min())
             chosen = np.flatnonzero(active & (front_level == segment))
-            self._run_segment(requests, chosen, segment, token_ids, levels, length)
-
-            front = length[chosen] - 1
-            index = self._index(chosen * width + front)
-            predicted, confidence = self.executor.gate(
-                segment, *self.states.read(index)
+            front_states = self._run_segment(
+                requests, chosen, segment, token_ids, levels, length
             )
+            predicted, confidence = self.executor.gate(segment, *front_states)
             self.stats.gates[segment] += len(chosen)
             confident = self.policy.confident(confidence)
 
@@ -123,11 +120,14 @@ class Drafter:
         token_ids: np.ndarray,
         levels: np.ndarray,
         length: np.ndarray,
-    ) -> None:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run a segment for all tokens of the chosen requests that stand at it.
 
         Levels never increase with the position (I1), so these tokens are a suffix of
         each window; ``levels`` is updated in place.
+
+        Returns:
+            Hidden states and residuals of the chosen requests' front tokens, (r, d).
         """
         width = self.states.window
         offsets = np.arange(width)
@@ -152,6 +152,10 @@ class Drafter:
         self.states.write(index, hidden, residual)
         levels[chosen[request], offset] = segment + 1
         self.stats.count_segment(segment, len(index))
+        if len(index) == len(chosen):
+            return hidden, residual
+        front = self._index(np.cumsum(count) - 1)
+        return hidden.index_select(0, front), residual.index_select(0, front)
 
     def _index(self, index: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(index).to(self.states.hidden.device)

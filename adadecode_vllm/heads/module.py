@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The exit heads as a torch module."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 
 import torch
@@ -11,14 +11,43 @@ from adadecode_vllm.heads.config import load_heads_config
 from adadecode_vllm.heads.io import load_exit_weights
 
 
+class ExitTransform(nn.Module):
+    """One exit's T, multiplied by the kernel that vLLM's own layers use.
+
+    On CPU vLLM packs weights for a faster kernel than torch's; elsewhere torch's is
+    the kernel.
+    """
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        """Take the weight, and pack it where it is on the CPU.
+
+        Args:
+            weight: T, shape (d, d), in the model's dtype, on its device.
+        """
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.cpu_linear: Callable[..., torch.Tensor] | None = None
+        if weight.device.type == "cpu":
+            # Imported here: reading and writing heads needs no vLLM.
+            from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+            dispatch_cpu_unquantized_gemm(self, remove_weight=True)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return T @ hidden for (n, d) hidden states."""
+        if self.cpu_linear is not None:
+            return self.cpu_linear(hidden, self.weight, None)
+        return nn.functional.linear(hidden, self.weight)
+
+
 class ExitHeads(nn.Module):
     """The transformations T of all exits, for inference.
 
     The weights are replicated on every tensor-parallel rank: a (d, d) product is small
-    beside the all-reduce that sharding it would need. They are plain parameters, not
-    vLLM's linear layers, and so never inherit the base model's quantization.
+    beside the all-reduce that sharding it would need. They are not vLLM's linear
+    layers and so never inherit the base model's quantization.
 
-    An exit whose T is exactly the identity has no parameter and costs nothing.
+    An exit whose T is exactly the identity has no weight and costs nothing.
 
     Attributes:
         exit_layers: Layer counts of the exits, strictly increasing.
@@ -40,7 +69,7 @@ class ExitHeads(nn.Module):
         """
         super().__init__()
         self.exit_layers = tuple(sorted(weights))
-        self.weights = nn.ParameterDict()
+        self.transforms = nn.ModuleDict()
         identity = []
         for layer in self.exit_layers:
             weight = weights[layer].detach().to(dtype)
@@ -48,9 +77,7 @@ class ExitHeads(nn.Module):
             if torch.equal(weight, torch.eye(len(weight)).to(weight)):
                 identity.append(layer)
                 continue
-            self.weights[str(layer)] = nn.Parameter(
-                weight.to(device), requires_grad=False
-            )
+            self.transforms[str(layer)] = ExitTransform(weight.to(device))
         self.identity_layers = frozenset(identity)
 
     @classmethod
@@ -95,4 +122,4 @@ class ExitHeads(nn.Module):
         """
         if layer in self.identity_layers:
             return hidden
-        return nn.functional.linear(hidden, self.weights[str(layer)])
+        return self.transforms[str(layer)](hidden)

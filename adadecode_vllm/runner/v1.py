@@ -67,6 +67,12 @@ class AdaDecodeCPUModelRunner(CPUModelRunner):
             with _set_global_compilation_settings(self.vllm_config):
                 adadecode.executor.warm_up()
 
+    def _sample(self, logits: Any, spec_decode_metadata: Any) -> Any:
+        """Sample; without drafts as ordinary vLLM does, which is cheaper."""
+        if spec_decode_metadata is not None and not spec_decode_metadata.max_spec_len:
+            spec_decode_metadata = None
+        return super()._sample(logits, spec_decode_metadata)
+
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
         """Reload the weights; what the old ones computed is dropped (I2)."""
         self.proposer.adadecode.ledger.clear("weights_reloaded")

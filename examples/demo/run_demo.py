@@ -10,6 +10,7 @@ runs both at vLLM's defaults.
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +22,7 @@ from rich.table import Table
 DEMO = Path(__file__).resolve().parent
 sys.path.insert(0, str(DEMO.parents[1]))
 
-from benchmarks.compare import run_in_process, tokens_per_forward  # noqa: E402
+from benchmarks.arm import ArmProcess, tokens_per_forward  # noqa: E402
 
 
 def main(
@@ -35,34 +36,49 @@ def main(
 ) -> None:
     """Run both, compare the texts and print a table."""
     console = Console()
-    job = {
+    workloads = {
+        "problems": heldout_problems(prompts),
+        "code": heldout_code_prompts(prompts),
+    }
+    engine = {
         "model": str(DEMO / "model"),
         "heads": str(DEMO / "heads"),
-        "workloads": {
-            "problems": heldout_problems(prompts),
-            "code": heldout_code_prompts(prompts),
-        },
-        "batch_size": 1,
-        "output_tokens": output_tokens,
         "threshold": threshold,
         "max_early_predictions": max_early_predictions,
         "dtype": "float32",
-        "ignore_eos": False,
         "kv_cache_gib": 1,
-        "engine": {"enforce_eager": not compile},
+        "texts": True,
+        "arguments": {"enforce_eager": not compile},
     }
-    results = {}
-    for arm in ("ordinary", "adadecode"):
-        with console.status(f"{arm}: starting vLLM and generating"):
-            results[arm] = run_in_process(arm, job)["workloads"]
+    generation = {"batch_size": 1, "ignore_eos": False}
+    with ExitStack() as stack:
+        arms = {}
+        for arm in ("ordinary", "adadecode"):
+            with console.status(f"{arm}: starting vLLM"):
+                arms[arm] = stack.enter_context(ArmProcess(arm, engine))
+            arms[arm].generate(
+                workloads["problems"][:1], output_tokens=16, **generation
+            )
+        # In turn, prompts of one kind after the other, so that a machine whose speed
+        # drifts slows both alike.
+        with console.status("generating"):
+            results: dict[str, Any] = {
+                workload: {
+                    arm: process.generate(
+                        texts, output_tokens=output_tokens, **generation
+                    )
+                    for arm, process in arms.items()
+                }
+                for workload, texts in workloads.items()
+            }
     console.print(_table(results))
     different = [
         f"{workload} prompt {index}"
-        for workload, ordinary in results["ordinary"].items()
+        for workload, by_arm in results.items()
         for index, (expected, text) in enumerate(
             zip(
-                ordinary["token_ids"],
-                results["adadecode"][workload]["token_ids"],
+                by_arm["ordinary"]["token_ids"],
+                by_arm["adadecode"]["token_ids"],
                 strict=True,
             )
         )
@@ -75,26 +91,26 @@ def main(
 
 
 def _table(results: dict[str, Any]) -> Table:
-    table = Table(title="One request at a time, float32, greedy")
+    table = Table(title="One request at a time, float32, greedy", padding=(0, 0, 0, 1))
     columns = (
         "text",
         "vLLM\ntok/s",
         "AdaDecode\ntok/s",
         "\nratio",
-        "tokens per\nforward",
-        "predicted early\nat exit",
+        "tokens/\nforward",
+        "early\nby exit",
         "share of\ntokens",
         "\naccepted",
     )
     for column in columns:
         table.add_column(column, justify="left" if column == "text" else "right")
-    for workload, ordinary in results["ordinary"].items():
-        ours = results["adadecode"][workload]
+    for workload, by_arm in results.items():
+        ordinary, ours = by_arm["ordinary"], by_arm["adadecode"]
         stats = ours["stats"]
         predicted = stats["early_predictions"]
         accepted, rejected = sum(stats["accepted"]), sum(stats["rejected"])
-        by_exit = " ".join(
-            f"{layer}:{count}"
+        by_exit = "\n".join(
+            f"{layer}: {count}"
             for layer, count in zip(stats["exit_layers"], predicted, strict=True)
         )
         table.add_row(

@@ -414,11 +414,11 @@ def test_module_applies_the_weight() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_module_casts_and_needs_no_gradient(dtype: torch.dtype) -> None:
-    heads = ExitHeads({1: torch.randn(D, D)}, dtype)
-    (parameter,) = heads.parameters()
-    assert parameter.dtype == dtype
-    assert not parameter.requires_grad
-    assert heads(1, torch.randn(2, D, dtype=dtype)).dtype == dtype
+    weight = torch.randn(D, D)
+    heads = ExitHeads({1: weight}, dtype)
+    assert not any(parameter.requires_grad for parameter in heads.parameters())
+    hidden = torch.randn(2, D, dtype=dtype)
+    torch.testing.assert_close(heads(1, hidden), hidden @ weight.to(dtype).T)
 
 
 def test_identity_costs_nothing() -> None:
@@ -427,7 +427,7 @@ def test_identity_costs_nothing() -> None:
     assert heads.identity_layers == {1}
     assert heads(1, hidden) is hidden
     assert not torch.equal(heads(3, hidden), hidden)
-    assert [name for name, _ in heads.named_parameters()] == ["weights.3"]
+    assert [name for name, _ in heads.named_parameters()] == ["transforms.3.weight"]
 
 
 def test_almost_the_identity_is_not_the_identity() -> None:
@@ -440,6 +440,7 @@ def test_module_from_directory_keeps_a_subset(heads: Path) -> None:
     module = ExitHeads.from_directory(heads, torch.bfloat16, exit_layers=[3])
     expected = load_exit_weights(heads, load_heads_config(heads))[3].bfloat16()
     assert module.exit_layers == (3,)
-    assert torch.equal(module.weights["3"], expected)
+    hidden = torch.randn(2, D).bfloat16()
+    torch.testing.assert_close(module(3, hidden), hidden @ expected.T)
     with pytest.raises(KeyError):
         ExitHeads.from_directory(heads, torch.bfloat16, exit_layers=[2])
