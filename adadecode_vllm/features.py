@@ -18,6 +18,19 @@ if TYPE_CHECKING:
 
     from adadecode_vllm.heads import ExitHeadsConfig
 
+# Architectures (Hugging Face names) whose vLLM model runs the shared layer loop.
+# Known before a model is loaded, so that start-up can refuse early;
+# `core.segments.find_decoder` checks the loaded model itself.
+SUPPORTED_ARCHITECTURES = frozenset(
+    {
+        "LlamaForCausalLM",
+        "MistralForCausalLM",
+        "Phi3ForCausalLM",
+        "Qwen2ForCausalLM",
+        "Qwen3ForCausalLM",
+    }
+)
+
 
 def check_arguments(args: EngineArgs) -> None:
     """Refuse engine arguments that conflict, before vLLM acts on them.
@@ -199,8 +212,6 @@ def _wrong_heads(directory: str, reason: str, base_model: str) -> AdaDecodeError
 
 
 def _check_model(model: ModelConfig) -> None:
-    from adadecode_vllm.core.segments import SUPPORTED_ARCHITECTURES
-
     if model.runner_type != "generate":
         raise _refusal(
             f"--runner {model.runner_type}",
@@ -265,8 +276,6 @@ def _runner_v2() -> AdaDecodeError:
 
 
 def _unsupported(model: ModelConfig, reason: str) -> AdaDecodeError:
-    from adadecode_vllm.core.segments import SUPPORTED_ARCHITECTURES
-
     return _refusal(
         f"--model {model.model} ({', '.join(model.architectures)})",
         reason,

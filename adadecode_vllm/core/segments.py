@@ -17,19 +17,7 @@ from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig, set_current_vllm_config
 
 from adadecode_vllm.errors import AdaDecodeError
-
-# Architectures (Hugging Face names) whose vLLM model runs one of the loops below.
-# Known before a model is loaded, so that start-up can refuse early; `find_decoder`
-# checks the loaded model itself.
-SUPPORTED_ARCHITECTURES = frozenset(
-    {
-        "LlamaForCausalLM",
-        "MistralForCausalLM",
-        "Phi3ForCausalLM",
-        "Qwen2ForCausalLM",
-        "Qwen3ForCausalLM",
-    }
-)
+from adadecode_vllm.features import SUPPORTED_ARCHITECTURES
 
 _LAYER_PARAMETERS = ("positions", "hidden_states", "residual")
 
