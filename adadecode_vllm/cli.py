@@ -70,7 +70,7 @@ def init_heads_command(
     ] = False,
 ) -> None:
     """Write untrained exit heads (T = I) for a model."""
-    layers = _parse_layers(exit_layers)
+    layers = parse_layers(exit_layers)
     from adadecode_vllm.heads.config import HeadsDtype
     from adadecode_vllm.heads.init import init_heads
 
@@ -95,6 +95,20 @@ def repair_vllm_cpu_command() -> None:
     typer.echo(f"Wrote {written}" if written else "Nothing to repair")
 
 
+def _register_commands() -> None:
+    """Add the commands that live with what they run; they import it when called."""
+    from adadecode_vllm.data.command import data_command
+    from adadecode_vllm.evaluation.command import eval_command
+    from adadecode_vllm.training.command import train_command
+
+    app.command("data")(data_command)
+    app.command("train")(train_command)
+    app.command("eval")(eval_command)
+
+
+_register_commands()
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line.
 
@@ -111,8 +125,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(2) from None
 
 
-def _parse_layers(text: str) -> list[int]:
-    """Parse `8,16,24`."""
+def parse_layers(text: str) -> list[int]:
+    """Parse `8,16,24`.
+
+    Args:
+        text: What the user gave for `--exit-layers`.
+
+    Returns:
+        The layer counts.
+
+    Raises:
+        AdaDecodeError: If it is no list of integers.
+    """
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -44,6 +44,12 @@ class AdaDecodeConfig(BaseModel):
         ge=1,
         le=_MAX_EARLY_PREDICTIONS,
         description="Most unverified tokens of a request (the cap).",
+    )
+    gate: Literal["probability", "acceptance"] = Field(
+        default="probability",
+        description="What the threshold is compared with: the exit head's top "
+        "probability, or the probability that the prediction is accepted, which "
+        "calibrated heads derive from it.",
     )
     enabled: bool = Field(
         default=True,

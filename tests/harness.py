@@ -81,10 +81,10 @@ def set_policy(llm: Any, threshold: float, max_early_predictions: int) -> None:
     """Give a running engine another threshold and a cap up to its own; reset stats."""
     from adadecode_vllm.core.policy import ThresholdPolicy
 
-    policy = ThresholdPolicy(threshold, max_early_predictions)
-
     def change(worker: Any) -> None:
         adadecode = worker.model_runner.proposer.adadecode
+        thresholds = [threshold] * len(adadecode.policy.thresholds)
+        policy = ThresholdPolicy(thresholds, max_early_predictions)
         adadecode.policy = policy
         adadecode._drafter.policy = policy
         worker.adadecode_stats(reset=True)

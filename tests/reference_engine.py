@@ -173,7 +173,7 @@ class Engine:
         self.token_budget = token_budget
         self.max_num_seqs = max_num_seqs
         self.max_model_len = max_model_len
-        self.policy = ThresholdPolicy(threshold, cap)
+        self.policy = ThresholdPolicy([threshold] * len(model.exit_layers), cap)
         self.stats = Stats(model.exit_layers, model.num_layers)
         self.ledger = Ledger()
         self.states = PendingStates(

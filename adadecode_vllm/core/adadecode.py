@@ -58,7 +58,7 @@ class AdaDecode:
         self.executor = VllmExecutor(
             decoder, segments, config.exit_layers, heads, vllm_config
         )
-        self.policy = ThresholdPolicy(config.threshold, config.max_early_predictions)
+        self.policy = ThresholdPolicy(_thresholds(config), config.max_early_predictions)
         self.stats = Stats(config.exit_layers, len(decoder.layers))
         self.ledger = Ledger()
         self.states = PendingStates(
@@ -133,6 +133,22 @@ class AdaDecode:
         """Release what is remembered of finished requests."""
         for request_id in request_ids & self._exits.keys():
             del self._exits[request_id]
+
+
+def _thresholds(config: AdaDecodeConfig) -> list[float]:
+    """The threshold on each used exit's probability that the gate amounts to."""
+    assert config.exit_layers is not None, "resolved at start-up"
+    if config.gate == "probability":
+        return [config.threshold] * len(config.exit_layers)
+    heads = load_heads_config(config.heads)
+    by_layer = dict(
+        zip(
+            heads.exit_layers,
+            heads.acceptance_thresholds(config.threshold),
+            strict=True,
+        )
+    )
+    return [by_layer[layer] for layer in config.exit_layers]
 
 
 def _check_lm_head(

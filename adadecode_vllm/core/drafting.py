@@ -95,7 +95,7 @@ class Drafter:
             )
             predicted, confidence = self.executor.gate(segment, *front_states)
             self.stats.gates[segment] += len(chosen)
-            confident = self.policy.confident(confidence)
+            confident = self.policy.confident(segment, confidence)
 
             stayed, moved = chosen[~confident], chosen[confident]
             if segment == last_exit:

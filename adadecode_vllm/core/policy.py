@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,26 +17,28 @@ class ThresholdPolicy:
     it, so verification stays lossless at any temperature (I5).
 
     Attributes:
-        threshold: gamma in [0, 1]. At 1 no probability exceeds it: nothing is ever
-            predicted early and drafting is not even started.
+        thresholds: gamma of each exit, in [0, 1]; the paper's is the same for all. At 1
+            no probability exceeds it: if all are 1 nothing is ever predicted early and
+            drafting is not even started.
         max_early_predictions: Largest number of unverified tokens of a request.
     """
 
-    threshold: float
+    thresholds: Sequence[float]
     max_early_predictions: int
 
     @property
     def can_predict(self) -> bool:
         """Whether any early prediction can happen at all."""
-        return self.threshold < 1.0
+        return min(self.thresholds) < 1.0
 
-    def confident(self, confidence: np.ndarray) -> np.ndarray:
-        """Decide for each gate.
+    def confident(self, exit_index: int, confidence: np.ndarray) -> np.ndarray:
+        """Decide for each request at an exit.
 
         Args:
+            exit_index: Index of the exit, 0 .. K - 1.
             confidence: (n,) float32, top probability under the exit head.
 
         Returns:
             (n,) bool.
         """
-        return confidence > self.threshold
+        return confidence > self.thresholds[exit_index]

@@ -2,6 +2,7 @@
 """The schema of a heads directory's `config.json`, and its reading."""
 
 import json
+import math
 from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -31,6 +32,41 @@ MODEL_TYPE: Final = "adadecode"
 _SAFETENSORS_DTYPE = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
+class ExitCalibration(BaseModel):
+    """How an exit's confidence relates to the acceptance of its predictions.
+
+    ``P(accepted) = sigmoid(slope * log_odds + intercept)``, where `log_odds` is
+    log(p / (1 - p)) of the head's top probability p.
+
+    Attributes:
+        slope: Not negative, so that the map is monotone.
+        intercept: Log-odds of acceptance at p = 1/2.
+        tokens: Held-out tokens that it was fitted on.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    slope: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    intercept: Annotated[float, Field(allow_inf_nan=False)]
+    tokens: PositiveInt
+
+    def probability_threshold(self, threshold: float) -> float:
+        """Where the head's probability must lie for an acceptance above `threshold`.
+
+        Args:
+            threshold: In [0, 1].
+
+        Returns:
+            The equivalent threshold on the head's top probability, in [0, 1].
+        """
+        if threshold in (0.0, 1.0):
+            return threshold
+        wanted = math.log(threshold / (1 - threshold)) - self.intercept
+        if self.slope == 0:
+            return 0.0 if wanted < 0 else 1.0
+        return 0.5 * (1 + math.tanh(0.5 * wanted / self.slope))
+
+
 class ExitHeadsConfig(BaseModel):
     """What `config.json` of a heads directory says.
 
@@ -45,6 +81,10 @@ class ExitHeadsConfig(BaseModel):
         lm_head_fingerprint: See `adadecode_vllm.heads.fingerprint`.
         library_version: Version of adadecode-vllm that wrote the directory.
         dtype: Dtype of the stored weights.
+        calibration: By exit layer (as a string, JSON has no other keys); None for heads
+            that were not calibrated.
+        speculators_config: The heads described in the form of the `speculators`
+            project, for tools that read it; nothing here does.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -60,6 +100,8 @@ class ExitHeadsConfig(BaseModel):
     ]
     library_version: str = __version__
     dtype: HeadsDtype = "float32"
+    calibration: dict[str, ExitCalibration] | None = None
+    speculators_config: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _check_exit_layers(self) -> "ExitHeadsConfig":
@@ -67,6 +109,40 @@ class ExitHeadsConfig(BaseModel):
         if problem := exit_layers_problem(self.exit_layers, self.num_hidden_layers):
             raise ValueError(f"exit_layers {problem}")
         return self
+
+    @model_validator(mode="after")
+    def _check_calibration(self) -> "ExitHeadsConfig":
+        """Every exit is calibrated, or none."""
+        names = [str(layer) for layer in self.exit_layers]
+        if self.calibration is not None and sorted(self.calibration) != sorted(names):
+            raise ValueError(
+                f"calibration names the exits {', '.join(self.calibration)} instead of "
+                f"{', '.join(names)}"
+            )
+        return self
+
+    def acceptance_thresholds(self, threshold: float) -> list[float]:
+        """Thresholds on the exits' probabilities for the gate `acceptance`.
+
+        Args:
+            threshold: Probability of acceptance to exceed, in [0, 1].
+
+        Returns:
+            One for each of `exit_layers`.
+
+        Raises:
+            AdaDecodeError: If the heads are not calibrated.
+        """
+        if self.calibration is None:
+            raise AdaDecodeError(
+                "gate 'acceptance': the heads are not calibrated, so the probability "
+                "of acceptance is unknown; train them with `adadecode train` and a "
+                "held-out share, or use the gate 'probability'"
+            )
+        return [
+            self.calibration[str(layer)].probability_threshold(threshold)
+            for layer in self.exit_layers
+        ]
 
 
 def exit_layers_problem(layers: list[int], num_hidden_layers: int) -> str | None:

@@ -28,7 +28,7 @@ CONFIDENCES = np.array([0.0, 0.5, 0.75, 0.7500001, 1.0], np.float32)
 def test_confidence_must_exceed_the_threshold(
     threshold: float, expected: list[bool]
 ) -> None:
-    confident = ThresholdPolicy(threshold, 5).confident(CONFIDENCES)
+    confident = ThresholdPolicy([1.0, threshold], 5).confident(1, CONFIDENCES)
     assert confident.dtype == np.bool_
     assert confident.tolist() == expected
 
@@ -37,7 +37,7 @@ def test_confidence_must_exceed_the_threshold(
     ("threshold", "can"), [(0.0, True), (0.99, True), (1.0, False)]
 )
 def test_at_one_drafting_is_not_even_started(threshold: float, can: bool) -> None:
-    assert ThresholdPolicy(threshold, 5).can_predict is can
+    assert ThresholdPolicy([1.0, threshold], 5).can_predict is can
 
 
 def make_stats() -> Stats:

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The target model answers prompts, greedily, through vLLM.
+
+All prompts of a shard are given to the engine at once, and the engine starts each shard
+without anything left of the one before (no prefix caching, and no second process whose
+timing decides which requests share a step). So a shard's rows do not depend on which
+shards the same engine answered earlier, which is what makes resuming, and several
+engines side by side, give the same rows.
+"""
+
+import gc
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
+
+from adadecode_vllm.errors import AdaDecodeError
+
+logger = logging.getLogger(__name__)
+
+_OWN_FLAGS = {"model": "--model", "dtype": "--dtype"}
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What an engine is started with; plain values, so that it can be sent to actors.
+
+    Attributes:
+        model: Directory or Hugging Face name.
+        dtype: vLLM's `dtype`.
+        max_new_tokens: Most tokens of an answer.
+        options: Further engine arguments.
+    """
+
+    model: str
+    dtype: str
+    max_new_tokens: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+class ShardAnswers(NamedTuple):
+    """The answers of one shard.
+
+    Attributes:
+        shard: Its number.
+        answers: Token ids in the order of the prompts.
+        began: When an engine that had started took the shard up, in seconds since
+            the epoch.
+    """
+
+    shard: int
+    answers: list[list[int]]
+    began: float
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuse engine options that vLLM does not have or that have a flag of their own.
+
+    Args:
+        options: What `--engine` holds.
+
+    Raises:
+        AdaDecodeError: There is such an option.
+    """
+    for name, flag in _OWN_FLAGS.items():
+        if name in options:
+            raise AdaDecodeError(
+                f"--engine: {name!r} has a flag of its own; pass {flag}"
+            )
+    from vllm import EngineArgs
+
+    known = {f.name for f in fields(EngineArgs)}
+    if unknown := sorted(set(options) - known):
+        raise AdaDecodeError(
+            f"--engine: vLLM has no engine argument {', '.join(unknown)}; use the "
+            "names of its flags with underscores, such as max_model_len"
+        )
+
+
+def model_length(spec: EngineSpec) -> int:
+    """Return the most tokens, prompt and answer, that vLLM will serve the model with.
+
+    Args:
+        spec: The engine's arguments; no engine is started.
+
+    Raises:
+        AdaDecodeError: vLLM refuses the model or an option.
+    """
+    from vllm import EngineArgs
+
+    try:
+        dtype: Any = spec.dtype  # vLLM checks it
+        arguments = EngineArgs(model=spec.model, dtype=dtype, **spec.options)
+        return int(arguments.create_model_config().max_model_len)
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        raise _refused(spec, error) from error
+
+
+class Generator:
+    """One engine that answers shards.
+
+    Args:
+        spec: The engine's arguments.
+
+    Raises:
+        AdaDecodeError: vLLM could not start the engine.
+    """
+
+    def __init__(self, spec: EngineSpec) -> None:
+        # See the module's docstring; vLLM reads it when the engine starts.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        from vllm import LLM, SamplingParams
+
+        options = {"enable_prefix_caching": False, **spec.options, "dtype": spec.dtype}
+        try:
+            self._llm = LLM(spec.model, **options)
+        except (OSError, RuntimeError, TypeError, ValueError) as error:
+            raise _refused(spec, error) from error
+        self._params = SamplingParams(
+            temperature=0, max_tokens=spec.max_new_tokens, detokenize=False
+        )
+
+    def answer(
+        self, prompts: list[list[int]], on_rows: Callable[[int], None] | None = None
+    ) -> list[list[int]]:
+        """Answer the prompts of one shard.
+
+        Args:
+            prompts: Token ids.
+            on_rows: Called with the number of further prompts that are done.
+
+        Returns:
+            Token ids of the answers in the prompts' order, each with its
+            end-of-sequence token unless it was cut off.
+        """
+        from vllm import TokensPrompt
+
+        outputs = self._llm.generate(
+            [TokensPrompt(prompt_token_ids=ids) for ids in prompts],
+            self._params,
+            use_tqdm=False if on_rows is None else _reporting_bar(on_rows),
+        )
+        for prompt, output in zip(prompts, outputs, strict=True):
+            if output.prompt_token_ids != prompt:
+                raise RuntimeError("vLLM changed the token ids of a prompt")
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def close(self) -> None:
+        """Stop the engine and free its memory."""
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def generate(
+    spec: EngineSpec,
+    shards: Mapping[int, list[list[int]]],
+    on_rows: Callable[[int], None],
+) -> Iterator[ShardAnswers]:
+    """Answer shards one after the other with an engine in this process.
+
+    Args:
+        spec: The engine's arguments.
+        shards: Prompts' token ids by shard.
+        on_rows: Called with the number of further rows that are done.
+
+    Yields:
+        Shards with their answers.
+
+    Raises:
+        AdaDecodeError: vLLM could not start the engine.
+    """
+    generator = Generator(spec)
+    try:
+        for index, prompts in shards.items():
+            began = time.time()
+            yield ShardAnswers(index, generator.answer(prompts, on_rows), began)
+    finally:
+        generator.close()
+
+
+def _refused(spec: EngineSpec, error: Exception) -> AdaDecodeError:
+    """Turn vLLM's report into a sentence; the log above it has the rest."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = lines[0] if lines else type(error).__name__
+    # pydantic: "1 validation error for ModelConfig", then "  Value error, ..."
+    if "validation error" in reason and len(lines) > 1:
+        reason = lines[1].removeprefix("Value error, ").partition(" [type=")[0]
+    return AdaDecodeError(
+        f"--model {spec.model}: vLLM cannot serve it ({reason.rstrip('.')}); correct "
+        "--model, --dtype or --engine"
+    )
+
+
+def _reporting_bar(on_rows: Callable[[int], None]) -> Callable[..., Any]:
+    """Return a class in tqdm's place that reports instead of drawing.
+
+    vLLM makes two bars: over the prompts as it adds them, then one without an iterable
+    that is updated as they finish. Only the second one is of interest.
+    """
+    from tqdm import tqdm
+
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            # Not `disable=True`: vLLM divides by the time that the bar has measured.
+            super().__init__(*args, **{**kwargs, "file": _Nowhere()})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            if self.iterable is None and n:
+                on_rows(int(n))
+            return super().update(n)
+
+    return Bar
+
+
+class _Nowhere:
+    """A file for a bar that must not be seen."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+    def flush(self) -> None:
+        pass

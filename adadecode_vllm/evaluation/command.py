@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`adadecode eval`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from adadecode_vllm.errors import AdaDecodeError
+
+
+def eval_command(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="The base model: a directory or a Hugging Face name."
+        ),
+    ],
+    heads: Annotated[Path, typer.Argument(metavar="HEADS", help="A heads directory.")],
+    data: Annotated[
+        list[Path],
+        typer.Option(help="A directory of `adadecode data` with held-out text."),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Where the report goes. Default: HEADS/evaluation."),
+    ] = None,
+    gate: Annotated[
+        str, typer.Option(help="Gate to simulate: probability or acceptance.")
+    ] = "probability",
+    answers: Annotated[
+        int, typer.Option(min=0, help="Answers to simulate at most; 0: none.")
+    ] = 200,
+    overhead: Annotated[
+        float, typer.Option(min=0, help="A draft's overhead, in ordinary steps.")
+    ] = 0.0,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens after which a text is cut.")
+    ] = None,
+    chunk_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens whose distributions are in memory.")
+    ] = 512,
+    pass_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens in one pass of the model.")
+    ] = 4096,
+    dtype: Annotated[
+        str, typer.Option(help="The model's: auto (bfloat16 on GPU, float32 on CPU).")
+    ] = "auto",
+    plots: Annotated[
+        bool, typer.Option("--plots/--no-plots", help="Draw PNGs and an HTML report.")
+    ] = True,
+) -> None:
+    """Tell from held-out text what heads will do when served."""
+    import torch
+
+    from adadecode_vllm.evaluation.run import (
+        SimulationGrid,
+        evaluate_heads,
+        write_evaluation,
+    )
+    from adadecode_vllm.training.teacher import DTYPES, Teacher
+
+    if gate not in ("probability", "acceptance"):
+        raise AdaDecodeError(
+            f"--gate {gate}: unknown; choose probability or acceptance"
+        )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "bfloat16" if device == "cuda" else "float32"
+    if dtype not in DTYPES:
+        raise AdaDecodeError(
+            f"--dtype {dtype}: unknown dtype; choose auto or one of {', '.join(DTYPES)}"
+        )
+    teacher = Teacher.load(model, dtype, device)
+    grid = SimulationGrid(gate=gate, most_answers=answers, overhead=overhead)
+    report = evaluate_heads(
+        teacher,
+        heads,
+        data,
+        grid=grid if answers else None,
+        max_length=max_length,
+        pass_tokens=pass_tokens,
+        chunk_tokens=chunk_tokens,
+    )
+    output = output or heads / "evaluation"
+    written = [write_evaluation(output, report)]
+    if plots:
+        from adadecode_vllm.report import write_report
+
+        history = heads / "run" / "history.json"
+        written += write_report(
+            output,
+            report,
+            json.loads(history.read_text(encoding="utf-8"))
+            if history.is_file()
+            else None,
+        )
+    _print(report)
+    typer.echo(f"Wrote {', '.join(str(path) for path in written)}")
+
+
+def _print(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title=f"{report['tokens']} tokens of {report['data']}")
+    columns = ("exit", "agreement", "KL (nats)", "coverage", "precision", "ECE")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in report["exits"]:
+        at = next(entry for entry in row["thresholds"] if entry["threshold"] == 0.75)
+        precision = at["precision"]
+        table.add_row(
+            str(row["layer"]),
+            f"{row['agreement']:.1%}",
+            f"{row['kl']:.4f}",
+            f"{at['coverage']:.1%}",
+            "-" if precision is None else f"{precision:.1%}",
+            f"{row['reliability']['probability']['ece']:.3f}",
+        )
+    table.caption = "coverage and precision at threshold 0.75"
+    console.print(table)
+    simulation, best = report["simulation"], report["best"]
+    if simulation is None:
+        console.print("No answers of the model itself in the data: nothing simulated.")
+        return
+    table = Table(
+        title=f"Predicted speedup, {simulation['answers']} answers, gate: "
+        f"{simulation['gate']}"
+    )
+    table.add_column("threshold", justify="right")
+    for cap in simulation["caps"]:
+        table.add_column(f"cap {cap}", justify="right")
+    for threshold, row in zip(
+        simulation["thresholds"], simulation["speedup"], strict=True
+    ):
+        table.add_row(f"{threshold:g}", *(f"{value:.2f}x" for value in row))
+    console.print(table)
+    console.print(
+        f"Best: threshold {best['threshold']:g}, cap {best['cap']}: "
+        f"{best['speedup']:.2f}x"
+    )

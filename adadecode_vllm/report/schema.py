@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `evaluation.json` and `history.json` hold.
+
+Unknown keys are ignored: a report of an older version still shows what it knows of a
+newer file. Shares and probabilities are in [0, 1], divergences in nats, speedups are
+ratios to ordinary decoding.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from adadecode_vllm.errors import AdaDecodeError
+
+Grid = list[list[float | None]]
+
+
+class _Record(BaseModel):
+    """A part of one of the files."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class ThresholdRow(_Record):
+    """What a gate does at one threshold.
+
+    Attributes:
+        threshold: The gate opens above this probability.
+        coverage: Share of the tokens at which it opens.
+        precision: Share of those at which the exit's token is the final layer's; None
+            where the gate never opens.
+    """
+
+    threshold: float
+    coverage: float
+    precision: float | None = None
+
+
+class ReliabilityBin(_Record):
+    """Tokens of similar confidence.
+
+    Attributes:
+        confidence: Mean of what the gate said; None in an empty bin.
+        accuracy: Share at which the exit was right; None in an empty bin.
+        count: Tokens.
+    """
+
+    confidence: float | None
+    accuracy: float | None
+    count: int
+
+
+class Reliability(_Record):
+    """How well a gate's number predicts that the exit is right.
+
+    Attributes:
+        ece: Expected calibration error: mean of |confidence - accuracy| over tokens.
+        bins: By confidence.
+    """
+
+    ece: float
+    bins: list[ReliabilityBin]
+
+
+class GateReliability(_Record):
+    """Reliability of both gates.
+
+    Attributes:
+        probability: Of the head's top probability.
+        acceptance: Of the fitted probability of acceptance; None without a fit.
+    """
+
+    probability: Reliability
+    acceptance: Reliability | None = None
+
+
+class EqualAcceptance(_Record):
+    """Coverage of both gates where they are right equally often.
+
+    Attributes:
+        precision: Share of open gates with the right token, for both.
+        coverage_probability: Coverage of the head's probability; None if that precision
+            is out of its reach.
+        coverage_acceptance: The same of the fitted probability of acceptance.
+    """
+
+    precision: float
+    coverage_probability: float | None = None
+    coverage_acceptance: float | None = None
+
+
+class ExitFigures(_Record):
+    """One exit on held-out text.
+
+    Attributes:
+        layer: Layer count of the exit.
+        agreement: Share of tokens whose top token is the final layer's.
+        kl: Mean KL(final || exit), nats per token.
+        thresholds: The probability gate by threshold.
+        reliability: Of the gates, if it was measured.
+        equal_acceptance: Both gates compared, if the heads are calibrated.
+    """
+
+    layer: int
+    agreement: float
+    kl: float
+    thresholds: list[ThresholdRow] = []
+    reliability: GateReliability | None = None
+    equal_acceptance: list[EqualAcceptance] | None = None
+
+
+class Simulation(_Record):
+    """The decoding policy simulated over a grid.
+
+    Attributes:
+        gate: `probability` or `acceptance`.
+        thresholds: One per row of the grids.
+        caps: Most early predictions, one per column.
+        speedup: Ratio to ordinary decoding.
+        tokens_per_forward: Tokens per full forward.
+        acceptance: Share of the early predictions that are accepted.
+        coverage: Share of the tokens that are predicted early.
+    """
+
+    gate: str = "probability"
+    thresholds: Annotated[list[float], Field(min_length=1)]
+    caps: Annotated[list[int], Field(min_length=1)]
+    speedup: Grid
+    tokens_per_forward: Grid | None = None
+    acceptance: Grid | None = None
+    coverage: Grid | None = None
+
+    @model_validator(mode="after")
+    def _check_grids(self) -> "Simulation":
+        """Every grid has a row per threshold and a column per cap."""
+        for name in ("speedup", "tokens_per_forward", "acceptance", "coverage"):
+            grid: Grid | None = getattr(self, name)
+            if grid is not None and [len(row) for row in grid] != (
+                [len(self.caps)] * len(self.thresholds)
+            ):
+                raise ValueError(
+                    f"{name} is not a grid of {len(self.thresholds)} thresholds x "
+                    f"{len(self.caps)} caps"
+                )
+        return self
+
+
+class Cost(_Record):
+    """What the speedups assume, as fractions of one ordinary step.
+
+    Attributes:
+        head_share: h, the LM head's.
+        transform_share: tau, that of an exit's matrix T.
+        overhead: o, the bookkeeping of a draft.
+    """
+
+    head_share: float
+    transform_share: float
+    overhead: float
+
+
+class Best(_Record):
+    """The fastest cell of the grid."""
+
+    threshold: float
+    cap: int
+    speedup: float
+
+
+class Evaluation(_Record):
+    """All of `evaluation.json`.
+
+    Attributes:
+        model: Name or path of the base model.
+        heads: Name or path of the heads.
+        data: Name or path of the held-out text.
+        tokens: Tokens of it.
+        num_layers: Decoder layers of the model.
+        exits: By layer.
+        simulation: The policy, simulated.
+        cost: What its speedups assume.
+        best: Its fastest cell.
+    """
+
+    model: str
+    heads: str
+    data: str
+    tokens: int
+    num_layers: int
+    exits: Annotated[list[ExitFigures], Field(min_length=1)]
+    simulation: Simulation | None = None
+    cost: Cost | None = None
+    best: Best | None = None
+
+
+class TrainingStep(_Record):
+    """One optimizer step; `loss` is in nats per token, by exit layer."""
+
+    step: int
+    epoch: int
+    learning_rate: float
+    loss: dict[int, float]
+
+
+class HeldOut(_Record):
+    """Held-out text after an epoch: loss in nats and agreement, by exit layer."""
+
+    epoch: int
+    loss: dict[int, float]
+    agreement: dict[int, float] = {}
+
+
+class History(_Record):
+    """All of `history.json`."""
+
+    steps: list[TrainingStep]
+    held_out: list[HeldOut] = []
+
+
+_Parsed = TypeVar("_Parsed", bound=_Record)
+
+
+def parse_evaluation(values: Mapping[str, Any]) -> Evaluation:
+    """Check what `adadecode eval` wrote.
+
+    Args:
+        values: `evaluation.json`, decoded.
+
+    Returns:
+        The figures, typed.
+
+    Raises:
+        AdaDecodeError: Something is missing or has the wrong form.
+    """
+    return _parse(Evaluation, values, "evaluation.json", "adadecode eval")
+
+
+def parse_history(values: Mapping[str, Any]) -> History:
+    """Check what `adadecode train` wrote.
+
+    Args:
+        values: `history.json`, decoded.
+
+    Returns:
+        The history, typed.
+
+    Raises:
+        AdaDecodeError: Something is missing or has the wrong form.
+    """
+    return _parse(History, values, "history.json", "adadecode train")
+
+
+def _parse(
+    schema: type[_Parsed], values: Mapping[str, Any], file: str, command: str
+) -> _Parsed:
+    """Validate, with one sentence instead of pydantic's report."""
+    try:
+        return schema.model_validate(dict(values))
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+        place = ".".join(str(part) for part in details[0]["loc"])
+        message = details[0]["msg"].removeprefix("Value error, ")
+        more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+        raise AdaDecodeError(
+            f"{file}: {place}: {message}{more}; run `{command}` again to write the file"
+        ) from error

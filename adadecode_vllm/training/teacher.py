@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The frozen model that exit heads learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.features import SUPPORTED_ARCHITECTURES
+from adadecode_vllm.training.attention import packed_attention
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+class Teacher:
+    """A causal language model of Transformers, frozen, taken apart for the exits.
+
+    Attributes:
+        model: The model.
+        name: The name or path it was loaded from.
+        num_layers: L.
+        hidden_size: d.
+        vocab_size: V, rows of the LM head.
+        max_length: Longest sequence that the model allows.
+    """
+
+    def __init__(self, model: nn.Module, name: str, attention: str = "sdpa") -> None:
+        """Check that the model has the parts that exits need.
+
+        Args:
+            model: A causal language model; it is frozen.
+            name: Its name or path.
+            attention: ``sdpa`` or ``xformers``, what packed sequences run on.
+
+        Raises:
+            AdaDecodeError: If it has another form.
+        """
+        decoder = getattr(model, "model", None)
+        lm_head = getattr(model, "lm_head", None)
+        if (
+            type(model).__name__ not in SUPPORTED_ARCHITECTURES
+            or not hasattr(decoder, "layers")
+            or not hasattr(decoder, "norm")
+        ):
+            raise AdaDecodeError(
+                f"MODEL {name} ({type(model).__name__}): exit heads cannot be trained "
+                "for it, because its layers do not have the form that early exits "
+                f"need; use one of {', '.join(sorted(SUPPORTED_ARCHITECTURES))}"
+            )
+        if not isinstance(lm_head, nn.Linear) or lm_head.bias is not None:
+            raise AdaDecodeError(
+                f"MODEL {name}: its LM head is {type(lm_head).__name__} and not a "
+                "linear layer without bias, so exits cannot share it; give the "
+                "unquantized checkpoint of a language model"
+            )
+        self.model: Any = model.eval().requires_grad_(False)
+        self.name: str = name
+        self.attention: str = attention
+        config = self.model.config
+        self.num_layers: int = config.num_hidden_layers
+        self.hidden_size: int = config.hidden_size
+        self.vocab_size: int = lm_head.weight.shape[0]
+        self.max_length: int = config.max_position_embeddings
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        dtype: str = "float32",
+        device: torch.device | str = "cpu",
+        attention: str = "sdpa",
+    ) -> Teacher:
+        """Load a model from a directory or the Hugging Face Hub, safetensors only.
+
+        Args:
+            name: Directory or repository name.
+            dtype: A key of :data:`DTYPES`.
+            device: Where to put it.
+            attention: ``sdpa`` or ``xformers``.
+
+        Returns:
+            The teacher.
+
+        Raises:
+            AdaDecodeError: If it cannot be loaded or has another form.
+        """
+        from transformers import AutoModelForCausalLM
+
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                name,
+                dtype=DTYPES[dtype],
+                attn_implementation=packed_attention(attention, device),
+                use_safetensors=True,
+            )
+        except (OSError, ValueError) as error:
+            raise AdaDecodeError(
+                f"MODEL {name}: it cannot be loaded ({str(error).splitlines()[0]}); "
+                "give a directory or a Hugging Face name of a causal language model "
+                "with safetensors"
+            ) from error
+        return cls(model.to(device), name, attention)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.lm_head.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's dtype."""
+        return self.lm_head.dtype
+
+    @property
+    def lm_head(self) -> torch.Tensor:
+        """The LM head's weight, (V, d)."""
+        return self.model.lm_head.weight
+
+    def eos_token_ids(self) -> set[int]:
+        """Tokens that end a text, as generation knows them."""
+        eos = self.model.generation_config.eos_token_id
+        if eos is None:
+            eos = self.model.config.eos_token_id
+        return set(eos if isinstance(eos, list) else [] if eos is None else [eos])
+
+    @torch.inference_mode()
+    def streams(
+        self, sequences: Sequence[Sequence[int]], layers: Sequence[int]
+    ) -> dict[int, torch.Tensor]:
+        """Run sequences, packed without padding, and keep the states at some layers.
+
+        Args:
+            sequences: Token ids of each sequence, n tokens in all.
+            layers: Layer counts in [1, L].
+
+        Returns:
+            By layer count, the residual stream after the final norm, (n, d) in the
+            model's dtype: what an exit head reads. For L it is what the LM head reads.
+        """
+        lengths = [len(sequence) for sequence in sequences]
+        device = self.device
+        ids = torch.tensor(
+            [[token for sequence in sequences for token in sequence]], device=device
+        )
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        arguments = packed_arguments(lengths, self.attention, device)
+        with ExitStack() as stack:
+            kept = {
+                layer: stack.enter_context(self._kept(layer))
+                for layer in layers
+                if layer < self.num_layers
+            }
+            output = self.model.model(
+                input_ids=ids,
+                position_ids=positions[None].to(device),
+                use_cache=False,
+                **arguments,
+            )
+        final = output.last_hidden_state[0]
+        norm = self.model.model.norm
+        return {
+            layer: final if layer == self.num_layers else norm(kept[layer][0])[0]
+            for layer in layers
+        }
+
+    @contextmanager
+    def _kept(self, layer: int) -> Iterator[list[torch.Tensor]]:
+        """Collect what a layer returns."""
+        kept: list[torch.Tensor] = []
+
+        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            kept.append(output[0] if isinstance(output, tuple) else output)
+
+        handle = self.model.model.layers[layer - 1].register_forward_hook(keep)
+        try:
+            yield kept
+        finally:
+            handle.remove()
+
+
+def packed_arguments(
+    lengths: Sequence[int], attention: str, device: torch.device
+) -> dict[str, Any]:
+    """What tells attention where each packed sequence begins.
+
+    Args:
+        lengths: Tokens of each sequence, n in all.
+        attention: ``sdpa``: a (1, 1, n, n) mask, true where attention is allowed;
+            ``xformers``: the lengths themselves.
+        device: The model's device.
+
+    Returns:
+        Arguments for the model's forward.
+    """
+    if attention == "xformers":
+        return {"sequence_lengths": list(lengths)}
+    owner = torch.repeat_interleave(
+        torch.arange(len(lengths)), torch.tensor(list(lengths))
+    ).to(device)
+    total = len(owner)
+    causal = torch.ones((total, total), dtype=torch.bool, device=device).tril_()
+    return {"attention_mask": (causal & (owner[:, None] == owner))[None, None]}
+
+
+def split_by_tokens(lengths: Sequence[int], most: int) -> Iterator[range]:
+    """Split consecutive sequences into groups of at most so many tokens.
+
+    Args:
+        lengths: Tokens of each sequence.
+        most: Most tokens in a group; a longer sequence stands alone.
+
+    Yields:
+        Ranges of indices, in order.
+    """
+    first, tokens = 0, 0
+    for index, length in enumerate(lengths):
+        if index > first and tokens + length > most:
+            yield range(first, index)
+            first, tokens = index, 0
+        tokens += length
+    if first < len(lengths):
+        yield range(first, len(lengths))

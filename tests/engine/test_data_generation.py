@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`adadecode data` with real engines: its answers are ordinary vLLM's."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from adadecode_vllm.data import generate as generate_module
+from adadecode_vllm.data import load_dataset_info, read_rows
+from adadecode_vllm.data.make import DataOptions, make_data
+from adadecode_vllm.errors import AdaDecodeError
+from tests.harness import MAX_MODEL_LEN, MODEL, demo_corpus, generate, start_engine
+
+pytestmark = pytest.mark.engine
+
+ENGINE = {
+    "enforce_eager": True,
+    "max_model_len": MAX_MODEL_LEN,
+    "block_size": 32,
+    "kv_cache_memory_bytes": 64 << 20,
+    "max_num_seqs": 16,
+}
+MAX_NEW_TOKENS = 120  # enough for some answers to end by themselves
+
+
+@pytest.fixture(scope="module")
+def problems() -> list[str]:
+    return demo_corpus().heldout_problems(10)
+
+
+@pytest.fixture(scope="module")
+def options(
+    problems: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> DataOptions:
+    directory = tmp_path_factory.mktemp("data")
+    path = directory / "problems.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in problems))
+    return DataOptions(
+        out=directory / "out",
+        model=MODEL,
+        inputs=(path,),
+        chat=False,
+        max_new_tokens=MAX_NEW_TOKENS,
+        rows_per_shard=4,
+        dtype="float32",
+        engine=ENGINE,
+    )
+
+
+@pytest.fixture(scope="module")
+def made(options: DataOptions) -> DataOptions:
+    make_data(options)
+    return options
+
+
+def test_answers_are_ordinary_generation(
+    made: DataOptions, problems: list[str]
+) -> None:
+    rows = list(read_rows(made.out))
+    with start_engine() as llm:
+        tokenizer = llm.get_tokenizer()
+        expected = generate(llm, problems, max_tokens=MAX_NEW_TOKENS)
+    assert [row.response_ids for row in rows] == expected
+    assert [row.prompt_ids for row in rows] == tokenizer(problems)["input_ids"]
+    ends = [row.response_ids[-1] == tokenizer.eos_token_id for row in rows]
+    assert all(
+        ended or len(row.response_ids) == MAX_NEW_TOKENS
+        for ended, row in zip(ends, rows, strict=True)
+    )
+    assert any(ends)  # the end of a sequence is kept
+
+
+def test_chat_is_vllms_chat(options: DataOptions, problems: list[str]) -> None:
+    options = replace(options, out=options.out.with_name("chat"), chat=True)
+    make_data(options)
+    from vllm import SamplingParams
+
+    with start_engine() as llm:
+        outputs = llm.chat(
+            [[{"role": "user", "content": text}] for text in problems],
+            SamplingParams(temperature=0, max_tokens=MAX_NEW_TOKENS),
+            use_tqdm=False,
+        )
+    for row, output in zip(read_rows(options.out), outputs, strict=True):
+        assert row.prompt_ids == list(output.prompt_token_ids)
+        assert row.response_ids == list(output.outputs[0].token_ids)
+
+
+def test_continued_rows_are_the_same(
+    made: DataOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = generate_module.generate
+
+    def broken(*args: Any) -> Iterator[Any]:
+        for shard in original(*args):
+            yield shard
+            raise RuntimeError("out of power")
+
+    options = replace(made, out=made.out.with_name("continued"))
+    with monkeypatch.context() as patch:
+        patch.setattr(generate_module, "generate", broken)
+        with pytest.raises(RuntimeError, match="out of power"):
+            make_data(options)
+    assert len(list(options.out.glob("part-*"))) == 1
+    info = make_data(options)
+    assert info.fingerprint == load_dataset_info(made.out).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        ({"block_sise": 32}, "--engine: vLLM has no engine argument block_sise; use"),
+        ({"dtype": "float32"}, "--engine: 'dtype' has a flag of its own; pass --dtype"),
+        ({"max_model_len": 1 << 20}, f"--model {MODEL}: vLLM cannot serve it ("),
+        ({"kv_cache_memory_bytes": 1}, f"--model {MODEL}: vLLM cannot serve it ("),
+    ],
+)
+def test_what_vllm_refuses(
+    options: DataOptions, engine: dict[str, Any], message: str
+) -> None:
+    options = replace(
+        options, out=options.out.with_name("no"), engine={**ENGINE, **engine}
+    )
+    with pytest.raises(AdaDecodeError) as caught:
+        make_data(options)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="needs the extra `ray`"
+)
+def test_ray_makes_the_same_rows(made: DataOptions) -> None:
+    options = replace(made, out=made.out.with_name("ray"), ray_actors=2)
+    info = make_data(options)
+    assert info.fingerprint == load_dataset_info(made.out).fingerprint
+    assert list(read_rows(options.out)) == list(read_rows(made.out))
+    # Of the directory nothing tells how it was made: Ray continues it, or not.
+    (options.out / "part-00001.parquet").unlink()
+    assert make_data(replace(options, ray_actors=1)) == info
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="needs the extra `ray`"
+)
+def test_too_many_actors(made: DataOptions) -> None:
+    options = replace(
+        made, out=made.out.with_name("many"), rows_per_shard=1, ray_actors=999
+    )
+    # For ten shards.
+    if (os.cpu_count() or 1) >= 10:
+        pytest.skip("this machine has room for them")
+    with pytest.raises(AdaDecodeError, match=r"--ray-actors 10: they need 10 CPUs"):
+        make_data(options)

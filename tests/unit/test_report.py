@@ -1,0 +1,462 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report: its files, what they show, and what is left out."""
+
+import base64
+import copy
+import math
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.report import parse_evaluation, parse_history, write_report
+
+PLOTS = ["agreement", "gates", "reliability", "speedup", "loss"]
+VOID = {"meta", "img", "br", "link"}
+
+
+def make_evaluation(**values: Any) -> dict[str, Any]:
+    """Figures of three exits of 16 layers, as `adadecode eval` writes them."""
+    thresholds = [0.2, 0.4, 0.6, 0.75, 0.9]
+
+    def exit_figures(layer: int, agreement: float, kl: float) -> dict[str, Any]:
+        def reliability(ece: float, shift: float) -> dict[str, Any]:
+            bins = [
+                {
+                    "confidence": confidence,
+                    "accuracy": min(1.0, max(0.0, confidence + shift)),
+                    "count": count,
+                }
+                for confidence, count in (
+                    (0.15, 40),
+                    (0.5, 90),
+                    (0.8, 300),
+                    (0.97, 900),
+                )
+            ]
+            empty = {"confidence": None, "accuracy": None, "count": 0}
+            return {"ece": ece, "bins": [empty, *bins]}
+
+        return {
+            "layer": layer,
+            "agreement": agreement,
+            "kl": kl,
+            "thresholds": [
+                {
+                    "threshold": t,
+                    "coverage": agreement * (1 - 0.5 * t),
+                    "precision": 1 - (1 - t) * 0.2,
+                }
+                for t in thresholds
+            ]
+            + [{"threshold": 0.999, "coverage": 0.0, "precision": None}],
+            "reliability": {
+                "probability": reliability(0.0713, 0.12),
+                "acceptance": reliability(0.0127, 0.01),
+            },
+            "equal_acceptance": [
+                {
+                    "precision": 0.99,
+                    "coverage_probability": 0.4321,
+                    "coverage_acceptance": 0.5678,
+                }
+            ],
+        }
+
+    def grid(function: Callable[[float, int], float]) -> list[list[float]]:
+        return [[function(t, cap) for cap in (1, 2, 3, 5, 8)] for t in thresholds]
+
+    evaluation: dict[str, Any] = {
+        "model": "examples/demo/model",
+        "heads": "examples/demo/heads",
+        "data": "held-out",
+        "tokens": 13047,
+        "num_layers": 16,
+        "exits": [
+            exit_figures(2, 0.8123, 0.308),
+            exit_figures(4, 0.9034, 0.1227),
+            exit_figures(8, 0.9645, 0.0599),
+        ],
+        "simulation": {
+            "gate": "probability",
+            "thresholds": thresholds,
+            "caps": [1, 2, 3, 5, 8],
+            "speedup": grid(lambda t, cap: 0.9 + 0.3 * math.log(cap) - abs(t - 0.6)),
+            "tokens_per_forward": grid(lambda t, cap: 1 + cap * (1 - t / 2)),
+            "acceptance": grid(lambda t, cap: 1 - (1 - t) * 0.2),
+            "coverage": grid(lambda t, cap: 1 - t / 2),
+        },
+        "cost": {"head_share": 0.071, "transform_share": 0.0021, "overhead": 0.034},
+        "best": {"threshold": 0.6, "cap": 8, "speedup": 1.5238},
+    }
+    return evaluation | values
+
+
+def make_history() -> dict[str, Any]:
+    steps = [
+        {
+            "step": step,
+            "epoch": step // 20,
+            "learning_rate": 0.005,
+            "loss": {
+                str(layer): 0.1 + 1.5 * math.exp(-step / 15) / rank
+                for rank, layer in enumerate((2, 4, 8), 1)
+            },
+        }
+        for step in range(60)
+    ]
+    held_out = [
+        {
+            "epoch": epoch,
+            "loss": {"2": 0.9 / (epoch + 1), "4": 0.5 / (epoch + 1), "8": 0.0456},
+            "agreement": {"2": 0.6 + 0.07 * epoch, "4": 0.8, "8": 0.9271},
+        }
+        for epoch in range(3)
+    ]
+    return {"steps": steps, "held_out": held_out}
+
+
+class Page(HTMLParser):
+    """Reads a page, insisting on balanced tags."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: set[str] = set()
+        self.images: list[dict[str, str | None]] = []
+        self.links: list[str | None] = []
+        self.ragged = False
+        self._text: list[str] = []
+        self._cells = 0
+        self._widths: set[int] = set()
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+        assert self.open == []
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self._text).split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.add(tag)
+        if tag == "img":
+            self.images.append(dict(attrs))
+        self.links += [value for name, value in attrs if name in ("href", "src")]
+        if tag == "table":
+            self._widths = set()
+        elif tag == "tr":
+            self._cells = 0
+        elif tag in ("td", "th"):
+            self._cells += 1
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+        if tag == "tr":
+            self._widths.add(self._cells)
+        elif tag == "table" and len(self._widths) != 1:
+            self.ragged = True
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self._text.append(data)
+
+
+def names(files: list[Path]) -> list[str]:
+    return [file.name for file in files]
+
+
+def png_size(data: bytes) -> tuple[int, int]:
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    assert data[12:16] == b"IHDR"
+    assert data[-8:-4] == b"IEND"
+    width, height = struct.unpack(">II", data[16:24])
+    return width, height
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("matplotlib")
+    directory = tmp_path_factory.mktemp("runs") / "new" / "report"
+    write_report(directory, make_evaluation(), make_history())
+    return directory
+
+
+# What is written
+
+
+def test_files(report: Path) -> None:
+    expected = sorted([*(f"{name}.png" for name in PLOTS), "report.html"])
+    assert sorted(os.listdir(report)) == expected
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_plots_are_large_enough_to_read(report: Path, name: str) -> None:
+    width, height = png_size((report / f"{name}.png").read_bytes())
+    assert width == 1080
+    assert 400 <= height <= 1600
+
+
+def test_page_is_whole_and_stands_alone(report: Path) -> None:
+    text = (report / "report.html").read_text(encoding="utf-8")
+    page = Page(report / "report.html")
+    assert text.startswith("<!DOCTYPE html>\n<html lang=")
+    assert "script" not in page.seen
+    assert {"html", "head", "title", "body", "h1", "figure", "table"} <= page.seen
+    assert all(link and link.startswith("data:") for link in page.links)
+    assert not page.ragged
+
+
+def test_page_holds_the_plots(report: Path) -> None:
+    page = Page(report / "report.html")
+    prefix = "data:image/png;base64,"
+    for image, name in zip(page.images, PLOTS, strict=True):
+        source, alt = image["src"], image["alt"]
+        assert source is not None
+        assert (
+            base64.b64decode(source.removeprefix(prefix))
+            == (report / f"{name}.png").read_bytes()
+        )
+        assert alt
+
+
+@pytest.mark.parametrize(
+    "figure",
+    [
+        "examples/demo/model",
+        "13,047 tokens",
+        "Predicted speedup: 1.52x over ordinary decoding, with threshold 0.6 and at "
+        "most 8 early predictions.",
+        "81.2 %",  # agreement of exit 2
+        "0.123",  # KL of exit 4
+        "0.071",  # ECE of the probability
+        "0.013",  # ECE of acceptance
+        "43.2 %",  # coverage at equal acceptance
+        "56.8 %",
+        "7.1 %",  # the LM head's share
+        "1.11x",  # a cell of the grid
+        "0.0 % / -",  # no precision where the gate never opens
+        "Held-out text after epoch 2",
+        "92.7 %",
+    ],
+)
+def test_page_shows(report: Path, figure: str) -> None:
+    assert figure in Page(report / "report.html").text
+
+
+def test_same_figures_same_bytes(report: Path, tmp_path: Path) -> None:
+    write_report(tmp_path, make_evaluation(), make_history())
+    for name in os.listdir(report):
+        assert (tmp_path / name).read_bytes() == (report / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("agreement", lambda e: e["exits"][0].update(agreement=0.5)),
+        ("gates", lambda e: e["exits"][0]["thresholds"][1].update(coverage=0.1)),
+        (
+            "reliability",
+            lambda e: e["exits"][0]["reliability"]["acceptance"]["bins"][2].update(
+                accuracy=0.2
+            ),
+        ),
+        ("speedup", lambda e: e["simulation"]["speedup"][0].__setitem__(0, 1.2)),
+    ],
+)
+def test_plots_follow_the_figures(
+    report: Path, tmp_path: Path, name: str, change: Callable[[dict[str, Any]], None]
+) -> None:
+    evaluation = copy.deepcopy(make_evaluation())
+    change(evaluation)
+    write_report(tmp_path, evaluation)
+    for other in PLOTS[:-1]:
+        same = (tmp_path / f"{other}.png").read_bytes() == (
+            report / f"{other}.png"
+        ).read_bytes()
+        assert same == (other != name), other
+
+
+def test_strings_are_escaped(report: Path, tmp_path: Path) -> None:
+    write_report(tmp_path, make_evaluation(model="<script>x</script>&", data='"<i>'))
+    page = Page(tmp_path / "report.html")
+    assert {"script", "i"}.isdisjoint(page.seen)
+    assert "Exit heads for <script>x</script>&" in page.text
+
+
+def test_files_are_replaced(report: Path, tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text("before")
+    (tmp_path / "notes.txt").write_text("mine")
+    write_report(tmp_path, make_evaluation())
+    assert "before" not in Page(tmp_path / "report.html").text
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+# What is left out
+
+
+def test_without_history_there_are_no_loss_curves(report: Path, tmp_path: Path) -> None:
+    files = write_report(tmp_path, make_evaluation())
+    assert names(files) == [
+        "agreement.png",
+        "gates.png",
+        "reliability.png",
+        "speedup.png",
+        "report.html",
+    ]
+    assert len(Page(files[-1]).images) == 4
+
+
+def test_without_simulation(report: Path, tmp_path: Path) -> None:
+    evaluation = make_evaluation(simulation=None, cost=None, best=None)
+    files = write_report(tmp_path, evaluation)
+    assert "speedup.png" not in names(files)
+    assert "No speed was predicted." in Page(files[-1]).text
+
+
+def test_without_calibration(report: Path, tmp_path: Path) -> None:
+    evaluation = make_evaluation()
+    for figures in evaluation["exits"]:
+        figures["reliability"]["acceptance"] = None
+        figures["equal_acceptance"] = None
+    files = write_report(tmp_path, evaluation)
+    assert "reliability.png" in names(files)
+    page = Page(files[-1])
+    assert "where both are right equally often" not in page.text
+    assert not page.ragged
+
+
+def test_without_reliability(report: Path, tmp_path: Path) -> None:
+    evaluation = make_evaluation()
+    for figures in evaluation["exits"]:
+        figures["reliability"] = None
+    assert "reliability.png" not in names(write_report(tmp_path, evaluation))
+
+
+def test_one_exit_and_one_cell(report: Path, tmp_path: Path) -> None:
+    evaluation = make_evaluation()
+    evaluation["exits"] = evaluation["exits"][:1]
+    evaluation["simulation"] = {"thresholds": [0.75], "caps": [5], "speedup": [[None]]}
+    history = make_history() | {"held_out": []}
+    assert len(write_report(tmp_path, evaluation, history)) == 6
+
+
+def test_an_exit_after_every_layer(report: Path, tmp_path: Path) -> None:
+    evaluation = make_evaluation(num_layers=32)
+    evaluation["exits"] = [
+        evaluation["exits"][0] | {"layer": layer, "agreement": layer / 32}
+        for layer in range(1, 32)
+    ]
+    assert len(write_report(tmp_path, evaluation)) == 5
+
+
+def test_slower_than_ordinary_is_said(report: Path, tmp_path: Path) -> None:
+    best = {"threshold": 0.9, "cap": 1, "speedup": 0.97}
+    files = write_report(tmp_path, make_evaluation(best=best))
+    text = Page(files[-1]).text
+    assert "No setting is predicted to be faster" in text
+    assert "0.97x" in text
+
+
+# Bad input
+
+
+def test_incomplete_figures_are_one_sentence(tmp_path: Path) -> None:
+    evaluation = make_evaluation()
+    del evaluation["exits"][1]["agreement"]
+    with pytest.raises(AdaDecodeError) as caught:
+        write_report(tmp_path / "out", evaluation)
+    assert str(caught.value) == (
+        "evaluation.json: exits.1.agreement: Field required; run `adadecode eval` "
+        "again to write the file"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_ragged_grid_is_refused() -> None:
+    evaluation = make_evaluation()
+    evaluation["simulation"]["acceptance"][2].pop()
+    with pytest.raises(AdaDecodeError, match="acceptance is not a grid of 5 thre"):
+        parse_evaluation(evaluation)
+
+
+def test_history_of_another_form_is_refused() -> None:
+    with pytest.raises(AdaDecodeError, match=r"^history\.json: steps: Field required"):
+        parse_history({"losses": []})
+
+
+def test_unknown_keys_are_ignored() -> None:
+    assert parse_evaluation(make_evaluation(novel=1)).tokens == 13047
+
+
+def test_layers_are_numbers() -> None:
+    assert set(parse_history(make_history()).steps[0].loss) == {2, 4, 8}
+
+
+def test_matplotlib_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(AdaDecodeError, match="with its `train` extra") as caught:
+        write_report(tmp_path / "out", make_evaluation())
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_failed_write_leaves_nothing_half_written(
+    report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "report.html").write_text("old")
+
+    def no_space(self: Path, target: Path) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "replace", no_space)
+    with pytest.raises(OSError, match="No space left"):
+        write_report(tmp_path, make_evaluation())
+    assert os.listdir(tmp_path) == ["report.html"]
+    assert (tmp_path / "report.html").read_text() == "old"
+
+
+def test_import_is_light() -> None:
+    code = (
+        "import sys, adadecode_vllm.report, adadecode_vllm.heads.hub\n"
+        "print(sorted({'torch', 'vllm', 'matplotlib', 'numpy', 'huggingface_hub'}"
+        " & sys.modules.keys()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stdout == "[]\n"
+
+
+def test_global_state_is_left_alone() -> None:
+    pytest.importorskip("matplotlib")
+    code = (
+        "import sys, tempfile, matplotlib\n"
+        "from tests.unit.test_report import make_evaluation, make_history\n"
+        "from adadecode_vllm.report import write_report\n"
+        "before = matplotlib.rcParams.copy()\n"
+        "write_report(tempfile.mkdtemp(), make_evaluation(), make_history())\n"
+        "print('matplotlib.pyplot' in sys.modules, matplotlib.rcParams == before)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.stdout == "False True\n"

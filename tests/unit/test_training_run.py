@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training from a model and text to heads, with kills, caches and mistakes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+
+from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.evaluation.run import SimulationGrid, evaluate_heads
+from adadecode_vllm.heads import load_exit_weights, load_heads_config
+from adadecode_vllm.training import cache as cache_module
+from adadecode_vllm.training.run import Reporter, RunOptions, train_heads
+from adadecode_vllm.training.settings import TrainSettings
+from adadecode_vllm.training.teacher import Teacher
+from tests.data_directory import write_rows
+from tests.tiny import NUM_LAYERS, VOCAB_SIZE, save_tiny_llama
+
+SETTINGS: dict[str, Any] = {
+    "epochs": 3,
+    "batch_size": 8,
+    "learning_rate": 1e-2,
+    "held_out": 0.2,
+    "chunk_tokens": 50,
+    "pass_tokens": 120,
+}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
+    directory = tmp_path_factory.mktemp("model")
+    save_tiny_llama(directory, max_position_embeddings=64)
+    return Teacher.load(str(directory))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(count: int) -> list[int]:
+        return torch.randint(3, VOCAB_SIZE, (count,), generator=generator).tolist()
+
+    rows = [(draw(i % 4), draw(10 + i % 7)) for i in range(40)]
+    return write_rows(
+        tmp_path_factory.mktemp("data") / "d", rows, vocab_size=VOCAB_SIZE
+    )
+
+
+class Killed(Exception):
+    pass
+
+
+def train(
+    teacher: Teacher,
+    data: Path,
+    output: Path,
+    *,
+    kill_at: int | None = None,
+    exit_layers: list[int] | None = None,
+    settings: dict[str, Any] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    def step(record: dict[str, Any]) -> None:
+        if record["step"] == kill_at:
+            raise Killed
+
+    return train_heads(
+        teacher,
+        [data],
+        exit_layers or [1, 2],
+        TrainSettings(**SETTINGS | (settings or {})),
+        RunOptions(output, **options),
+        Accelerator(cpu=True),
+        Reporter(step=step),
+    )
+
+
+def weights_of(output: Path) -> dict[int, torch.Tensor]:
+    return load_exit_weights(output, load_heads_config(output))
+
+
+def test_training_brings_the_exits_closer(
+    teacher: Teacher, data: Path, tmp_path: Path
+) -> None:
+    record = train(teacher, data, tmp_path, settings={"epochs": 10})
+    history = json.loads((tmp_path / "run" / "history.json").read_text())
+    first, last = history["held_out"][0], history["held_out"][-1]
+    for layer in ("1", "2"):
+        assert last["loss"][layer] < first["loss"][layer]
+        assert math.isfinite(record["calibration"][layer]["slope"])
+    assert len(history["steps"]) == 10 * 4  # 32 texts in batches of 8
+    config = load_heads_config(tmp_path)
+    assert config.exit_layers == [1, 2]
+    assert config.calibration is not None
+    assert set(weights_of(tmp_path)) == {1, 2}
+    run = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())
+    assert run["data_fingerprint"] == record["data_fingerprint"]
+    assert run["versions"]["torch"]
+    assert not (tmp_path / "run" / "cache").exists()
+    assert not list((tmp_path / "run").glob("checkpoint*"))
+
+
+def test_a_killed_run_ends_with_the_same_bits(
+    teacher: Teacher, data: Path, tmp_path: Path
+) -> None:
+    train(teacher, data, tmp_path / "whole")
+    for kill_at in (6, 9):  # within the second and the third epoch
+        with pytest.raises(Killed):
+            train(teacher, data, tmp_path / "killed", kill_at=kill_at)
+        assert not (tmp_path / "killed" / "config.json").exists()
+    record = train(teacher, data, tmp_path / "killed")
+    whole, resumed = weights_of(tmp_path / "whole"), weights_of(tmp_path / "killed")
+    for layer in (1, 2):
+        assert torch.equal(whole[layer], resumed[layer])
+    assert record["epochs_run"] == 3
+    histories = [
+        json.loads((tmp_path / name / "run" / "history.json").read_text())
+        for name in ("whole", "killed")
+    ]
+    assert histories[0] == histories[1]
+
+
+def test_an_unfinished_run_of_another_kind_is_not_continued(
+    teacher: Teacher, data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(Killed):
+        train(teacher, data, tmp_path, kill_at=6)
+    with pytest.raises(AdaDecodeError, match="unfinished run with another model"):
+        train(teacher, data, tmp_path, settings={"learning_rate": 1e-3})
+    train(teacher, data, tmp_path, settings={"learning_rate": 1e-3}, overwrite=True)
+
+
+def test_without_cache_the_weights_are_the_same(
+    teacher: Teacher, data: Path, tmp_path: Path
+) -> None:
+    train(teacher, data, tmp_path / "cached")
+    train(teacher, data, tmp_path / "live", cache=False)
+    cached, live = weights_of(tmp_path / "cached"), weights_of(tmp_path / "live")
+    for layer in (1, 2):
+        torch.testing.assert_close(cached[layer], live[layer], rtol=1e-3, atol=1e-4)
+
+
+def test_a_named_cache_serves_the_next_run(
+    teacher: Teacher, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    train(teacher, data, tmp_path / "a", cache_directory=cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(Teacher, "streams", _never)
+        train(teacher, data, tmp_path / "b", cache_directory=cache)
+    a, b = weights_of(tmp_path / "a"), weights_of(tmp_path / "b")
+    assert all(torch.equal(a[layer], b[layer]) for layer in (1, 2))
+
+
+def _never(*_arguments: Any) -> Any:
+    raise AssertionError("the cache should have been used")
+
+
+def _shorten(cache: Path) -> None:
+    shard = cache / "training" / "states-00000.bin"
+    shard.write_bytes(shard.read_bytes()[:-4])
+
+
+def _garble(cache: Path) -> None:
+    (cache / "training" / "manifest.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(_shorten, "missing or damaged"), (_garble, "cannot be read")],
+)
+def test_a_damaged_cache_is_refused(
+    teacher: Teacher,
+    data: Path,
+    tmp_path: Path,
+    damage: Callable[[Path], None],
+    message: str,
+) -> None:
+    cache = tmp_path / "cache"
+    train(teacher, data, tmp_path / "a", cache_directory=cache)
+    damage(cache)
+    with pytest.raises(AdaDecodeError, match=f"--cache-dir.*{message}"):
+        train(teacher, data, tmp_path / "b", cache_directory=cache)
+
+
+def test_a_cache_of_other_exits_is_refused(
+    teacher: Teacher, data: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    train(teacher, data, tmp_path / "a", cache_directory=cache)
+    with pytest.raises(AdaDecodeError, match="other exit layers"):
+        train(teacher, data, tmp_path / "b", exit_layers=[3], cache_directory=cache)
+
+
+def test_a_half_written_cache_is_written_anew(
+    teacher: Teacher, data: Path, tmp_path: Path
+) -> None:
+    half = tmp_path / "cache" / "training"
+    half.mkdir(parents=True)
+    (half / "states-00000.bin").write_bytes(b"\0" * 64)
+    train(teacher, data, tmp_path / "a", cache_directory=tmp_path / "cache")
+    train(teacher, data, tmp_path / "b")
+    a, b = weights_of(tmp_path / "a"), weights_of(tmp_path / "b")
+    assert all(torch.equal(a[layer], b[layer]) for layer in (1, 2))
+
+
+def test_shards_end_anywhere(
+    teacher: Teacher, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(teacher, data, tmp_path / "one")
+    monkeypatch.setattr(cache_module, "SHARD_BYTES", 7 * 3 * 16 * 4)
+    train(teacher, data, tmp_path / "many", cache_directory=tmp_path / "cache")
+    assert len(list((tmp_path / "cache" / "training").glob("*.bin"))) > 10
+    one, many = weights_of(tmp_path / "one"), weights_of(tmp_path / "many")
+    assert all(torch.equal(one[layer], many[layer]) for layer in (1, 2))
+
+
+def test_a_full_disk_is_told_before_writing(
+    teacher: Teacher, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        cache_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000)
+    )
+    with pytest.raises(AdaDecodeError, match=r"--cache-dir.*GB free.*--no-cache"):
+        train(teacher, data, tmp_path / "a")
+
+
+def test_a_directory_with_other_files_is_no_cache(
+    teacher: Teacher, data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "cache" / "training").mkdir(parents=True)
+    (tmp_path / "cache" / "training" / "thesis.txt").write_text("mine")
+    with pytest.raises(AdaDecodeError, match=r"other files \(thesis.txt\)"):
+        train(teacher, data, tmp_path / "a", cache_directory=tmp_path / "cache")
+    assert (tmp_path / "cache" / "training" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_loss_that_is_not_a_number_is_told(
+    teacher: Teacher, data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(AdaDecodeError, match=r"--learning-rate.*not a number at step"):
+        train(teacher, data, tmp_path, settings={"learning_rate": 3e38})
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_heads_are_not_overwritten(
+    teacher: Teacher, data: Path, tmp_path: Path
+) -> None:
+    train(teacher, data, tmp_path)
+    with pytest.raises(AdaDecodeError, match="already holds heads"):
+        train(teacher, data, tmp_path)
+
+
+def test_early_stopping_keeps_the_best(
+    teacher: Teacher, data: Path, tmp_path: Path
+) -> None:
+    record = train(
+        teacher,
+        data,
+        tmp_path,
+        settings={"epochs": 60, "patience": 2, "learning_rate": 0.2},
+    )
+    assert record["epochs_run"] < 60
+    assert record["best_epoch"] == record["epochs_run"] - 2
+    losses = [
+        sum(row["loss"].values())
+        for row in json.loads((tmp_path / "run" / "history.json").read_text())[
+            "held_out"
+        ]
+    ]
+    assert min(losses) == losses[record["best_epoch"] - 1]
+
+
+def test_automatic_exits(teacher: Teacher, data: Path, tmp_path: Path) -> None:
+    shown: list[Any] = []
+    record = train_heads(
+        teacher,
+        [data],
+        None,
+        TrainSettings(**SETTINGS),
+        RunOptions(tmp_path, threshold=0.01),
+        Accelerator(cpu=True),
+        Reporter(choices=shown.extend),
+    )
+    assert len(shown) == 7  # all sets of the layers 1, 2 and 3
+    speedups = [choice.speedup for choice in shown]
+    assert speedups == sorted(speedups, reverse=True)
+    assert record["exit_layers"] == list(shown[0].exit_layers)
+    assert load_heads_config(tmp_path).exit_layers == record["exit_layers"]
+
+
+def test_full_size_heads_are_kept_apart(
+    teacher: Teacher, data: Path, tmp_path: Path
+) -> None:
+    train(teacher, data, tmp_path, settings={"head": "full"})
+    assert (tmp_path / "run" / "full_heads.safetensors").exists()
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_other_vocabulary_is_refused(teacher: Teacher, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "d", [([], [1, 2, 3])], vocab_size=50)
+    with pytest.raises(AdaDecodeError, match=r"vocabulary of 50, and .* has 96"):
+        train(teacher, data, tmp_path / "out")
+
+
+def test_nothing_to_predict_is_refused(teacher: Teacher, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "d", [([], [1])], vocab_size=VOCAB_SIZE)
+    with pytest.raises(AdaDecodeError, match="no text has a token to predict"):
+        train(teacher, data, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [([NUM_LAYERS], "contains 4, but"), ([2, 1], "must be strictly increasing")],
+)
+def test_impossible_exits_are_refused(
+    teacher: Teacher, data: Path, tmp_path: Path, layers: list[int], message: str
+) -> None:
+    with pytest.raises(AdaDecodeError, match=f"--exit-layers {message}"):
+        train(teacher, data, tmp_path, exit_layers=layers)
+
+
+def test_too_long_is_refused(teacher: Teacher, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(AdaDecodeError, match="--max-length 65: the model allows 64"):
+        train(teacher, data, tmp_path, settings={"max_length": 65})
+
+
+def test_evaluation_reports_what_the_heads_do(
+    teacher: Teacher, data: Path, tmp_path: Path
+) -> None:
+    train(teacher, data, tmp_path)
+    report = evaluate_heads(teacher, tmp_path, [data], grid=SimulationGrid())
+    assert [row["layer"] for row in report["exits"]] == [1, 2]
+    for row in report["exits"]:
+        coverage = [entry["coverage"] for entry in row["thresholds"]]
+        assert coverage == sorted(coverage, reverse=True)
+        assert 0 <= row["agreement"] <= 1
+    # Random texts are not the model's own answers, so nothing can be simulated.
+    assert report["cost"]["transform_share"] > 0
+    json.dumps(report)
