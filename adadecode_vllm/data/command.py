@@ -43,7 +43,9 @@ def data_command(
     seed: Annotated[int, typer.Option(help="Decides which rows, if not all.")] = 0,
     field: Annotated[
         str | None,
-        typer.Option(help="With --task text: the field with the text.  [text]"),
+        typer.Option(
+            help="With --task text: the field with the text, by default text."
+        ),
     ] = None,
     finished: Annotated[
         bool,
@@ -87,7 +89,7 @@ def data_command(
         bool, typer.Option("--ray", help="Spread the work with Ray Data.")
     ] = False,
     ray_actors: Annotated[
-        int | None, typer.Option(min=1, help="Engines to start.  [1]")
+        int | None, typer.Option(min=1, help="Engines to start, by default 1.")
     ] = None,
     ray_address: Annotated[
         str | None,

@@ -84,6 +84,7 @@ def generate_with_ray(
     try:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False  # the command shows its own
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
         tables = [
             pa.Table.from_pydict(
                 {"shard": [index], "prompt_ids": [prompts]}, schema=_PROMPTS

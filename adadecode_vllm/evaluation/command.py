@@ -45,7 +45,7 @@ def eval_command(
     ] = 512,
     pass_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens in one pass of the model.")
-    ] = 4096,
+    ] = 1024,
     dtype: Annotated[
         str, typer.Option(help="The model's: auto (bfloat16 on GPU, float32 on CPU).")
     ] = "auto",

@@ -94,7 +94,7 @@ def evaluate_heads(
     *,
     grid: SimulationGrid | None,
     max_length: int | None = None,
-    pass_tokens: int = 4096,
+    pass_tokens: int = 1024,
     chunk_tokens: int = 512,
 ) -> dict[str, Any]:
     """Measure every exit on text, and simulate decoding on a model's own answers.
@@ -168,7 +168,8 @@ def known_answers(
     weights: Mapping[int, torch.Tensor],
     texts: Sequence[Text],
     *,
-    pass_tokens: int = 4096,
+    max_length: int | None = None,
+    pass_tokens: int = 1024,
 ) -> list[Answer]:
     """Prepare a model's own answers for the simulation.
 
@@ -178,12 +179,14 @@ def known_answers(
         weights: T by exit.
         texts: Texts with prompts. An answer that is not the model's own at temperature
             0 is cut where it differs first.
+        max_length: The engine's `max_model_len`; None for the model's own.
         pass_tokens: Most tokens of one pass of the model.
 
     Returns:
         The answers that have at least two tokens.
     """
     layers = [*exit_layers, teacher.num_layers]
+    max_length = max_length or teacher.max_length
     stops = teacher.eos_token_ids()
     answers = []
     lengths = [len(text.token_ids) for text in texts]
@@ -211,7 +214,7 @@ def known_answers(
                     stops=stops,
                     # One that did not end by itself was cut at its limit.
                     max_tokens=1 << 30 if ended else len(tokens),
-                    room=teacher.max_length - len(text.prompt),
+                    room=max_length - len(text.prompt),
                 )
             )
     return answers

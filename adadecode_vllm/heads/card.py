@@ -16,6 +16,16 @@ from adadecode_vllm.report.text import count, decimal, percent, ratio, short
 
 CARD_FILE: Final = "README.md"
 
+# Of a training's record, what other parts of the card or `config.json` say.
+_ELSEWHERE: Final = (
+    "argv",
+    "license",
+    "model",
+    "model_fingerprint",
+    "exit_layers",
+    "calibration",
+)
+
 _LIBRARY: Final = "adadecode-vllm"
 _TAGS: Final = ["adadecode", "vllm", "speculative-decoding", "early-exit"]
 _PAPER: Final = "https://arxiv.org/abs/2506.03700"
@@ -60,8 +70,9 @@ def write_card(
         directory: The heads directory; it exists.
         config: Its configuration.
         training: What made the heads, such as `run.yaml`, nested as deep as it likes:
-            `license` and `datasets` also go into the card's metadata, `argv` is shown
-            as a command, everything else as a table. None if it is not known.
+            `license` and `datasets` go into the card's metadata, `argv` is shown as a
+            command, `held_out` (loss and agreement by exit) and the rest as tables.
+            None if it is not known.
         evaluation: `evaluation.json`, decoded. None for a card without figures.
         repo_id: The repository on the Hub to name in the serve command; None for the
             directory.
@@ -215,12 +226,16 @@ def _training(training: Mapping[str, Any] | None) -> str:
     heading = "## Training\n\n"
     if not training:
         return f"{heading}How these heads were made was not recorded."
-    rows = [
-        [name, _public(value)]
-        for name, value in _flatten(training)
-        if name not in ("argv", "license")
-    ]
+    shown = {key: value for key, value in training.items() if key not in _ELSEWHERE}
+    held_out = shown.get("held_out")
+    if isinstance(held_out, Mapping) and isinstance(held_out.get("loss"), Mapping):
+        del shown["held_out"]
+    else:
+        held_out = None
+    rows = [[name, _public(value)] for name, value in _flatten(shown)]
     parts = [_table(["Setting", "Value"], rows)] if rows else []
+    if held_out:
+        parts.append(_held_out(held_out))
     argv = training.get("argv")
     if isinstance(argv, Sequence) and not isinstance(argv, str) and argv:
         words = [
@@ -229,6 +244,17 @@ def _training(training: Mapping[str, Any] | None) -> str:
         ]
         parts.append(f"```sh\n{_one_line(shlex.join(words))}\n```")
     return heading + "\n\n".join(parts)
+
+
+def _held_out(record: Mapping[str, Any]) -> str:
+    """The held-out figures of the epoch that was kept, as training records them."""
+    agreement = record.get("agreement") or {}
+    rows = [
+        [str(layer), decimal(loss), percent(agreement.get(layer))]
+        for layer, loss in record["loss"].items()
+    ]
+    table = _table(["Exit", "Loss, nats per token", "Agreement"], rows)
+    return f"On text held out of the training:\n\n{table}"
 
 
 def _figures(figures: Evaluation) -> str:

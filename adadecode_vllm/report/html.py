@@ -191,19 +191,17 @@ def _calibration_tables(evaluation: Evaluation) -> str:
     ]
     rows = [
         [
-            str(e.layer),
             percent(row.precision),
             percent(row.coverage_probability),
             percent(row.coverage_acceptance),
         ]
-        for e in evaluation.exits
-        for row in e.equal_acceptance or []
+        for row in evaluation.equal_acceptance or []
     ]
     if rows:
         parts.append(
             _table(
-                "Coverage of the gates where both are right equally often",
-                ["Exit", "Right", "Coverage, probability", "Coverage, acceptance"],
+                "All exits together: coverage where both gates are right equally often",
+                ["Right", "Coverage, probability", "Coverage, acceptance"],
                 rows,
             )
         )

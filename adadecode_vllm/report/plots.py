@@ -156,9 +156,7 @@ def _reliability(evaluation: Evaluation) -> Plot:
     exits = [figures for figures in evaluation.exits if figures.reliability]
     columns = min(3, len(exits))
     rows = math.ceil(len(exits) / columns)
-    figure, panels = _figure(
-        columns, rows=rows, height=0.45 + 2.45 * rows, share=True, square=True
-    )
+    figure, panels = _figure(columns, rows=rows, height=0.9 + 2.1 * rows, share=True)
     for panel, figures in zip(panels, exits, strict=False):
         panel.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle=":")
         eces = []
@@ -198,7 +196,7 @@ def _reliability(evaluation: Evaluation) -> Plot:
         panel.set_axis_off()
     for index, panel in enumerate(panels[: len(exits)]):
         if index % columns == 0:
-            panel.set_ylabel("right, %")
+            panel.set_ylabel("share right, %")
         if index + columns >= len(exits):
             panel.set_xlabel("gate's value, %")
             panel.tick_params(labelbottom=True)
@@ -321,7 +319,6 @@ def _figure(
     height: float,
     rows: int = 1,
     share: bool = False,
-    square: bool = False,
 ) -> tuple["Figure", list["Axes"]]:
     """Make a figure of the page's width; height in inches."""
     from matplotlib.figure import Figure
@@ -334,8 +331,6 @@ def _figure(
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-        if square:
-            axes.set_box_aspect(1)
     return figure, list(panels)
 
 

@@ -76,7 +76,7 @@ class GateReliability(_Record):
 
 
 class EqualAcceptance(_Record):
-    """Coverage of both gates where they are right equally often.
+    """Coverage of both gates where they are right equally often, all exits together.
 
     Attributes:
         precision: Share of open gates with the right token, for both.
@@ -99,7 +99,6 @@ class ExitFigures(_Record):
         kl: Mean KL(final || exit), nats per token.
         thresholds: The probability gate by threshold.
         reliability: Of the gates, if it was measured.
-        equal_acceptance: Both gates compared, if the heads are calibrated.
     """
 
     layer: int
@@ -107,7 +106,6 @@ class ExitFigures(_Record):
     kl: float
     thresholds: list[ThresholdRow] = []
     reliability: GateReliability | None = None
-    equal_acceptance: list[EqualAcceptance] | None = None
 
 
 class Simulation(_Record):
@@ -178,6 +176,7 @@ class Evaluation(_Record):
         tokens: Tokens of it.
         num_layers: Decoder layers of the model.
         exits: By layer.
+        equal_acceptance: Both gates compared, if the heads are calibrated.
         simulation: The policy, simulated.
         cost: What its speedups assume.
         best: Its fastest cell.
@@ -189,6 +188,7 @@ class Evaluation(_Record):
     tokens: int
     num_layers: int
     exits: Annotated[list[ExitFigures], Field(min_length=1)]
+    equal_acceptance: list[EqualAcceptance] | None = None
     simulation: Simulation | None = None
     cost: Cost | None = None
     best: Best | None = None

@@ -65,7 +65,7 @@ def choose_exits(
     max_early_predictions: int,
     most_exits: int = 3,
     probe_tokens: int = 8192,
-    pass_tokens: int = 4096,
+    pass_tokens: int = 1024,
 ) -> list[Choice]:
     """Compare sets of exit layers.
 

@@ -47,7 +47,7 @@ class TrainSettings(BaseModel):
     seed: int = 0
     max_length: PositiveInt | None = None
     chunk_tokens: PositiveInt = 512
-    pass_tokens: PositiveInt = 4096
+    pass_tokens: PositiveInt = 1024
 
     def digest(self, *more: str) -> str:
         """Hash of the options and of what else decides the weights."""

@@ -47,6 +47,12 @@ TRAINING = {
     "license": "llama3.1",
     "datasets": ["openai/gsm8k", "my texts"],
     "settings": {"objective": "kl", "epochs": 100, "max_length": None},
+    "calibration": {"1": {"slope": 1.25}},
+    "held_out": {
+        "epoch": 7,
+        "loss": {"1": 0.4567, "3": 0.1},
+        "agreement": {"1": 0.8123, "3": 0.9},
+    },
     "data": {"path": "/data/runs/gsm8k", "url": "https://example.org/a/b"},
     "note": "a | b\n<b>bold</b>",
 }
@@ -220,6 +226,8 @@ def test_card_of_training(heads: Path) -> None:
     assert "| settings.objective | kl |" in text
     assert "| settings.epochs | 100 |" in text
     assert "max_length" not in text
+    assert "calibration" not in text
+    assert "| 1 | 0.457 | 81.2 % |" in text
     assert f"```sh\nadadecode train {BASE} --data gsm\n```" in text
     assert "| data.url | https://example.org/a/b |" in text
     assert "| note | a \\| b &lt;b>bold&lt;/b> |" in text
