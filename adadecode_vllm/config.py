@@ -24,7 +24,9 @@ class AdaDecodeConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     heads: str = Field(
-        min_length=1, description="Directory with the exit heads of the served model."
+        min_length=1,
+        description="The served model's exit heads: a directory, or a repository on "
+        "the Hugging Face Hub as namespace/name or namespace/name@revision.",
     )
     exit_layers: tuple[int, ...] | None = Field(
         default=None,

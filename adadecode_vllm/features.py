@@ -116,12 +116,17 @@ def check_engine(vllm_config: VllmConfig, config: AdaDecodeConfig) -> None:
         )
     _check_model(vllm_config.model_config)
     _check_features(vllm_config)
-    from adadecode_vllm.heads import load_heads_config
+    from adadecode_vllm.heads import load_heads_config, resolve_heads
 
-    heads = load_heads_config(config.heads)
+    directory = resolve_heads(config.heads)
+    heads = load_heads_config(directory)
     check_heads_fit(heads, vllm_config.model_config, config.heads)
     exit_layers = resolve_exit_layers(config, heads)
-    resolved = config.model_copy(update={"exit_layers": exit_layers})
+    if config.gate == "acceptance":
+        heads.acceptance_thresholds(config.threshold)  # refuses heads without them
+    resolved = config.model_copy(
+        update={"heads": str(directory), "exit_layers": exit_layers}
+    )
     additional_config = vllm_config.additional_config
     assert isinstance(additional_config, dict), "the options came from it"
     vllm_config.additional_config = {

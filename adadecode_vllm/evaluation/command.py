@@ -98,8 +98,24 @@ def eval_command(
             if history.is_file()
             else None,
         )
+    written.append(_renew_card(heads, report))
     _print(report)
     typer.echo(f"Wrote {', '.join(str(path) for path in written)}")
+
+
+def _renew_card(heads: Path, report: dict[str, Any]) -> Path:
+    """Write the heads' model card with the new figures."""
+    import yaml
+
+    from adadecode_vllm.heads import load_heads_config, write_card
+
+    run = heads / "run" / "run.yaml"
+    training = (
+        yaml.safe_load(run.read_text(encoding="utf-8")) if run.is_file() else None
+    )
+    return write_card(
+        heads, load_heads_config(heads), training=training, evaluation=report
+    )
 
 
 def _print(report: dict[str, Any]) -> None:

@@ -16,12 +16,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from adadecode_vllm.heads.card import write_card
     from adadecode_vllm.heads.config import ExitHeadsConfig, load_heads_config
     from adadecode_vllm.heads.fingerprint import (
         LMHeadRows,
         check_fingerprint,
         lm_head_fingerprint,
         read_lm_head,
+    )
+    from adadecode_vllm.heads.hub import (
+        from_pretrained,
+        push_to_hub,
+        resolve_heads,
+        save_pretrained,
     )
     from adadecode_vllm.heads.init import init_heads
     from adadecode_vllm.heads.io import load_exit_weights, save_heads
@@ -32,15 +39,25 @@ __all__ = [
     "ExitHeadsConfig",
     "LMHeadRows",
     "check_fingerprint",
+    "from_pretrained",
     "init_heads",
     "lm_head_fingerprint",
     "load_exit_weights",
     "load_heads_config",
+    "push_to_hub",
     "read_lm_head",
+    "resolve_heads",
     "save_heads",
+    "save_pretrained",
+    "write_card",
 ]
 
 _MODULE_OF = {
+    "write_card": "card",
+    "save_pretrained": "hub",
+    "resolve_heads": "hub",
+    "push_to_hub": "hub",
+    "from_pretrained": "hub",
     "ExitHeads": "module",
     "ExitHeadsConfig": "config",
     "LMHeadRows": "fingerprint",

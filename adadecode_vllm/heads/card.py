@@ -162,7 +162,8 @@ def _metadata(config: ExitHeadsConfig, training: Mapping[str, Any]) -> str:
 
 def _introduction(config: ExitHeadsConfig) -> str:
     """What these files are."""
-    exits = ", ".join(str(layer) for layer in config.exit_layers)
+    *others, last = (str(layer) for layer in config.exit_layers)
+    exits = f"{', '.join(others)} or {last}" if others else last
     return (
         f"[AdaDecode]({_PAPER}) heads that predict the next token of "
         f"{_text(config.base_model)} after {exits} of its {config.num_hidden_layers} "
@@ -226,23 +227,21 @@ def _training(training: Mapping[str, Any] | None) -> str:
     heading = "## Training\n\n"
     if not training:
         return f"{heading}How these heads were made was not recorded."
+    parts = []
+    argv = training.get("argv")
+    if isinstance(argv, Sequence) and not isinstance(argv, str) and argv:
+        words = [PurePath(str(argv[0])).name, *(_public(str(a)) for a in argv[1:])]
+        parts.append(f"```sh\n{_one_line(shlex.join(words))}\n```")
     shown = {key: value for key, value in training.items() if key not in _ELSEWHERE}
     held_out = shown.get("held_out")
     if isinstance(held_out, Mapping) and isinstance(held_out.get("loss"), Mapping):
         del shown["held_out"]
     else:
         held_out = None
-    rows = [[name, _public(value)] for name, value in _flatten(shown)]
-    parts = [_table(["Setting", "Value"], rows)] if rows else []
+    if rows := [[name, _public(value)] for name, value in _flatten(shown)]:
+        parts.append(_table(["Setting", "Value"], rows))
     if held_out:
         parts.append(_held_out(held_out))
-    argv = training.get("argv")
-    if isinstance(argv, Sequence) and not isinstance(argv, str) and argv:
-        words = [
-            PurePath(str(argv[0])).name,
-            *(_public(str(word)) for word in argv[1:]),
-        ]
-        parts.append(f"```sh\n{_one_line(shlex.join(words))}\n```")
     return heading + "\n\n".join(parts)
 
 

@@ -135,9 +135,9 @@ class ExitHeadsConfig(BaseModel):
         """
         if self.calibration is None:
             raise AdaDecodeError(
-                "gate 'acceptance': the heads are not calibrated, so the probability "
-                "of acceptance is unknown; train them with `adadecode train` and a "
-                "held-out share, or use the gate 'probability'"
+                "--adadecode-config: gate = 'acceptance' is refused, because the heads "
+                "are not calibrated. Train them with `adadecode train` and a held-out "
+                "share, or use the gate 'probability'."
             )
         return [
             self.calibration[str(layer)].probability_threshold(threshold)

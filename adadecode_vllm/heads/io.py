@@ -51,7 +51,9 @@ def save_heads(
     new_config = directory / (CONFIG_FILE + suffix)
     try:
         save_file(tensors, new_weights, metadata={"format": "pt"})
-        new_config.write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        # Without what is not set: earlier versions refuse keys that they do not know.
+        text = config.model_dump_json(indent=2, exclude_none=True)
+        new_config.write_text(text + "\n", encoding="utf-8")
         (directory / CONFIG_FILE).unlink(missing_ok=True)
         new_weights.replace(directory / WEIGHTS_FILE)
         new_config.replace(directory / CONFIG_FILE)

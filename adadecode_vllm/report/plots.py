@@ -141,7 +141,7 @@ def _gates(evaluation: Evaluation) -> Plot:
         axes.set_xlim(0, 1.02)
         axes.set_xlabel("threshold")
         _percent_axis(axes)
-    left.legend(fontsize=8, frameon=False, ncols=1 + len(layers) // 6)
+    _shared_legend(figure, [left])
     return Plot(
         "gates",
         "Coverage and precision by threshold",
@@ -178,12 +178,13 @@ def _reliability(evaluation: Evaluation) -> Plot:
                 line,
                 color=colour,
                 marker=marker,
-                markersize=4,
+                markersize=3,
                 linewidth=1.2,
                 label=label,
             )
             total = sum(b.count for b in filled) or 1
-            sizes = [10 + 150 * b.count / total for b in filled]
+            # By the root: else one bin of most tokens leaves the others without size.
+            sizes = [120 * math.sqrt(b.count / total) for b in filled]
             panel.scatter(
                 confidence, accuracy, sizes, color=colour, marker=marker, alpha=0.6
             )
@@ -214,26 +215,37 @@ def _reliability(evaluation: Evaluation) -> Plot:
 
 def _speedup(simulation: Simulation) -> Plot:
     """Predicted speedup over the grid of thresholds and caps."""
+    import matplotlib
+    from matplotlib.colors import LogNorm
     from matplotlib.patches import Rectangle
+    from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter
 
     grid = [[_value(cell) for cell in row] for row in simulation.speedup]
     rows, columns = len(grid), len(grid[0])
-    known = [(v, r, c) for r, row in enumerate(grid) for c, v in enumerate(row)]
-    known = [cell for cell in known if not math.isnan(cell[0])]
-    # As far below 1 as above it: equal gain and loss look equally strong.
-    reach = max([0.05, *(abs(value - 1) for value, _, _ in known)])
+    known = [
+        (value, row, column)
+        for row, values in enumerate(grid)
+        for column, value in enumerate(values)
+        if value > 0
+    ]
+    lowest = min([1.0, *(value for value, _, _ in known)])
+    highest = max([1.0, *(value for value, _, _ in known)])
+    # Of ratios, so that twice as fast and half as fast look equally strong.
+    reach = max(1.05, highest, 1 / lowest)
+    colours = matplotlib.colormaps["PuOr"]
     figure, (axes,) = _figure(1, height=1.3 + 0.36 * rows)
     axes.grid(visible=False)
     image = axes.imshow(
         grid,
-        cmap="PuOr",
-        vmin=1 - reach,
-        vmax=1 + reach,
+        cmap=colours,
+        norm=LogNorm(1 / reach, reach),
         origin="lower",
         aspect="auto",
     )
     for value, row, column in known:
-        strong = abs(value - 1) > 0.6 * reach
+        place = 0.5 + 0.5 * math.log(value) / math.log(reach)
+        red, green, blue, _ = colours(place)
+        dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
         axes.text(
             column,
             row,
@@ -241,13 +253,21 @@ def _speedup(simulation: Simulation) -> Plot:
             ha="center",
             va="center",
             fontsize=9 if columns <= 10 else 7,
-            color="white" if strong else "black",
+            color="white" if dark else "black",
         )
     if known:
         _, row, column = max(known)
-        axes.add_patch(
-            Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, linewidth=2.5)
-        )
+        for colour, width in (("black", 5.0), ("white", 2.0)):  # seen on any cell
+            axes.add_patch(
+                Rectangle(
+                    (column - 0.46, row - 0.42),
+                    0.92,
+                    0.84,
+                    fill=False,
+                    edgecolor=colour,
+                    linewidth=width,
+                )
+            )
     axes.set_xticks(range(columns), [str(cap) for cap in simulation.caps])
     axes.set_yticks(range(rows), [short(value) for value in simulation.thresholds])
     axes.tick_params(length=0)
@@ -255,6 +275,11 @@ def _speedup(simulation: Simulation) -> Plot:
     axes.set_ylabel(f"threshold on the {simulation.gate}")
     bar = figure.colorbar(image, ax=axes, pad=0.02)
     bar.set_label("speedup (ordinary decoding = 1)")
+    if lowest < highest:
+        bar.ax.set_ylim(lowest, highest)
+    bar.ax.yaxis.set_major_locator(MaxNLocator(6))
+    bar.ax.yaxis.set_minor_locator(NullLocator())
+    bar.ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     return Plot(
         "speedup",
         "Predicted speedup",
@@ -296,7 +321,7 @@ def _loss(history: History) -> Plot:
     if all(value > 0 for value in everything if value == value):
         losses.set_yscale("log")
     losses.set_ylabel("loss, nats per token")
-    losses.legend(fontsize=8, frameon=False, ncols=1 + len(layers) // 6)
+    _shared_legend(figure, [losses])
     if with_agreement:
         panels[1].set_ylabel("held-out agreement, top-1")
         _percent_axis(panels[1])
@@ -359,7 +384,7 @@ def _percent_axis(axes: "Axes") -> None:
 
 
 def _shared_legend(figure: "Figure", panels: Sequence["Axes"]) -> None:
-    """One legend above all panels, each label once."""
+    """One legend above all panels, where it hides no data; each label once."""
     found: dict[Any, Any] = {}
     for panel in panels:
         handles, labels = panel.get_legend_handles_labels()
@@ -368,7 +393,7 @@ def _shared_legend(figure: "Figure", panels: Sequence["Axes"]) -> None:
         handles=list(found.values()),
         labels=list(found),
         loc="outside upper center",
-        ncols=len(found),
+        ncols=min(7, len(found)),
         frameon=False,
         fontsize=9,
     )

@@ -29,7 +29,7 @@ from adadecode_vllm.heads.config import (
     exit_layers_problem,
 )
 from adadecode_vllm.heads.fingerprint import lm_head_fingerprint
-from adadecode_vllm.heads.io import save_heads
+from adadecode_vllm.heads.hub import save_pretrained
 from adadecode_vllm.training.cache import (
     LiveStates,
     StateSource,
@@ -305,11 +305,13 @@ def _write_outputs(
         tensors = {f"exit_heads.{k}.weight": v.cpu() for k, v in weights.items()}
         save_file(tensors, run_directory / FULL_HEADS_FILE)
     else:
-        save_heads(output, weights, heads_config(teacher, record))
-        from adadecode_vllm.heads.card import write_card
-
-        config = heads_config(teacher, record)
-        write_card(output, config, training=record, evaluation=None)
+        save_pretrained(
+            output,
+            weights,
+            heads_config(teacher, record),
+            architectures=teacher.model.config.architectures or (),
+            training=record,
+        )
     checkpoint.unlink(missing_ok=True)
 
 

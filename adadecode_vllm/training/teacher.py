@@ -94,7 +94,9 @@ class Teacher:
             AdaDecodeError: If it cannot be loaded or has another form.
         """
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging as transformers_logging
 
+        transformers_logging.disable_progress_bar()
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(
                 name,

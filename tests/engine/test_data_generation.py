@@ -27,6 +27,9 @@ ENGINE = {
     "kv_cache_memory_bytes": 64 << 20,
     "max_num_seqs": 16,
 }
+needs_ray = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="needs the extra `ray`"
+)
 MAX_NEW_TOKENS = 120  # enough for some answers to end by themselves
 
 
@@ -134,9 +137,7 @@ def test_what_vllm_refuses(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("ray") is None, reason="needs the extra `ray`"
-)
+@needs_ray
 def test_ray_makes_the_same_rows(made: DataOptions) -> None:
     options = replace(made, out=made.out.with_name("ray"), ray_actors=2)
     info = make_data(options)
@@ -147,9 +148,19 @@ def test_ray_makes_the_same_rows(made: DataOptions) -> None:
     assert make_data(replace(options, ray_actors=1)) == info
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("ray") is None, reason="needs the extra `ray`"
-)
+@needs_ray
+def test_mistakes_with_ray(made: DataOptions) -> None:
+    options = replace(made, out=made.out.with_name("mistakes"), ray_actors=1)
+    with pytest.raises(AdaDecodeError, match=r"--ray-address 127\.0\.0\.1:1: nobody"):
+        make_data(replace(options, ray_address="127.0.0.1:1"))
+    # Only the actor can tell that this is too little.
+    engine = {**ENGINE, "kv_cache_memory_bytes": 1}
+    with pytest.raises(AdaDecodeError, match="vLLM cannot serve it") as caught:
+        make_data(replace(options, engine=engine))
+    assert "\n" not in str(caught.value)
+
+
+@needs_ray
 def test_too_many_actors(made: DataOptions) -> None:
     options = replace(
         made, out=made.out.with_name("many"), rows_per_shard=1, ray_actors=999

@@ -82,7 +82,7 @@ def test_acceptance_thresholds_invert_the_map() -> None:
 
 
 def test_heads_without_calibration_are_refused() -> None:
-    with pytest.raises(AdaDecodeError, match=r"gate.*not calibrated"):
+    with pytest.raises(AdaDecodeError, match=r"gate = .*not calibrated"):
         config().acceptance_thresholds(0.5)
 
 

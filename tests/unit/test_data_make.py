@@ -327,6 +327,34 @@ def test_another_request_is_refused(
     list(read_rows(options.out))
 
 
+@pytest.mark.parametrize("shards_done", [0, 1])
+def test_another_request_after_nothing_was_made(
+    options: DataOptions, monkeypatch: pytest.MonkeyPatch, shards_done: int
+) -> None:
+    """An engine option that was wrong may be mended without --overwrite."""
+    with monkeypatch.context() as patch:
+        patch.setattr(generate_module, "generate", fail_after(shards_done))
+        with pytest.raises(RuntimeError):
+            make_data(options)
+    other = replace(options, engine={"block_size": 16})
+    if shards_done:
+        assert "--engine was {}" in refusal(other)
+    else:
+        assert make_data(other).complete
+
+
+def test_memory_options_may_change(
+    options: DataOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = make_data(replace(options, out=options.out.with_name("whole")))
+    with monkeypatch.context() as patch:
+        patch.setattr(generate_module, "generate", fail_after(1))
+        with pytest.raises(RuntimeError):
+            make_data(options)
+    options = replace(options, engine={"kv_cache_memory_bytes": 1 << 30})
+    assert make_data(options).fingerprint == whole.fingerprint
+
+
 def test_changed_input_is_refused(options: DataOptions) -> None:
     make_data(options)
     with options.inputs[0].open("a") as file:

@@ -122,6 +122,7 @@ def test_resolved_options_are_part_of_the_configuration(
             "exit_layers": [1, 3],
             "threshold": 0.75,
             "max_early_predictions": 5,
+            "gate": "probability",
             "enabled": True,
         }
     }
@@ -395,6 +396,12 @@ def test_heads_of_the_same_model_trained_otherwise(tmp_path: Path, heads: Path) 
     """All shapes agree; only the LM head's rows tell."""
     save_tiny_llama(tmp_path, seed=1)
     assert "an LM head with other weights" in refusal(tmp_path, heads)
+
+
+def test_acceptance_gate_without_calibration(model: Path, heads: Path) -> None:
+    message = refusal(model, heads, {"gate": "acceptance"})
+    assert message.startswith("--adadecode-config: gate = 'acceptance' is refused")
+    assert "Train them with `adadecode train`" in message
 
 
 def test_exits_without_a_head(model: Path, heads: Path) -> None:
