@@ -113,7 +113,8 @@ def data_command(
         )
     engine_options = _parse_engine(engine)
 
-    from adadecode_vllm.data.make import DataOptions, make_data
+    from adadecode_vllm.data.make import make_data
+    from adadecode_vllm.data.options import DataOptions
     from adadecode_vllm.data.tasks import Selection
 
     display = Display()

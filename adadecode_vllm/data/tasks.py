@@ -222,6 +222,11 @@ def check_selection(selection: Selection) -> Selection:
         raise AdaDecodeError(
             f"--split {split}: {name} has only {' and '.join(splits)}; {advice}"
         )
+    if (name, split) == ("mbpp", "test"):
+        logger.warning(
+            "mbpp test is part of mbpp train, which is all of it, as in the paper: "
+            "heads that were trained on the one cannot be judged on the other"
+        )
     return Selection(name, split or next(iter(splits)), selection.count, selection.seed)
 
 

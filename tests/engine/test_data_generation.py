@@ -14,7 +14,8 @@ import pytest
 
 from adadecode_vllm.data import generate as generate_module
 from adadecode_vllm.data import load_dataset_info, read_rows
-from adadecode_vllm.data.make import DataOptions, make_data
+from adadecode_vllm.data.make import make_data
+from adadecode_vllm.data.options import DataOptions
 from adadecode_vllm.errors import AdaDecodeError
 from tests.harness import MAX_MODEL_LEN, MODEL, demo_corpus, generate, start_engine
 

@@ -50,7 +50,7 @@ def test_init_heads_writes_identities(
         f"Wrote heads for exits 1, 3 of {directory} to {heads}\n"
     )
     config = load_heads_config(heads)
-    assert config.model_dump() == {
+    assert config.model_dump(exclude_none=True) == {
         "model_type": "adadecode",
         "exit_layers": [1, 3],
         "hidden_size": HIDDEN_SIZE,

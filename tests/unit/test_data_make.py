@@ -21,7 +21,8 @@ from adadecode_vllm.data import generate as generate_module
 from adadecode_vllm.data import load_dataset_info, read_rows
 from adadecode_vllm.data.command import data_command
 from adadecode_vllm.data.generate import EngineSpec, ShardAnswers
-from adadecode_vllm.data.make import DataOptions, make_data
+from adadecode_vllm.data.make import make_data
+from adadecode_vllm.data.options import DataOptions
 from adadecode_vllm.data.shards import rows_fingerprint
 from adadecode_vllm.data.tasks import Selection
 from adadecode_vllm.errors import AdaDecodeError
@@ -237,7 +238,8 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from adadecode_vllm.data import generate as g
-from adadecode_vllm.data.make import DataOptions, make_data
+from adadecode_vllm.data.make import make_data
+from adadecode_vllm.data.options import DataOptions
 from tests.unit.test_data_make import fake_answers
 
 def slowly(*args):

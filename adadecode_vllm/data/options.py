@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `adadecode data` is asked, and whom it tells how far it is."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from adadecode_vllm.data.tasks import Selection
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What `adadecode data` is asked to do.
+
+    Attributes:
+        out: The data directory.
+        model: The target model: a directory or a Hugging Face name.
+        inputs: Files and directories.
+        selection: Which of their records.
+        finished: Take the text as it is; otherwise the model answers it.
+        chat: Use the chat template; None decides by the tokenizer.
+        max_new_tokens: Most tokens of an answer.
+        max_length: Most tokens of a prompt, or of a row of finished text; None for
+            what the model allows.
+        rows_per_shard: Rows of a shard.
+        dtype: vLLM's `dtype`.
+        engine: Further engine arguments.
+        ray_actors: Engines to spread the work over with Ray; None for no Ray.
+        ray_address: The Ray cluster; None for one on this machine.
+        overwrite: Replace another data set in `out`.
+        argv: The command's arguments, for the record.
+    """
+
+    out: Path
+    model: str
+    inputs: tuple[Path, ...]
+    selection: Selection = field(default_factory=lambda: Selection("text"))
+    finished: bool = False
+    chat: bool | None = None
+    max_new_tokens: int = 512
+    max_length: int | None = None
+    rows_per_shard: int = 512
+    dtype: str = "auto"
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    ray_actors: int | None = None
+    ray_address: str | None = None
+    overwrite: bool = False
+    argv: tuple[str, ...] = ()
+
+
+class Progress(Protocol):
+    """Who is told how far the work is."""
+
+    def start(self, rows: int, done: int) -> None:
+        """`done` of `rows` rows are there from an earlier run."""
+
+    def advance(self, rows: int) -> None:
+        """So many further rows are done."""
+
+    def wrote(self, rows: int, tokens: int, began: float) -> None:
+        """A shard with so many rows and answered tokens is on the disk.
+
+        `began` is when it was taken up, in seconds since the epoch.
+        """
+
+
+class Silence:
+    """Progress that nobody follows."""
+
+    def start(self, rows: int, done: int) -> None:
+        """Ignore it."""
+
+    def advance(self, rows: int) -> None:
+        """Ignore it."""
+
+    def wrote(self, rows: int, tokens: int, began: float) -> None:
+        """Ignore it."""
