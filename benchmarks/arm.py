@@ -96,16 +96,26 @@ class ArmProcess:
             }
         )
 
-    def peak_memory_mib(self) -> float:
-        """Largest resident memory of the arm's processes so far, summed."""
+    def memory_mib(self) -> dict[str, float]:
+        """Memory of the arm's processes, summed.
+
+        Returns:
+            ``peak_memory_mib``: largest resident memory so far, where libraries and
+            files that processes share count for each. ``private_memory_mib``: what
+            only they have, now.
+        """
         import psutil
 
         parent = psutil.Process(self._process.pid)
-        total = 0
+        peak = private = 0
         for process in (parent, *parent.children(recursive=True)):
             status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
-            total += int(status.split("VmHWM:")[1].split()[0])
-        return total / 1024
+            peak += int(status.split("VmHWM:")[1].split()[0])
+            private += process.memory_full_info().uss
+        return {
+            "peak_memory_mib": peak / 1024,
+            "private_memory_mib": private / (1 << 20),
+        }
 
     def __enter__(self) -> ArmProcess:
         """Return itself."""

@@ -90,7 +90,7 @@ def main(
                 for process in processes:
                     run = process.generate(texts, **generation)
                     run["start_up_seconds"] = process.start_up_seconds
-                    run["peak_memory_mib"] = process.peak_memory_mib()
+                    run |= process.memory_mib()
                     runs[process.arm].append(run)
                     typer.echo(
                         f"[{repeat + 1}/{repeats}] {process.arm}: "
@@ -114,7 +114,7 @@ def _table(runs: dict[str, list[dict[str, Any]]]) -> str:
     base = [run["tokens_per_s"] for run in runs[reference]]
     lines = [
         f"| arm | tok/s (min-max) | ratio to {reference} (min-max) | identical texts "
-        "| tokens per full forward | peak memory |",
+        "| tokens per full forward | peak memory (private) |",
         "|---|---|---|---|---|---|",
     ]
     for arm, results in runs.items():
@@ -129,9 +129,10 @@ def _table(runs: dict[str, list[dict[str, Any]]]) -> str:
         stats = results[0]["stats"]
         per_forward = tokens_per_forward(stats) if stats else 1.0
         memory = max(run["peak_memory_mib"] for run in results)
+        private = max(run["private_memory_mib"] for run in results)
         lines.append(
             f"| {arm} | {_spread(speeds)} | {_spread(ratios)} | {same}/{total} "
-            f"| {per_forward:.2f} | {memory:.0f} MiB |"
+            f"| {per_forward:.2f} | {memory:.0f} MiB ({private:.0f} MiB) |"
         )
     return "\n".join(lines)
 

@@ -72,7 +72,13 @@ def make_deep_model(
             layer.mlp.down_proj.weight.zero_()
     model.save_pretrained(directory / "model")
     exits = [num_layers // 4, num_layers // 2, 3 * num_layers // 4]
-    init_heads(str(directory / "model"), directory / "heads", exits, "bfloat16")
+    init_heads(
+        str(directory / "model"),
+        directory / "heads",
+        exits,
+        "bfloat16",
+        overwrite=True,
+    )
 
 
 def main(

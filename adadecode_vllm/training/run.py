@@ -185,7 +185,7 @@ def train_heads(
         if held_out:
             calibration = _calibrate(teacher, weights, held_out_states, settings)
     record = {
-        "argv": sys.argv,
+        "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "commit": _commit(),
         "versions": _versions(),
         "python": platform.python_version(),

@@ -6,8 +6,8 @@
 #   make setup
 #   examples/demo/make_heads.sh WORK [HEADS]
 #
-# WORK receives texts, data and the trained heads; HEADS, if given, the two files that
-# are served.
+# WORK receives texts, data, the trained heads and their evaluation; HEADS, if given, the
+# heads, their card and how they were trained.
 set -euo pipefail
 work=$(realpath -m "$1")
 heads=${2:+$(realpath -m "$2")}
@@ -40,5 +40,6 @@ done
 if [[ -n $heads ]]; then
     mkdir -p "$heads"
     cp "$work/heads/config.json" "$work/heads/model.safetensors" "$heads/"
-    cp "$work/heads/run/run.yaml" "$heads/training.yaml"
+    sed "s#$work#WORK#g" "$work/heads/run/run.yaml" >"$heads/training.yaml"
+    sed "s#$work/heads#${heads#"$PWD"/}#g" "$work/heads/README.md" >"$heads/README.md"
 fi
