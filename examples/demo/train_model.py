@@ -10,7 +10,7 @@ checkpoint while a run goes on.
 The training loss has an auxiliary part, openly a recipe for this demo's own model
 (in the spirit of LayerSkip, arXiv 2404.16710): at some intermediate layers an exit
 of the same form as AdaDecode's, ``lm_head(T @ final_norm(h))``, learns the next
-token too.  These matrices ``T`` are thrown away; ``train_heads.py`` starts from
+token too.  These matrices ``T`` are thrown away; ``make_heads.sh`` starts from
 identity on the frozen model, as the method says.
 """
 
@@ -22,14 +22,13 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import corpus
 import numpy as np
 import torch
-from model_io import residual_streams
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -55,6 +54,33 @@ CHAT_TEMPLATE = (
 
 
 @dataclasses.dataclass(frozen=True)
+def residual_streams(
+    model: LlamaForCausalLM, ids: torch.Tensor, layers: Collection[int]
+) -> dict[int, torch.Tensor]:
+    """Runs the decoder and keeps the residual stream after some layer counts.
+
+    Args:
+        model: A Llama model.
+        ids: Token ids of shape (batch, tokens). Padding may only stand on the right:
+            attention is causal and has no other mask.
+        layers: Layer counts to keep, each in [1, L].
+
+    Returns:
+        Layer count -> residual stream (batch, tokens, hidden_size), before any norm.
+    """
+    decoder = model.model
+    hidden = decoder.embed_tokens(ids)
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    rotary = decoder.rotary_emb(hidden, positions)
+    kept = {}
+    for count, layer in enumerate(decoder.layers, start=1):
+        # Without a mask the attention falls back to plain causal attention.
+        hidden = layer(hidden, attention_mask=None, position_embeddings=rotary)
+        if count in layers:
+            kept[count] = hidden
+    return kept
+
+
 class Recipe:
     """Everything that decides the model, apart from the training time."""
 

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`adadecode train` and `adadecode eval` as users call them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from adadecode_vllm.cli import main
+from adadecode_vllm.heads import load_exit_weights, load_heads_config
+from tests.data_directory import write_rows
+from tests.harness import ROOT
+from tests.tiny import VOCAB_SIZE, save_tiny_llama
+
+TRAIN = ("--exit-layers", "1,2", "--epochs", "2", "--batch-size", "8")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model")
+    save_tiny_llama(directory, max_position_embeddings=64)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
+    """The model's own answers, greedily, as `adadecode data` would write them."""
+    from transformers import AutoModelForCausalLM
+
+    teacher = AutoModelForCausalLM.from_pretrained(model)
+    prompts = torch.randint(
+        3, VOCAB_SIZE, (24, 4), generator=torch.Generator().manual_seed(1)
+    )
+    output = teacher.generate(
+        prompts, max_new_tokens=12, do_sample=False, eos_token_id=None
+    )
+    rows = [(row[:4].tolist(), row[4:].tolist()) for row in output]
+    return write_rows(
+        tmp_path_factory.mktemp("data") / "d", rows, vocab_size=VOCAB_SIZE
+    )
+
+
+def run(*argv: object) -> int:
+    with pytest.raises(SystemExit) as exit_:
+        main([str(argument) for argument in argv])
+    return int(exit_.value.code or 0)
+
+
+def test_train_then_eval(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    heads = tmp_path / "heads"
+    assert run("train", model, heads, "--data", data, *TRAIN) == 0
+    out = capsys.readouterr().out
+    assert "exit 1: agrees with the final layer on" in out
+    assert f"Wrote {heads} after 2 epochs" in out
+    assert load_heads_config(heads).speculators_config is not None
+    assert list((heads / "run" / "tensorboard").iterdir())
+
+    assert run("eval", model, heads, "--data", data) == 0
+    assert "Predicted speedup, 24 answers, gate: probability" in capsys.readouterr().out
+    report = json.loads((heads / "evaluation" / "evaluation.json").read_text())
+    assert report["simulation"]["answers"] == 24
+    assert (heads / "evaluation" / "report.html").stat().st_size > 1000
+    assert "vllm serve" in (heads / "README.md").read_text()
+
+    acceptance = ("--gate", "acceptance", "--no-plots", "--output", tmp_path / "a")
+    assert run("eval", model, heads, "--data", data, *acceptance) == 0
+    report = json.loads((tmp_path / "a" / "evaluation.json").read_text())
+    assert report["simulation"]["gate"] == "acceptance"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--exit-layers", "9"), "--exit-layers contains 9, but the model's 4 layers"),
+        (("--exit-layers", "x"), "--exit-layers 'x': not a list of integers"),
+        (("--preset", "fast"), "--preset fast: unknown; choose one of paper, quick"),
+        (("--objective", "mse"), "--objective mse: input should be 'kl' or 'greedy'"),
+        (("--epochs", "0"), "--epochs 0: input should be greater than 0"),
+        (("--held-out", "1"), "--held-out 1.0: input should be less than 1"),
+        (("--dtype", "int8"), "--dtype int8: unknown dtype"),
+        (("--attn", "xformers"), "--attn xformers: its kernels"),
+        (("--held-out", "0"), "--exit-layers auto: the choice needs held-out text"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    assert run("train", model, tmp_path / "h", "--data", data, *arguments) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"error: {message}")
+    assert not (tmp_path / "h" / "config.json").exists()
+
+
+def test_missing_data_is_one_sentence(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("train", model, tmp_path / "h", "--data", tmp_path / "none") == 2
+    assert f"error: --data {tmp_path / 'none'}" in capsys.readouterr().err
+
+
+def test_eval_refuses_the_heads_of_another_model(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    save_tiny_llama(other, seed=5)
+    heads = tmp_path / "heads"
+    assert run("init-heads", other, heads, "--exit-layers", "1,2") == 0
+    assert run("eval", model, heads, "--data", data) == 2
+    assert f"HEADS {heads}: they were made for {other}" in capsys.readouterr().err
+
+
+def test_eval_needs_calibration_for_the_acceptance_gate(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    heads = tmp_path / "heads"
+    assert run("init-heads", model, heads, "--exit-layers", "1,2") == 0
+    assert run("eval", model, heads, "--data", data, "--gate", "acceptance") == 2
+    assert "the heads are not calibrated" in " ".join(capsys.readouterr().err.split())
+
+
+def test_two_processes_train_the_same_heads(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    """Gradients are summed over the processes, so only the rounding differs."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run("train", model, one, "--data", data, *TRAIN) == 0
+    launch = [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--cpu"),
+        *("--num_processes", "2", "--main_process_port", "0"),
+        *("-m", "adadecode_vllm.cli", "train", str(model), str(two)),
+        *("--data", str(data), *TRAIN),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        launch,
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    first = load_exit_weights(one, load_heads_config(one))
+    second = load_exit_weights(two, load_heads_config(two))
+    for layer in (1, 2):
+        torch.testing.assert_close(first[layer], second[layer], rtol=1e-3, atol=1e-4)
