@@ -97,11 +97,12 @@ class Teacher:
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()
+        implementation = packed_attention(attention, device)
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(
                 name,
                 dtype=DTYPES[dtype],
-                attn_implementation=packed_attention(attention, device),
+                attn_implementation=implementation,
                 use_safetensors=True,
             )
         except (OSError, ValueError) as error:
