@@ -20,6 +20,9 @@ HEADS = str(DEMO / "heads")
 MAX_MODEL_LEN = 256
 OUTPUT_TOKENS = 40
 
+Reference = dict[str, list[list[int]]]
+"""Ordinary vLLM's token ids, by kind and prompt."""
+
 
 def demo_corpus() -> ModuleType:
     """The demo's module with held-out prompts; a script's neighbour, not a package."""

@@ -5,7 +5,6 @@ Nothing here imports pyarrow or torch.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -13,6 +12,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.files import write_whole
 
 INFO_FILE: Final = "dataset.json"
 FORMAT_VERSION: Final = 1
@@ -127,15 +127,7 @@ def write_info(directory: Path, info: DatasetInfo) -> None:
         OSError: The file cannot be written.
     """
     text = info.model_dump_json(indent=2) + "\n"
-    temporary = directory / f"{INFO_FILE}.tmp-{os.getpid()}"
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(directory / INFO_FILE)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(directory / INFO_FILE, text.encode())
 
 
 def _parse(directory: Path, values: Mapping[str, Any], flag: str) -> DatasetInfo:

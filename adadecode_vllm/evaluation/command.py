@@ -61,20 +61,14 @@ def eval_command(
         evaluate_heads,
         write_evaluation,
     )
-    from adadecode_vllm.training.teacher import DTYPES, Teacher
+    from adadecode_vllm.training.teacher import Teacher, resolve_dtype
 
     if gate not in ("probability", "acceptance"):
         raise AdaDecodeError(
             f"--gate {gate}: unknown; choose probability or acceptance"
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype == "auto":
-        dtype = "bfloat16" if device == "cuda" else "float32"
-    if dtype not in DTYPES:
-        raise AdaDecodeError(
-            f"--dtype {dtype}: unknown dtype; choose auto or one of {', '.join(DTYPES)}"
-        )
-    teacher = Teacher.load(model, dtype, device)
+    teacher = Teacher.load(model, resolve_dtype(dtype, device), device)
     grid = SimulationGrid(gate=gate, most_answers=answers, overhead=overhead)
     report = evaluate_heads(
         teacher,

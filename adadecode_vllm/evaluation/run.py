@@ -21,6 +21,7 @@ from adadecode_vllm.evaluation.measure import (
     summarize,
 )
 from adadecode_vllm.evaluation.simulate import Answer, Counters, Gate, total
+from adadecode_vllm.files import write_whole
 from adadecode_vllm.heads.config import ExitHeadsConfig, load_heads_config
 from adadecode_vllm.heads.fingerprint import check_fingerprint
 from adadecode_vllm.heads.io import load_exit_weights
@@ -356,8 +357,5 @@ def write_evaluation(output: Path, report: Mapping[str, Any]) -> Path:
         The file.
     """
     output.mkdir(parents=True, exist_ok=True)
-    path = output / EVALUATION_FILE
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
-    return path
+    text = json.dumps(report, indent=1) + "\n"
+    return write_whole(output / EVALUATION_FILE, text.encode())

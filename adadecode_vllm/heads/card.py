@@ -9,8 +9,8 @@ from os import PathLike
 from pathlib import Path, PurePath
 from typing import Any, Final
 
+from adadecode_vllm.files import write_whole
 from adadecode_vllm.heads.config import ExitHeadsConfig
-from adadecode_vllm.report.files import write_whole
 from adadecode_vllm.report.schema import Evaluation, ExitFigures, parse_evaluation
 from adadecode_vllm.report.text import count, decimal, percent, ratio, short
 

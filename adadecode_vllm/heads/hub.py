@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from adadecode_vllm import __version__
 from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.files import write_whole
 from adadecode_vllm.heads.card import (
     CARD_FILE,
     is_hub_id,
@@ -31,7 +32,6 @@ from adadecode_vllm.heads.files import (
     heads_error,
     weights_path,
 )
-from adadecode_vllm.report.files import write_whole
 
 if TYPE_CHECKING:
     import torch

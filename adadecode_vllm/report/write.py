@@ -6,7 +6,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from adadecode_vllm.report.files import write_whole
+from adadecode_vllm.files import write_whole
 from adadecode_vllm.report.html import render_page
 from adadecode_vllm.report.plots import draw_plots
 from adadecode_vllm.report.schema import parse_evaluation, parse_history

@@ -16,6 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.files import write_whole
 from adadecode_vllm.training.teacher import Teacher, split_by_tokens
 from adadecode_vllm.training.texts import Text, texts_fingerprint
 
@@ -299,9 +300,7 @@ def _write(
         offsets=offsets,
         shard_tokens=shard_tokens,
     )
-    temporary = directory / f"{MANIFEST}.tmp"
-    temporary.write_text(manifest.model_dump_json(), encoding="utf-8")
-    temporary.replace(directory / MANIFEST)
+    write_whole(directory / MANIFEST, manifest.model_dump_json().encode())
     return manifest
 
 

@@ -111,17 +111,13 @@ def train_command(
             "as in pip install 'adadecode-vllm[train]'"
         ) from error
     from adadecode_vllm.training.run import RunOptions, train_heads
-    from adadecode_vllm.training.teacher import DTYPES, Teacher
+    from adadecode_vllm.training.teacher import Teacher, resolve_dtype
 
     logging.basicConfig(level=logging.WARNING)
     processes = Accelerator()
-    if dtype == "auto":
-        dtype = "bfloat16" if processes.device.type == "cuda" else "float32"
-    if dtype not in DTYPES:
-        raise AdaDecodeError(
-            f"--dtype {dtype}: unknown dtype; choose auto or one of {', '.join(DTYPES)}"
-        )
-    teacher = Teacher.load(model, dtype, processes.device, attn)
+    teacher = Teacher.load(
+        model, resolve_dtype(dtype, processes.device), processes.device, attn
+    )
     options = RunOptions(
         output, cache, cache_dir, overwrite, threshold, max_early_predictions
     )

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.evaluation.measure import fit_calibration, measure
+from adadecode_vllm.files import write_whole
 from adadecode_vllm.heads.config import (
     CONFIG_FILE,
     ExitCalibration,
@@ -297,10 +298,11 @@ def _write_outputs(
     import yaml
 
     run_directory = output / RUN_DIRECTORY
-    _write_text(
-        run_directory / HISTORY_FILE, json.dumps(trainer.progress.history, indent=1)
+    history = json.dumps(trainer.progress.history, indent=1) + "\n"
+    write_whole(run_directory / HISTORY_FILE, history.encode())
+    write_whole(
+        run_directory / RUN_FILE, yaml.safe_dump(record, sort_keys=False).encode()
     )
-    _write_text(run_directory / RUN_FILE, yaml.safe_dump(record, sort_keys=False))
     if trainer.settings.head == "full":
         tensors = {f"exit_heads.{k}.weight": v.cpu() for k, v in weights.items()}
         save_file(tensors, run_directory / FULL_HEADS_FILE)
@@ -354,12 +356,6 @@ def _used(texts: Sequence[Text]) -> int:
 
 def _size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def _commit() -> str | None:

@@ -21,6 +21,28 @@ DTYPES = {
 }
 
 
+def resolve_dtype(name: str, device: torch.device | str) -> str:
+    """The dtype that `--dtype` means.
+
+    Args:
+        name: A key of :data:`DTYPES`, or ``auto``: bfloat16 on GPUs, float32 elsewhere.
+        device: Where the model will be.
+
+    Returns:
+        A key of :data:`DTYPES`.
+
+    Raises:
+        AdaDecodeError: If it is unknown.
+    """
+    if name == "auto":
+        return "bfloat16" if torch.device(device).type == "cuda" else "float32"
+    if name not in DTYPES:
+        raise AdaDecodeError(
+            f"--dtype {name}: unknown dtype; choose auto or one of {', '.join(DTYPES)}"
+        )
+    return name
+
+
 class Teacher:
     """A causal language model of Transformers, frozen, taken apart for the exits.
 

@@ -10,6 +10,7 @@ import pytest
 
 from tests.harness import (
     MAX_MODEL_LEN,
+    Reference,
     adadecode_options,
     demo_corpus,
     generate,
@@ -20,8 +21,6 @@ from tests.harness import (
 )
 
 pytestmark = pytest.mark.engine
-
-Reference = dict[str, list[list[int]]]
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import pytest
 from adadecode_vllm.heads import load_heads_config
 from tests.harness import (
     HEADS,
+    Reference,
     adadecode_options,
     generate,
     metric,
@@ -17,8 +18,6 @@ from tests.harness import (
 )
 
 pytestmark = pytest.mark.engine
-
-Reference = dict[str, list[list[int]]]
 
 
 @pytest.mark.parametrize("exit_index", [0, 1, 2])

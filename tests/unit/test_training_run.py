@@ -248,7 +248,7 @@ def test_a_loss_that_is_not_a_number_is_told(
     teacher: Teacher, data: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(AdaDecodeError, match=r"--learning-rate.*not a number at step"):
-        train(teacher, data, tmp_path, settings={"learning_rate": 3e38})
+        train(teacher, data, tmp_path, settings={"learning_rate": 3e37})
     assert not (tmp_path / "config.json").exists()
 
 

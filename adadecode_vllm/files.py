@@ -20,7 +20,11 @@ def write_whole(path: Path, content: bytes) -> Path:
     """
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
-        temporary.write_bytes(content)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            # On the disk before it has its name, so that a crash leaves no empty file.
+            os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
