@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from adadecode_vllm.training.objective import Objective, evaluate
 
@@ -86,3 +89,35 @@ def test_the_final_states_themselves_have_no_divergence() -> None:
     )[1]
     assert found.loss == pytest.approx(0, abs=1e-3)
     assert found.agreed == N
+
+
+class _LargestTensor(TorchDispatchMode):
+    """Remembers the largest tensor that any operation returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+def test_memory_does_not_grow_with_tokens_times_vocabulary() -> None:
+    torch.manual_seed(0)
+    tokens, vocabulary, chunk = 400, 300, 10
+    inputs, final = torch.randn(2, tokens, D)
+    weight = torch.eye(D)
+    with _LargestTensor() as largest:
+        evaluate(
+            {1: weight, 2: weight},
+            {1: inputs, 2: inputs},
+            final,
+            torch.randn(vocabulary, D),
+            objective="kl",
+            chunk_tokens=chunk,
+            gradients={1: torch.zeros(D, D), 2: torch.zeros(D, D)},
+        )
+    assert chunk * vocabulary <= largest.elements <= max(chunk * vocabulary, tokens * D)

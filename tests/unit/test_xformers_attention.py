@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from torch.nn import functional
+from transformers import AttentionInterface, AutoModelForCausalLM
 
 from adadecode_vllm.training.attention import xformers_attention
-from adadecode_vllm.training.teacher import packed_arguments
+from adadecode_vllm.training.teacher import Teacher, packed_arguments
+from tests.tiny import save_tiny_llama
 
 
 def _attention(
@@ -80,3 +83,18 @@ def test_each_sequence_alone_with_grouped_heads(kv_heads: int) -> None:
             enable_gqa=True,
         )
         torch.testing.assert_close(packed[:, here], alone.transpose(1, 2))
+
+
+@pytest.mark.usefixtures("_xformers")
+def test_the_model_hands_the_lengths_to_attention(tmp_path: Path) -> None:
+    save_tiny_llama(tmp_path, num_key_value_heads=1)
+    sequences = [[5, 6, 7, 8], [9], [10, 11, 12, 13, 14, 15]]
+    plain = Teacher.load(str(tmp_path))
+    expected = plain.streams(sequences, [1, 4])
+    AttentionInterface.register("adadecode_xformers", xformers_attention)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="adadecode_xformers"
+    )
+    found = Teacher(model, "tiny", "xformers").streams(sequences, [1, 4])
+    for layer in (1, 4):
+        torch.testing.assert_close(found[layer], expected[layer], rtol=1e-4, atol=1e-5)
