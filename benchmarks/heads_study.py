@@ -46,7 +46,7 @@ from adadecode_vllm.training.run import (
 from adadecode_vllm.training.settings import TrainSettings
 from adadecode_vllm.training.teacher import Teacher
 from adadecode_vllm.training.texts import Text, load_texts, model_fingerprint
-from benchmarks.compare import _cpu_name
+from benchmarks.compare import cpu_name
 
 THRESHOLD, CAP = 0.75, 5
 GATES = ("probability", "acceptance")
@@ -266,7 +266,7 @@ def _run(study: Study, domains: Mapping[str, Domain]) -> dict[str, Any]:
         "command": " ".join(["python", *map(_shorten, sys.argv)]),
         **{name: mixed.record[name] for name in ("commit", "versions", "python")},
         "hardware": {
-            "cpu": _cpu_name(),
+            "cpu": cpu_name(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
         },

@@ -129,7 +129,8 @@ def test_refused_with_flag_reason_and_remedy(
 def test_unknown_option() -> None:
     assert refusal({"heads": "H", "treshold": 0.5}) == (
         "--adadecode-config: unknown option 'treshold'. Options are heads, "
-        "exit_layers, threshold, max_early_predictions, gate, enabled; remove or correct it."
+        "exit_layers, threshold, max_early_predictions, gate, enabled; remove or "
+        "correct it."
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from adadecode_vllm.cli import main
 from adadecode_vllm.heads import load_exit_weights, load_heads_config
@@ -138,12 +139,11 @@ def test_two_processes_train_the_same_heads(
     one, two = tmp_path / "one", tmp_path / "two"
     assert run("train", model, one, "--data", data, *TRAIN) == 0
     launch = [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--cpu"),
-        *("--num_processes", "2", "--main_process_port", "0"),
-        *("-m", "adadecode_vllm.cli", "train", str(model), str(two)),
-        *("--data", str(data), *TRAIN),
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
+        *("--standalone", "-m", "adadecode_vllm.cli", "train"),
+        *(str(model), str(two), "--data", str(data), *TRAIN),
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     result = subprocess.run(
         launch,
         env=environment,
@@ -154,6 +154,8 @@ def test_two_processes_train_the_same_heads(
         timeout=300,
     )
     assert result.returncode == 0, result.stderr[-2000:]
+    record = yaml.safe_load((two / "run" / "run.yaml").read_text())
+    assert record["processes"] == 2
     first = load_exit_weights(one, load_heads_config(one))
     second = load_exit_weights(two, load_heads_config(two))
     for layer in (1, 2):
