@@ -34,6 +34,7 @@ from adadecode_vllm.evaluation.cost import CostModel
 from adadecode_vllm.evaluation.measure import equal_acceptance, measure, summarize
 from adadecode_vllm.evaluation.run import gate_log_odds, known_answers, load_heads_for
 from adadecode_vllm.evaluation.simulate import Answer, total
+from adadecode_vllm.files import write_whole
 from adadecode_vllm.heads.config import ExitHeadsConfig
 from adadecode_vllm.training.cache import LiveStates, StateSource, cached_states
 from adadecode_vllm.training.run import (
@@ -238,9 +239,7 @@ def main(
         },
     }
     report["table"] = _table(report)
-    temporary = output.with_suffix(".tmp")
-    temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(output)
+    write_whole(output, (json.dumps(report, indent=1) + "\n").encode())
     typer.echo(report["table"])
 
 

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +45,7 @@ from adadecode_vllm.data.tasks import (
     select_examples,
 )
 from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.provenance import package_versions
 
 logger = logging.getLogger(__name__)
 
@@ -346,10 +346,5 @@ def _spec(options: DataOptions) -> Any:
 
 def _versions() -> dict[str, str]:
     """Versions of what takes part."""
-    versions = {"adadecode-vllm": __version__, "python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return versions
+    own = {"adadecode-vllm": __version__, "python": platform.python_version()}
+    return own | package_versions(_PACKAGES)

@@ -144,7 +144,7 @@ def summarize(
         thresholds: Where coverage and precision are given.
 
     Returns:
-        ``agreement``, ``kl``, ``thresholds``, ``reliability`` and ``equal_acceptance``.
+        ``agreement``, ``kl``, ``thresholds`` and ``reliability``.
     """
     probability = found.probability
     error, bins = reliability(probability, found.agreed)
@@ -163,7 +163,6 @@ def summarize(
             "probability": {"ece": error, "bins": bins},
             "acceptance": None,
         },
-        "equal_acceptance": None,
     }
     if calibration is not None:
         slope, intercept = calibration

@@ -12,8 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 Gate = tuple[int, float]
 """An exit's top token and what the gate compares with the threshold."""
 
@@ -197,8 +195,3 @@ def total(
     for answer in answers:
         simulate(answer, counters, thresholds, max_early_predictions)
     return counters
-
-
-def equal_thresholds(threshold: float, exits: int) -> np.ndarray:
-    """The paper's gate: one threshold for all exits."""
-    return np.full(exits, threshold)

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from adadecode_vllm.heads.config import (
 )
 from adadecode_vllm.heads.fingerprint import lm_head_fingerprint
 from adadecode_vllm.heads.hub import save_pretrained
+from adadecode_vllm.provenance import package_versions
 from adadecode_vllm.training.cache import (
     LiveStates,
     StateSource,
@@ -154,6 +154,7 @@ def train_heads(
         raise AdaDecodeError(f"--exit-layers {problem}; give increasing layer counts")
 
     weights_key = model_fingerprint(teacher)
+    data_key = texts_fingerprint(texts)
     layers = [*exit_layers, teacher.num_layers]
     with _sources(
         teacher, [training, held_out], layers, weights_key, settings, options,
@@ -168,9 +169,7 @@ def train_heads(
             settings,
             processes,
         )
-        key = settings.digest(
-            weights_key, texts_fingerprint(texts), repr(list(exit_layers))
-        )
+        key = settings.digest(weights_key, data_key, repr(list(exit_layers)))
         checkpoint = run_directory / _CHECKPOINT
         if checkpoint.exists():
             trainer.load_checkpoint(checkpoint, key)
@@ -188,7 +187,7 @@ def train_heads(
     record = {
         "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "commit": _commit(),
-        "versions": _versions(),
+        "versions": package_versions(_PACKAGES),
         "python": platform.python_version(),
         "model": teacher.name,
         "model_fingerprint": weights_key,
@@ -196,7 +195,7 @@ def train_heads(
         "device": str(teacher.device),
         "processes": processes.num_processes,
         "data": [str(directory) for directory in data],
-        "data_fingerprint": texts_fingerprint(texts),
+        "data_fingerprint": data_key,
         "sources": sorted({text.source for text in texts}),
         "texts": {"training": len(training), "held_out": len(held_out)},
         "tokens": {"training": _used(training), "held_out": _used(held_out)},
@@ -367,13 +366,3 @@ def _commit() -> str | None:
         cwd=Path(__file__).parent,
     )
     return result.stdout.strip() or None
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
