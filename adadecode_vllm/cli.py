@@ -86,6 +86,40 @@ def init_heads_command(
     typer.echo(f"Wrote heads for exits {exits} of {model} to {directory}")
 
 
+@app.command("draft-vocabulary")
+def draft_vocabulary_command(
+    heads: Annotated[
+        Path, typer.Argument(metavar="HEADS", help="The heads directory to change.")
+    ],
+    data: Annotated[
+        list[Path],
+        typer.Option(help="A directory of `adadecode data`; again for more domains."),
+    ],
+    size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most tokens to store, by default 32768."),
+    ] = None,
+) -> None:
+    """Give heads the most frequent tokens of a text as their draft vocabulary."""
+    from adadecode_vllm.training.draft_vocabulary import (
+        add_draft_vocabulary,
+        data_counts,
+    )
+
+    counts = data_counts(heads, data)
+    ranking = add_draft_vocabulary(heads, counts, size)
+    total = int(counts.sum())
+    typer.echo(f"{total:,} tokens of text, {int(counts.count_nonzero()):,} distinct")
+    for share in (25, 50, 100):
+        first = -(-len(ranking) * share // 100)
+        covered = int(counts[ranking[:first]].sum()) / total
+        typer.echo(
+            f"the first {share}% of the ranking, {first:,} tokens: {covered:.1%} of "
+            "the text"
+        )
+    typer.echo(f"Wrote a draft vocabulary of {len(ranking):,} tokens to {heads}")
+
+
 @app.command("push")
 def push_command(
     directory: Annotated[

@@ -53,6 +53,24 @@ class AdaDecodeConfig(BaseModel):
         "probability, or the probability that the prediction is accepted, which "
         "calibrated heads derive from it.",
     )
+    draft_vocabulary_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="Let the gates look at this many tokens only, the most frequent of "
+        "the heads' training text. Default: the whole vocabulary.",
+    )
+    last_guess: bool = Field(
+        default=False,
+        description="Also submit the last exit's guess where it is not confident, as a "
+        "request's last early prediction of a cycle.",
+    )
+    synthetic_acceptance_rate: float | None = Field(
+        default=None,
+        ge=0.0,
+        le=1.0,
+        description="For measurements only: accept early predictions at this rate, "
+        "whatever the model says. The text is meaningless then.",
+    )
     enabled: bool = Field(
         default=True,
         description="False serves the model as if the plugin were not installed.",

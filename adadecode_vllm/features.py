@@ -124,6 +124,7 @@ def check_engine(vllm_config: VllmConfig, config: AdaDecodeConfig) -> None:
     exit_layers = resolve_exit_layers(config, heads)
     if config.gate == "acceptance":
         heads.acceptance_thresholds(config.threshold)  # refuses heads without them
+    _check_draft_vocabulary(config, heads)
     resolved = config.model_copy(
         update={"heads": str(directory), "exit_layers": exit_layers}
     )
@@ -133,6 +134,25 @@ def check_engine(vllm_config: VllmConfig, config: AdaDecodeConfig) -> None:
         **additional_config,
         CONFIG_KEY: resolved.model_dump(mode="json"),
     }
+
+
+def _check_draft_vocabulary(config: AdaDecodeConfig, heads: ExitHeadsConfig) -> None:
+    """Refuse a draft vocabulary that the heads do not have."""
+    size, stored = config.draft_vocabulary_size, heads.draft_vocabulary
+    if size is None:
+        return
+    if stored is None:
+        raise AdaDecodeError(
+            f"--adadecode-config: draft_vocabulary_size = {size} is refused: "
+            f"{config.heads} has no draft vocabulary. Make one with `adadecode "
+            "draft-vocabulary`, or remove draft_vocabulary_size."
+        )
+    if size > stored:
+        raise AdaDecodeError(
+            f"--adadecode-config: draft_vocabulary_size = {size} is refused: "
+            f"{config.heads} ranks only {stored} tokens. Give at most that, or make a "
+            "larger ranking with `adadecode draft-vocabulary`."
+        )
 
 
 def resolve_exit_layers(

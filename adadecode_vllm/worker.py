@@ -44,6 +44,22 @@ class AdaDecodeCPUWorker(CPUWorker):
             adadecode.ledger.dropped.clear()
         return answer
 
+    def adadecode_configure(
+        self,
+        threshold: float | None = None,
+        max_early_predictions: int | None = None,
+    ) -> None:
+        """Change when to predict early; reached through ``LLM.collective_rpc``.
+
+        Args:
+            threshold: For all exits, in [0, 1]; None leaves it.
+            max_early_predictions: The cap, up to the engine's own; None leaves it.
+
+        Raises:
+            AdaDecodeError: If a value is out of range.
+        """
+        self._runner.proposer.adadecode.configure(threshold, max_early_predictions)
+
     @property
     def _runner(self) -> AdaDecodeCPUModelRunner:
         return cast(AdaDecodeCPUModelRunner, self.model_runner)

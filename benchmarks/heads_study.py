@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -47,7 +46,7 @@ from adadecode_vllm.training.run import (
 from adadecode_vllm.training.settings import TrainSettings
 from adadecode_vllm.training.teacher import Teacher
 from adadecode_vllm.training.texts import Text, load_texts, model_fingerprint
-from benchmarks.compare import cpu_name
+from benchmarks.results import hardware
 
 THRESHOLD, CAP = 0.75, 5
 GATES = ("probability", "acceptance")
@@ -264,11 +263,7 @@ def _run(study: Study, domains: Mapping[str, Domain]) -> dict[str, Any]:
     return {
         "command": " ".join(["python", *map(_shorten, sys.argv)]),
         **{name: mixed.record[name] for name in ("commit", "versions", "python")},
-        "hardware": {
-            "cpu": cpu_name(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-        },
+        "hardware": {**hardware(), "threads": torch.get_num_threads()},
         "heads": rows,
         "gates": {k: study.compare_gates(mixed, domains[k]) for k in both},
     }

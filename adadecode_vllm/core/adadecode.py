@@ -12,8 +12,9 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 
-from adadecode_vllm.config import AdaDecodeConfig
+from adadecode_vllm.config import AdaDecodeConfig, parse_config
 from adadecode_vllm.core.drafting import Drafter, DraftRequests
+from adadecode_vllm.core.gate import Gate
 from adadecode_vllm.core.ledger import Ledger, Resumable
 from adadecode_vllm.core.policy import ThresholdPolicy
 from adadecode_vllm.core.resume import Resumer, ScheduledBatch
@@ -21,8 +22,14 @@ from adadecode_vllm.core.segments import Decoder, build_segments, find_decoder
 from adadecode_vllm.core.states import PendingStates
 from adadecode_vllm.core.stats import Stats
 from adadecode_vllm.core.vllm_executor import VllmExecutor
+from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.features import fingerprint_mismatch
-from adadecode_vllm.heads import ExitHeads, check_fingerprint, load_heads_config
+from adadecode_vllm.heads import (
+    ExitHeads,
+    check_fingerprint,
+    load_draft_token_ids,
+    load_heads_config,
+)
 
 
 class AdaDecode:
@@ -55,10 +62,10 @@ class AdaDecode:
             config.heads, decoder.dtype, decoder.device, config.exit_layers
         )
         segments = build_segments(decoder, config.exit_layers, vllm_config)
-        self.executor = VllmExecutor(
-            decoder, segments, config.exit_layers, heads, vllm_config
-        )
-        self.policy = ThresholdPolicy(_thresholds(config), config.max_early_predictions)
+        gate = Gate(decoder, heads, config.exit_layers, _draft_token_ids(config))
+        self.executor = VllmExecutor(decoder, segments, gate, vllm_config)
+        self._config = config
+        self.policy = _policy(config)
         self.stats = Stats(config.exit_layers, len(decoder.layers))
         self.ledger = Ledger()
         self.states = PendingStates(
@@ -129,10 +136,55 @@ class AdaDecode:
             if exits is not None and tokens:
                 self.stats.count_verdict(exits[:num_drafts], tokens - 1)
 
+    def configure(
+        self, threshold: float | None, max_early_predictions: int | None
+    ) -> None:
+        """Change when to predict early, for studies on a running engine.
+
+        Args:
+            threshold: In [0, 1]; None leaves it.
+            max_early_predictions: Up to the engine's own cap, which slots and buffers
+                were reserved for; None leaves it.
+
+        Raises:
+            AdaDecodeError: If a value is out of range.
+        """
+        options: dict[str, Any] = {}
+        if threshold is not None:
+            options["threshold"] = threshold
+        if max_early_predictions is not None:
+            options["max_early_predictions"] = max_early_predictions
+            if max_early_predictions > self.states.window - 1:
+                raise AdaDecodeError(
+                    f"max_early_predictions = {max_early_predictions} is refused: this "
+                    f"engine reserved room for {self.states.window - 1}. Start it with "
+                    "a larger max_early_predictions in --adadecode-config."
+                )
+        config = parse_config({**self._config.model_dump(), **options})
+        self._config = config
+        self.policy = _policy(config)
+        self._drafter.policy = self.policy
+
     def forget(self, request_ids: set[str]) -> None:
         """Release what is remembered of finished requests."""
         for request_id in request_ids & self._exits.keys():
             del self._exits[request_id]
+
+
+def _policy(config: AdaDecodeConfig) -> ThresholdPolicy:
+    return ThresholdPolicy(
+        _thresholds(config), config.max_early_predictions, config.last_guess
+    )
+
+
+def _draft_token_ids(config: AdaDecodeConfig) -> torch.Tensor | None:
+    """The tokens that the gates look at; None for all."""
+    if config.draft_vocabulary_size is None:
+        return None
+    heads = load_heads_config(config.heads)
+    token_ids = load_draft_token_ids(config.heads, heads)
+    assert token_ids is not None, "refused at start-up"
+    return token_ids[: config.draft_vocabulary_size]
 
 
 def _thresholds(config: AdaDecodeConfig) -> list[float]:

@@ -90,21 +90,28 @@ class Drafter:
             front_level = levels[everyone, length - 1]
             segment = int(front_level[active].min())
             chosen = np.flatnonzero(active & (front_level == segment))
+            segment_started = time.perf_counter()
             front_states = self._run_segment(
                 requests, chosen, segment, token_ids, levels, length
             )
+            gate_started = time.perf_counter()
             predicted, confidence = self.executor.gate(segment, *front_states)
+            gate_ended = time.perf_counter()
+            self.stats.draft_segment_seconds[segment] += gate_started - segment_started
+            self.stats.gate_seconds[segment] += gate_ended - gate_started
             self.stats.gates[segment] += len(chosen)
             confident = self.policy.confident(segment, confidence)
 
-            stayed, moved = chosen[~confident], chosen[confident]
             if segment == last_exit:
-                active[stayed] = False
+                active[chosen[~confident]] = False
+                if self.policy.last_guess:
+                    confident = np.ones_like(confident)
+            moved = chosen[confident]
             token_ids[moved, length[moved]] = predicted[confident]
             exits[moved, length[moved]] = segment
             length[moved] += 1
             self.stats.early_predictions[segment] += len(moved)
-            active[moved] = length[moved] - 1 < requests.limits[moved]
+            active[moved] &= length[moved] - 1 < requests.limits[moved]
             for request in moved[active[moved]]:
                 token = int(token_ids[request, length[request] - 1])
                 active[request] = token not in requests.stop_token_ids[request]

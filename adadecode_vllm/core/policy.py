@@ -21,10 +21,13 @@ class ThresholdPolicy:
             no probability exceeds it: if all are 1 nothing is ever predicted early and
             drafting is not even started.
         max_early_predictions: Largest number of unverified tokens of a request.
+        last_guess: Whether the last exit's token is predicted even below its threshold,
+            after which the request stops.
     """
 
     thresholds: Sequence[float]
     max_early_predictions: int
+    last_guess: bool = False
 
     @property
     def can_predict(self) -> bool:

@@ -32,6 +32,7 @@ class Decoder:
         norm: The final norm, ``norm(hidden, residual) -> (normed, sum)``.
         compute_logits: (n, d) normed hidden states to (n, V) logits, on every rank.
         lm_head: The model's own LM head.
+        logits_processor: What ``compute_logits`` applies to the LM head's output.
         hidden_size: d.
         dtype: The model's dtype.
         device: The model's device.
@@ -42,6 +43,7 @@ class Decoder:
     norm: nn.Module
     compute_logits: Callable[[torch.Tensor], torch.Tensor | None]
     lm_head: nn.Module
+    logits_processor: Any
     hidden_size: int
     dtype: torch.dtype
     device: torch.device
@@ -84,6 +86,7 @@ def find_decoder(model: nn.Module) -> Decoder:
         norm=inner.norm,
         compute_logits=causal_lm.compute_logits,
         lm_head=causal_lm.lm_head,
+        logits_processor=causal_lm.logits_processor,
         hidden_size=inner.config.hidden_size,
         dtype=inner.norm.weight.dtype,
         device=inner.norm.weight.device,

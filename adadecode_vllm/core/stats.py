@@ -30,7 +30,9 @@ class Stats:
         generated_tokens: Tokens that those yielded.
         resumed_tokens: Tokens that entered a forward with work already done.
         resumed_forwards: Forwards with at least one resumed token.
-        drafting_seconds: Wall time spent drafting.
+        draft_segment_seconds: Wall time of each segment while drafting.
+        gate_seconds: Wall time of each exit's head.
+        drafting_seconds: Wall time spent drafting, those two included.
         verifying_seconds: Wall time of resumed forwards.
     """
 
@@ -46,6 +48,8 @@ class Stats:
     generated_tokens: int = field(init=False)
     resumed_tokens: int = field(init=False)
     resumed_forwards: int = field(init=False)
+    draft_segment_seconds: np.ndarray = field(init=False)
+    gate_seconds: np.ndarray = field(init=False)
     drafting_seconds: float = field(init=False)
     verifying_seconds: float = field(init=False)
 
@@ -66,6 +70,8 @@ class Stats:
         self.generated_tokens = 0
         self.resumed_tokens = 0
         self.resumed_forwards = 0
+        self.draft_segment_seconds = np.zeros(exits + 1)
+        self.gate_seconds = np.zeros(exits)
         self.drafting_seconds = 0.0
         self.verifying_seconds = 0.0
 

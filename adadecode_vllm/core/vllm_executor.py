@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,10 +14,8 @@ from vllm.forward_context import set_forward_context
 
 from adadecode_vllm.core.batch import AttentionBatcher
 from adadecode_vllm.core.executor import TokenSubset
+from adadecode_vllm.core.gate import Gate
 from adadecode_vllm.core.segments import Decoder
-
-if TYPE_CHECKING:
-    from adadecode_vllm.heads import ExitHeads
 
 
 class VllmExecutor:
@@ -28,8 +25,7 @@ class VllmExecutor:
         self,
         decoder: Decoder,
         segments: Sequence[nn.Module],
-        exit_layers: Sequence[int],
-        heads: ExitHeads,
+        gate: Gate,
         vllm_config: VllmConfig,
     ) -> None:
         """Wire the executor; :attr:`batcher` is set once the KV cache exists.
@@ -37,14 +33,12 @@ class VllmExecutor:
         Args:
             decoder: The model's parts.
             segments: K + 1 segments.
-            exit_layers: Layer counts of the K exits.
-            heads: The exit heads.
+            gate: The exit heads over the LM head.
             vllm_config: The engine's configuration.
         """
         self.decoder = decoder
         self.segments = list(segments)
-        self.exit_layers = list(exit_layers)
-        self.heads = heads
+        self._gate = gate
         self.vllm_config = vllm_config
         self.batcher: AttentionBatcher | None = None
         self._whole_batch: torch.Tensor | None = None
@@ -99,18 +93,9 @@ class VllmExecutor:
     def gate(
         self, exit_index: int, hidden: torch.Tensor, residual: torch.Tensor
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Ask an exit head; see the protocol.
-
-        Every tensor-parallel rank computes the same logits from the same all-gathered
-        values, so all take the same decision (I7).
-        """
-        normed, _ = self.decoder.norm(hidden, residual)
-        transformed = self.heads(self.exit_layers[exit_index], normed)
-        logits = self.decoder.compute_logits(transformed)
-        assert logits is not None, "logits are gathered on every rank"
-        logits = logits.float()
-        top, token = logits.max(dim=-1)
-        confidence = torch.exp(top - torch.logsumexp(logits, dim=-1))
+        """Ask an exit head; see the protocol."""
+        token, confidence = self._gate(exit_index, hidden, residual)
+        # float64 holds every token id; one copy to the host instead of two.
         answer = torch.stack((token.double(), confidence.double())).cpu().numpy()
         return answer[0].astype(np.int64), answer[1].astype(np.float32)
 

@@ -17,15 +17,23 @@ class CostModel:
         head_share: h, the LM head's.
         transform_share: tau, one T's; 0 for T = I.
         overhead: o, everything else that a draft adds.
+        gate_head_share: The LM head's where a gate reads it: less than h for a reduced
+            draft vocabulary; None for h.
     """
 
     head_share: float
     transform_share: float
     overhead: float = 0.0
+    gate_head_share: float | None = None
 
     @classmethod
     def of_model(
-        cls, model: Any, *, identity: bool, overhead: float = 0.0
+        cls,
+        model: Any,
+        *,
+        identity: bool,
+        overhead: float = 0.0,
+        draft_vocabulary: int | None = None,
     ) -> CostModel:
         """Count a model's weights.
 
@@ -33,6 +41,7 @@ class CostModel:
             model: A causal language model with ``model.layers`` and ``lm_head``.
             identity: Whether T = I at every exit.
             overhead: o.
+            draft_vocabulary: Tokens that gates look at; None for all.
 
         Returns:
             The shares.
@@ -41,7 +50,10 @@ class CostModel:
         in_layers = sum(weight.numel() for weight in model.model.layers.parameters())
         total = in_layers + head.numel()
         transform = 0 if identity else head.shape[1] ** 2
-        return cls(head.numel() / total, transform / total, overhead)
+        at_gates = None
+        if draft_vocabulary is not None:
+            at_gates = min(draft_vocabulary, head.shape[0]) * head.shape[1] / total
+        return cls(head.numel() / total, transform / total, overhead, at_gates)
 
     def ordinary_steps(self, counters: Counters) -> float:
         """Cost of the counted work, as a number of ordinary steps.
@@ -60,7 +72,9 @@ class CostModel:
             for segment, runs in enumerate(counters.segments_run)
         )
         body = (1 - self.head_share) * layers / counters.num_layers
-        gate = self.head_share + self.transform_share + self.overhead
+        at_gates = self.gate_head_share
+        gate = self.head_share if at_gates is None else at_gates
+        gate += self.transform_share + self.overhead
         return body + gate * sum(counters.gates) + self.head_share * counters.forwards
 
     def speedup(self, counters: Counters) -> float:

@@ -2,7 +2,8 @@
 """Exit heads: their directory format, their module, and the check of the base model.
 
 A heads directory holds `config.json` (`ExitHeadsConfig`) and `model.safetensors` with
-one tensor `exit_heads.{layer}.weight` of shape (d, d) per exit. The logits of the exit
+one tensor `exit_heads.{layer}.weight` of shape (d, d) per exit, and perhaps
+`draft_token_ids`, the most frequent tokens of the training text. The logits of the exit
 after `layer` decoder layers are
 
     LM_head(T @ final_norm(hidden + residual))
@@ -31,7 +32,11 @@ if TYPE_CHECKING:
         save_pretrained,
     )
     from adadecode_vllm.heads.init import init_heads
-    from adadecode_vllm.heads.io import load_exit_weights, save_heads
+    from adadecode_vllm.heads.io import (
+        load_draft_token_ids,
+        load_exit_weights,
+        save_heads,
+    )
     from adadecode_vllm.heads.module import ExitHeads
 
 __all__ = [
@@ -42,6 +47,7 @@ __all__ = [
     "from_pretrained",
     "init_heads",
     "lm_head_fingerprint",
+    "load_draft_token_ids",
     "load_exit_weights",
     "load_heads_config",
     "push_to_hub",
@@ -64,6 +70,7 @@ _MODULE_OF = {
     "check_fingerprint": "fingerprint",
     "init_heads": "init",
     "lm_head_fingerprint": "fingerprint",
+    "load_draft_token_ids": "io",
     "load_exit_weights": "io",
     "load_heads_config": "config",
     "read_lm_head": "fingerprint",

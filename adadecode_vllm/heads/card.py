@@ -31,6 +31,8 @@ _TAGS: Final = ["adadecode", "vllm", "speculative-decoding", "early-exit"]
 _PAPER: Final = "https://arxiv.org/abs/2506.03700"
 # An absolute path inside any text, but not the end of a URL or of a relative path.
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~-])/(?:[^\s/]+/)+([^\s/]*)")
+_VOCABULARY_ROW = re.compile(r"^\| Vocabulary \|.*$", re.MULTILINE)
+_DRAFT_VOCABULARY_ROW = re.compile(r"^\| Draft vocabulary \|.*\n", re.MULTILINE)
 _HEADS_ARGUMENT = re.compile(r"(--adadecode-heads )(?:'[^']*'|\S+)")
 
 
@@ -138,6 +140,24 @@ def name_repository(card: str, repo_id: str) -> str:
     return _HEADS_ARGUMENT.sub(lambda match: match[1] + shlex.quote(repo_id), card)
 
 
+def name_draft_vocabulary(card: str, config: ExitHeadsConfig) -> str:
+    """Let a card tell the draft vocabulary of heads that were given another one.
+
+    Args:
+        card: The card's text.
+        config: The heads' configuration, as it is now.
+
+    Returns:
+        The card's text with its table's row for the draft vocabulary added, changed or
+        removed. A card without that table is returned as it is.
+    """
+    card = _DRAFT_VOCABULARY_ROW.sub("", card)
+    rows = [_table_row(row) for row in _draft_vocabulary(config)]
+    return _VOCABULARY_ROW.sub(
+        lambda match: "\n".join([match[0], *rows]), card, count=1
+    )
+
+
 def _metadata(config: ExitHeadsConfig, training: Mapping[str, Any]) -> str:
     """The YAML block; the Hub refuses names there that are not its own."""
     from huggingface_hub import ModelCardData
@@ -215,11 +235,20 @@ def _heads(config: ExitHeadsConfig) -> str:
         ],
         ["Hidden size", count(config.hidden_size)],
         ["Vocabulary", count(config.vocab_size)],
+        *_draft_vocabulary(config),
         ["Parameters", f"{count(parameters)} in {config.dtype}"],
         ["LM head fingerprint", f"`{config.lm_head_fingerprint}`"],
         ["Written by", f"{_LIBRARY} {config.library_version}"],
     ]
     return "## Heads\n\n" + _table(["", ""], rows)
+
+
+def _draft_vocabulary(config: ExitHeadsConfig) -> list[list[str]]:
+    """The table's row for the draft vocabulary, where there is one."""
+    if config.draft_vocabulary is None:
+        return []
+    tokens = f"the {count(config.draft_vocabulary)} most frequent tokens"
+    return [["Draft vocabulary", f"{tokens} of the training text"]]
 
 
 def _training(training: Mapping[str, Any] | None) -> str:
@@ -321,8 +350,12 @@ def _public(text: str) -> str:
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(_text(c) for c in line)} |" for line in lines)
+    return "\n".join(map(_table_row, [header, ["---"] * len(header), *rows]))
+
+
+def _table_row(cells: Sequence[str]) -> str:
+    """A line of a Markdown table."""
+    return f"| {' | '.join(_text(cell) for cell in cells)} |"
 
 
 def _text(text: str) -> str:

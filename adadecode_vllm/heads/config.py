@@ -20,6 +20,7 @@ from adadecode_vllm import __version__
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.heads.files import (
     CONFIG_FILE,
+    DRAFT_TOKENS,
     check_tensors,
     config_path,
     heads_error,
@@ -83,6 +84,8 @@ class ExitHeadsConfig(BaseModel):
         dtype: Dtype of the stored weights.
         calibration: By exit layer (as a string, JSON has no other keys); None for heads
             that were not calibrated.
+        draft_vocabulary: Number of token ids in the tensor `draft_token_ids`, the most
+            frequent tokens of the training text; None for heads without it.
         speculators_config: The heads described in the form of the `speculators`
             project, for tools that read it; nothing here does.
     """
@@ -101,6 +104,7 @@ class ExitHeadsConfig(BaseModel):
     library_version: str = __version__
     dtype: HeadsDtype = "float32"
     calibration: dict[str, ExitCalibration] | None = None
+    draft_vocabulary: PositiveInt | None = None
     speculators_config: dict[str, Any] | None = None
 
     @model_validator(mode="after")
@@ -118,6 +122,16 @@ class ExitHeadsConfig(BaseModel):
             raise ValueError(
                 f"calibration names the exits {', '.join(self.calibration)} instead of "
                 f"{', '.join(names)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_draft_vocabulary(self) -> "ExitHeadsConfig":
+        """The draft vocabulary is a part of the vocabulary."""
+        if (self.draft_vocabulary or 0) > self.vocab_size:
+            raise ValueError(
+                f"draft_vocabulary is {self.draft_vocabulary}, but the vocabulary has "
+                f"only {self.vocab_size} tokens"
             )
         return self
 
@@ -184,12 +198,16 @@ def load_heads_config(directory: str | PathLike[str]) -> ExitHeadsConfig:
     """
     directory = Path(directory)
     config = _parse(directory, _read_json(directory))
-    shape = (config.hidden_size, config.hidden_size)
-    check_tensors(
-        directory,
-        {tensor_name(layer): shape for layer in config.exit_layers},
+    weight = (
+        (config.hidden_size, config.hidden_size),
         _SAFETENSORS_DTYPE[config.dtype],
     )
+    expected: dict[str, tuple[tuple[int, ...], str]] = {
+        tensor_name(layer): weight for layer in config.exit_layers
+    }
+    if config.draft_vocabulary is not None:
+        expected[DRAFT_TOKENS] = ((config.draft_vocabulary,), "I64")
+    check_tensors(directory, expected)
     return config
 
 

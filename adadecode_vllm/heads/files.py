@@ -14,6 +14,7 @@ from adadecode_vllm.errors import AdaDecodeError
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+DRAFT_TOKENS = "draft_token_ids"  # the tensor with the draft vocabulary
 
 _PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 _NO_PICKLE = "only safetensors are loaded, never pickle"
@@ -91,14 +92,14 @@ def weights_path(directory: Path) -> Path:
 
 
 def check_tensors(
-    directory: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str
+    directory: Path, expected: Mapping[str, tuple[tuple[int, ...], str]]
 ) -> None:
     """Check names, shapes and dtypes in `model.safetensors` without reading the data.
 
     Args:
         directory: The heads directory.
-        shapes: The expected shape of every expected tensor.
-        dtype: The expected dtype of all of them, in safetensors' spelling (`F32`).
+        expected: Shape and dtype of every tensor, the dtype in safetensors' spelling
+            (`F32`).
 
     Raises:
         AdaDecodeError: The file is missing, is not safetensors, is truncated, or does
@@ -109,17 +110,17 @@ def check_tensors(
     try:
         with safe_open(path, framework="np") as tensors:
             names = set(tensors.keys())
-            if missing := sorted(shapes.keys() - names):
+            if missing := sorted(expected.keys() - names):
                 raise heads_error(
                     directory, f"{WEIGHTS_FILE} lacks {', '.join(missing)}", remedy
                 )
-            if unexpected := sorted(names - shapes.keys()):
+            if unexpected := sorted(names - expected.keys()):
                 raise heads_error(
                     directory,
                     f"{WEIGHTS_FILE} holds the unexpected {', '.join(unexpected)}",
                     remedy,
                 )
-            for name, shape in shapes.items():
+            for name, (shape, dtype) in expected.items():
                 header = tensors.get_slice(name)
                 if (found := tuple(header.get_shape())) != shape:
                     raise heads_error(

@@ -79,6 +79,7 @@ def save_pretrained(
     weights: "Mapping[int, torch.Tensor]",
     config: ExitHeadsConfig,
     *,
+    draft_token_ids: "torch.Tensor | None" = None,
     architectures: Sequence[str] = (),
     training: Mapping[str, Any] | None = None,
     evaluation: Mapping[str, Any] | None = None,
@@ -89,7 +90,9 @@ def save_pretrained(
         directory: The directory; created with its parents if missing, heads in it are
             replaced.
         weights: T per exit layer, shape (d, d), as `save_heads` takes them.
-        config: The configuration. `speculators_config` is filled in if it is None.
+        config: The configuration. `speculators_config` is filled in if it is None, and
+            `draft_vocabulary` where there are token ids.
+        draft_token_ids: The draft vocabulary, as `save_heads` takes it.
         architectures: `architectures` of the base model's `config.json`.
         training: What made the heads, for the card; see `write_card`.
         evaluation: `evaluation.json`, decoded, for the card.
@@ -99,18 +102,21 @@ def save_pretrained(
 
     Raises:
         AdaDecodeError: The evaluation is incomplete; nothing was written.
-        ValueError: The weights do not fit the configuration; nothing was written.
+        ValueError: The weights or the token ids do not fit the configuration; nothing
+            was written.
         OSError: The files cannot be written.
     """
-    from adadecode_vllm.heads.io import save_heads
+    from adadecode_vllm.heads.io import save_heads, with_draft_vocabulary
 
     if config.speculators_config is None:
         block = make_speculators_config(config.base_model, architectures)
         config = config.model_copy(update={"speculators_config": block})
+    if draft_token_ids is not None:  # the card names it
+        config = with_draft_vocabulary(config, draft_token_ids)
     # Rendered before anything is replaced: figures that are wrong must not leave new
     # heads under an old card.
     card = render_card(config, str(directory), training=training, evaluation=evaluation)
-    save_heads(directory, weights, config)
+    save_heads(directory, weights, config, draft_token_ids)
     write_whole(Path(directory) / CARD_FILE, card.encode())
     return config
 

@@ -7,12 +7,13 @@ from os import PathLike
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from adadecode_vllm.heads.config import ExitHeadsConfig
 from adadecode_vllm.heads.files import (
     CONFIG_FILE,
+    DRAFT_TOKENS,
     WEIGHTS_FILE,
     heads_error,
     tensor_name,
@@ -25,6 +26,7 @@ def save_heads(
     directory: str | PathLike[str],
     weights: Mapping[int, torch.Tensor],
     config: ExitHeadsConfig,
+    draft_token_ids: torch.Tensor | None = None,
 ) -> None:
     """Write a heads directory, replacing heads that are there.
 
@@ -36,15 +38,25 @@ def save_heads(
         directory: The directory; created with its parents if missing.
         weights: For every layer of `config.exit_layers`, T of shape (d, d), any
             floating dtype, on any device. Stored as `config.dtype`.
-        config: The configuration.
+        config: The configuration. `draft_vocabulary` is filled in if it is None.
+        draft_token_ids: The draft vocabulary: distinct token ids by falling frequency
+            in the training text, shape (m,), int64. None for heads without it.
 
     Raises:
-        ValueError: The weights do not fit the configuration, or hold NaN or infinity
-            once cast to `config.dtype`.
+        ValueError: The weights or the token ids do not fit the configuration, or
+            weights hold NaN or infinity once cast to `config.dtype`.
         OSError: The files cannot be written.
     """
     directory = Path(directory)
     tensors = _prepare(weights, config)
+    if draft_token_ids is not None:
+        config = with_draft_vocabulary(config, draft_token_ids)
+        tensors[DRAFT_TOKENS] = draft_token_ids.to("cpu", copy=True).contiguous()
+    elif config.draft_vocabulary is not None:
+        raise ValueError(
+            f"the configuration's draft_vocabulary is {config.draft_vocabulary}, but "
+            "there are no draft_token_ids"
+        )
     directory.mkdir(parents=True, exist_ok=True)
     suffix = f".tmp-{os.getpid()}"
     new_weights = directory / (WEIGHTS_FILE + suffix)
@@ -92,6 +104,86 @@ def load_exit_weights(
                 "train the heads again, or take an earlier checkpoint",
             )
     return weights
+
+
+def load_draft_token_ids(
+    directory: str | PathLike[str], config: ExitHeadsConfig
+) -> torch.Tensor | None:
+    """Read the draft vocabulary of a heads directory.
+
+    Args:
+        directory: The directory that `load_heads_config` accepted.
+        config: What it returned.
+
+    Returns:
+        Distinct token ids in [0, vocab_size) by falling frequency in the training
+        text, shape (m,), int64 on the CPU. None for heads without a draft vocabulary.
+
+    Raises:
+        AdaDecodeError: The file cannot be read, or the ids are of another number than
+            the configuration says, outside the vocabulary, or not distinct.
+    """
+    if config.draft_vocabulary is None:
+        return None
+    directory = Path(directory)
+    try:
+        with safe_open(weights_path(directory), framework="pt") as tensors:
+            token_ids: torch.Tensor = tensors.get_tensor(DRAFT_TOKENS)
+    except SafetensorError as error:
+        raise unreadable(directory, error) from error
+    if problem := _draft_tokens_problem(token_ids, config):
+        raise heads_error(
+            directory,
+            problem,
+            "make it anew with `adadecode draft-vocabulary`, or take an earlier copy",
+        )
+    return token_ids
+
+
+def with_draft_vocabulary(
+    config: ExitHeadsConfig, draft_token_ids: torch.Tensor
+) -> ExitHeadsConfig:
+    """Let a configuration name the size of a draft vocabulary.
+
+    Args:
+        config: The configuration; its `draft_vocabulary` is None or that size already.
+        draft_token_ids: See `save_heads`.
+
+    Returns:
+        The configuration with `draft_vocabulary`.
+
+    Raises:
+        ValueError: The token ids do not fit the configuration.
+    """
+    if problem := _draft_tokens_problem(draft_token_ids, config):
+        raise ValueError(problem)
+    return config.model_copy(update={"draft_vocabulary": len(draft_token_ids)})
+
+
+def _draft_tokens_problem(
+    token_ids: torch.Tensor, config: ExitHeadsConfig
+) -> str | None:
+    """Say what is wrong with a draft vocabulary; None when it is valid."""
+    if token_ids.dtype != torch.int64:
+        return f"{DRAFT_TOKENS} has dtype {token_ids.dtype} instead of torch.int64"
+    shape = tuple(token_ids.shape)
+    if len(shape) != 1 or shape[0] == 0:
+        return f"{DRAFT_TOKENS} has shape {shape} instead of that of a list of tokens"
+    if config.draft_vocabulary not in (None, shape[0]):
+        return (
+            f"{DRAFT_TOKENS} has shape {shape} instead of ({config.draft_vocabulary},)"
+        )
+    last = config.vocab_size - 1
+    outside = token_ids[(token_ids < 0) | (token_ids > last)]
+    if len(outside):
+        return (
+            f"{DRAFT_TOKENS} holds {outside[0]}, but the vocabulary has the ids 0 to "
+            f"{last}"
+        )
+    values, counts = token_ids.unique(return_counts=True)
+    if len(values) < len(token_ids):
+        return f"{DRAFT_TOKENS} holds {values[counts > 1][0]} more than once"
+    return None
 
 
 def _prepare(

@@ -11,8 +11,8 @@ from adadecode_vllm.heads.config import load_heads_config
 from adadecode_vllm.heads.io import load_exit_weights
 
 
-class ExitTransform(nn.Module):
-    """One exit's T, multiplied by the kernel that vLLM's own layers use.
+class PackedLinear(nn.Module):
+    """A matrix that is multiplied by the kernel which vLLM's own layers use.
 
     On CPU vLLM packs weights for a faster kernel than torch's; elsewhere torch's is
     the kernel.
@@ -22,7 +22,7 @@ class ExitTransform(nn.Module):
         """Take the weight, and pack it where it is on the CPU.
 
         Args:
-            weight: T, shape (d, d), in the model's dtype, on its device.
+            weight: (m, d), in the model's dtype, on its device.
         """
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
@@ -34,7 +34,7 @@ class ExitTransform(nn.Module):
             dispatch_cpu_unquantized_gemm(self, remove_weight=True)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return T @ hidden for (n, d) hidden states."""
+        """Return (n, m) for (n, d) hidden states."""
         if self.cpu_linear is not None:
             return self.cpu_linear(hidden, self.weight, None)
         return nn.functional.linear(hidden, self.weight)
@@ -77,7 +77,7 @@ class ExitHeads(nn.Module):
             if torch.equal(weight, torch.eye(len(weight)).to(weight)):
                 identity.append(layer)
                 continue
-            self.transforms[str(layer)] = ExitTransform(weight.to(device))
+            self.transforms[str(layer)] = PackedLinear(weight.to(device))
         self.identity_layers = frozenset(identity)
 
     @classmethod

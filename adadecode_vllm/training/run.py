@@ -7,7 +7,6 @@ import json
 import logging
 import platform
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,13 +29,14 @@ from adadecode_vllm.heads.config import (
 )
 from adadecode_vllm.heads.fingerprint import lm_head_fingerprint
 from adadecode_vllm.heads.hub import save_pretrained
-from adadecode_vllm.provenance import package_versions
+from adadecode_vllm.provenance import git_commit, package_versions
 from adadecode_vllm.training.cache import (
     LiveStates,
     StateSource,
     cache_bytes,
     cached_states,
 )
+from adadecode_vllm.training.draft_vocabulary import count_tokens, rank_tokens
 from adadecode_vllm.training.probe import Choice, choose_exits
 from adadecode_vllm.training.settings import TrainSettings
 from adadecode_vllm.training.teacher import Teacher
@@ -186,7 +186,7 @@ def train_heads(
             calibration = _calibrate(teacher, weights, held_out_states, settings)
     record = {
         "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "commit": _commit(),
+        "commit": git_commit(Path(__file__).parent),
         "versions": package_versions(_PACKAGES),
         "python": platform.python_version(),
         "model": teacher.name,
@@ -211,7 +211,9 @@ def train_heads(
         },
     }
     if processes.is_main_process:
-        _write_outputs(teacher, weights, trainer, record, options.output, checkpoint)
+        _write_outputs(
+            teacher, weights, trainer, training, record, options.output, checkpoint
+        )
     processes.wait_for_everyone()
     return record
 
@@ -290,6 +292,7 @@ def _write_outputs(
     teacher: Teacher,
     weights: dict[int, torch.Tensor],
     trainer: Trainer,
+    training: Sequence[Text],
     record: dict[str, Any],
     output: Path,
     checkpoint: Path,
@@ -306,10 +309,12 @@ def _write_outputs(
         tensors = {f"exit_heads.{k}.weight": v.cpu() for k, v in weights.items()}
         save_file(tensors, run_directory / FULL_HEADS_FILE)
     else:
+        counts = count_tokens((text.answer for text in training), teacher.vocab_size)
         save_pretrained(
             output,
             weights,
             heads_config(teacher, record),
+            draft_token_ids=rank_tokens(counts),
             architectures=teacher.model.config.architectures or (),
             training=record,
         )
@@ -355,14 +360,3 @@ def _used(texts: Sequence[Text]) -> int:
 
 def _size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
-
-
-def _commit() -> str | None:
-    result = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parent,
-    )
-    return result.stdout.strip() or None

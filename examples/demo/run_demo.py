@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from corpus import heldout_code_prompts, heldout_problems
 from rich.console import Console
 from rich.table import Table
 
 DEMO = Path(__file__).resolve().parent
 sys.path.insert(0, str(DEMO.parents[1]))
 
-from benchmarks.arm import ArmProcess, tokens_per_forward  # noqa: E402
+from benchmarks.analysis import tokens_per_forward, tokens_per_s  # noqa: E402
+from benchmarks.arms import Arm, EngineSettings  # noqa: E402
+from benchmarks.process import ArmProcess  # noqa: E402
+from benchmarks.workloads import load_workload  # noqa: E402
 
 
 def main(
@@ -37,25 +39,23 @@ def main(
     """Run both, compare the texts and print a table."""
     console = Console()
     workloads = {
-        "problems": heldout_problems(prompts),
-        "code": heldout_code_prompts(prompts),
+        name: load_workload(name, DEMO / "model", count=prompts).prompts
+        for name in ("problems", "code")
     }
-    engine = {
-        "model": str(DEMO / "model"),
-        "heads": str(DEMO / "heads"),
-        "threshold": threshold,
-        "max_early_predictions": max_early_predictions,
-        "dtype": "float32",
-        "kv_cache_gib": 1,
-        "texts": True,
-        "arguments": {"enforce_eager": not compile},
-    }
-    generation = {"batch_size": 1, "ignore_eos": False}
+    settings = EngineSettings(
+        model=str(DEMO / "model"),
+        heads=str(DEMO / "heads"),
+        dtype="float32",
+        threshold=threshold,
+        max_early_predictions=max_early_predictions,
+        arguments={"enforce_eager": not compile},
+    )
+    generation: dict[str, Any] = {"batch_size": 1, "ignore_eos": False}
     with ExitStack() as stack:
         arms = {}
         for arm in ("ordinary", "adadecode"):
             with console.status(f"{arm}: starting vLLM"):
-                arms[arm] = stack.enter_context(ArmProcess(arm, engine))
+                arms[arm] = stack.enter_context(ArmProcess(Arm(arm, arm), settings))
             arms[arm].generate(
                 workloads["problems"][:1], output_tokens=16, **generation
             )
@@ -65,11 +65,11 @@ def main(
             results: dict[str, Any] = {
                 workload: {
                     arm: process.generate(
-                        texts, output_tokens=output_tokens, **generation
+                        token_ids, output_tokens=output_tokens, **generation
                     )
                     for arm, process in arms.items()
                 }
-                for workload, texts in workloads.items()
+                for workload, token_ids in workloads.items()
             }
     console.print(_table(results))
     different = [
@@ -115,10 +115,10 @@ def _table(results: dict[str, Any]) -> Table:
         )
         table.add_row(
             workload,
-            f"{ordinary['tokens_per_s']:.0f}",
-            f"{ours['tokens_per_s']:.0f}",
-            f"{ours['tokens_per_s'] / ordinary['tokens_per_s']:.2f}x",
-            f"{tokens_per_forward(stats):.2f}",
+            f"{tokens_per_s(ordinary):.0f}",
+            f"{tokens_per_s(ours):.0f}",
+            f"{tokens_per_s(ours) / tokens_per_s(ordinary):.2f}x",
+            f"{tokens_per_forward(ours):.2f}",
             by_exit,
             f"{accepted / max(1, stats['generated_tokens']):.0%}",
             f"{accepted / max(1, accepted + rejected):.1%}",

@@ -53,7 +53,6 @@ CHAT_TEMPLATE = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
 def residual_streams(
     model: LlamaForCausalLM, ids: torch.Tensor, layers: Collection[int]
 ) -> dict[int, torch.Tensor]:
@@ -81,6 +80,7 @@ def residual_streams(
     return kept
 
 
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """Everything that decides the model, apart from the training time."""
 

@@ -46,6 +46,9 @@ def test_defaults() -> None:
         "threshold": 0.75,
         "max_early_predictions": 5,
         "gate": "probability",
+        "draft_vocabulary_size": None,
+        "last_guess": False,
+        "synthetic_acceptance_rate": None,
         "enabled": True,
     }
 
@@ -129,8 +132,8 @@ def test_refused_with_flag_reason_and_remedy(
 def test_unknown_option() -> None:
     assert refusal({"heads": "H", "treshold": 0.5}) == (
         "--adadecode-config: unknown option 'treshold'. Options are heads, "
-        "exit_layers, threshold, max_early_predictions, gate, enabled; remove or "
-        "correct it."
+        "exit_layers, threshold, max_early_predictions, gate, draft_vocabulary_size, "
+        "last_guess, synthetic_acceptance_rate, enabled; remove or correct it."
     )
 
 

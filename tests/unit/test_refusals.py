@@ -123,6 +123,9 @@ def test_resolved_options_are_part_of_the_configuration(
             "threshold": 0.75,
             "max_early_predictions": 5,
             "gate": "probability",
+            "draft_vocabulary_size": None,
+            "last_guess": False,
+            "synthetic_acceptance_rate": None,
             "enabled": True,
         }
     }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One way of decoding, as an engine in a process of its own.
+"""One way of decoding, loaded in a process of its own.
 
 Several arms stay loaded side by side and generate in turn, so that a machine whose
 speed drifts from minute to minute slows all of them alike, and so that the plugin of
@@ -15,84 +15,107 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-ARMS = {
-    "ordinary": "vLLM alone, the plugin not loaded",
-    "installed": "the plugin installed but not asked for",
-    "adadecode": "early predictions at the given threshold and cap",
-    "threshold-1": "AdaDecode that never predicts early",
-}
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.arms import REFERENCE, Arm, EngineSettings
+
+
+class ArmError(RuntimeError):
+    """An arm's engine did not start or ended while generating."""
 
 
 class ArmProcess:
     """A running arm; a context manager that ends it.
 
     Attributes:
-        arm: A key of :data:`ARMS`.
+        arm: The arm.
         start_up_seconds: How long the engine took to start.
     """
 
-    def __init__(self, arm: str, engine: dict[str, Any]) -> None:
+    def __init__(self, arm: Arm, settings: EngineSettings) -> None:
         """Start the engine and wait until it can generate.
 
         Args:
-            arm: A key of :data:`ARMS`.
-            engine: ``model``, ``heads``, ``threshold``, ``max_early_predictions``,
-                ``dtype``, ``kv_cache_gib``, ``texts`` (whether prompts are texts rather
-                than token ids) and ``arguments``, more arguments of ``vllm.LLM``.
+            arm: The arm.
+            settings: What all arms of the comparison have in common.
 
         Raises:
-            RuntimeError: If the engine does not start; with the end of its log.
+            ArmError: If the engine does not start; with the end of its log.
         """
         self.arm = arm
         environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
-        if arm == "ordinary":
+        if arm.kind == REFERENCE:
             environment["VLLM_PLUGINS"] = ""
         self._log = tempfile.TemporaryFile(  # noqa: SIM115 (closed in __exit__)
             "w+", encoding="utf-8", errors="replace"
         )
         self._process = subprocess.Popen(
-            [sys.executable, __file__, arm],
+            [sys.executable, __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
             env=environment,
             text=True,
         )
-        self.start_up_seconds: float = self._ask(engine)["start_up_seconds"]
+        started = time.perf_counter()
+        try:
+            self._ask({"arm": vars(arm), "settings": settings.to_dict()})
+        except ArmError:
+            self._end()
+            raise
+        self.start_up_seconds = time.perf_counter() - started
+
+    def configure(self, **policy: Any) -> None:
+        """Change AdaDecode's policy; arms that do not predict early ignore it.
+
+        Args:
+            **policy: ``threshold`` and ``max_early_predictions``.
+        """
+        self._ask({"configure": policy})
 
     def generate(
         self,
-        prompts: Sequence[Any],
+        prompts: Sequence[Sequence[int]],
         *,
         batch_size: int,
         output_tokens: int,
         ignore_eos: bool,
+        top_logits: bool = False,
     ) -> dict[str, Any]:
         """Generate greedily and take the time.
 
         Args:
-            prompts: Texts, or lists of token ids.
+            prompts: Token ids.
             batch_size: Requests at a time.
             output_tokens: Most tokens to generate for a prompt.
             ignore_eos: Generate all of them.
+            top_logits: Also return the two best logits at every token; vLLM's arms
+                only.
 
         Returns:
-            ``tokens_per_s``, ``seconds``, ``tokens``, ``token_ids`` by prompt and
-            AdaDecode's counters as ``stats``, None for other arms.
+            ``seconds`` in all; by prompt ``token_ids``, ``ttft_s`` (time to first
+            token) and ``tpot_s`` (time per token after it, None for one token);
+            ``speculation``, vLLM's counters (drafts, draft_tokens, accepted);
+            ``forwards`` of the whole model where the arm counts them; ``stats``,
+            AdaDecode's counters or None; ``top_logits`` if asked for.
 
         Raises:
-            RuntimeError: If the engine fails; with the end of its log.
+            ArmError: If the engine fails; with the end of its log.
         """
         return self._ask(
             {
-                "prompts": list(prompts),
-                "batch_size": batch_size,
-                "output_tokens": output_tokens,
-                "ignore_eos": ignore_eos,
+                "generate": {
+                    "prompts": [list(prompt) for prompt in prompts],
+                    "batch_size": batch_size,
+                    "output_tokens": output_tokens,
+                    "ignore_eos": ignore_eos,
+                    "top_logits": top_logits,
+                }
             }
         )
 
@@ -128,12 +151,17 @@ class ArmProcess:
         traceback: TracebackType | None,
     ) -> None:
         """End the engine."""
+        self._end()
+
+    def _end(self) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):  # it may have ended already
+            self._process.stdin.close()
         try:
             self._process.wait(timeout=60)
         except subprocess.TimeoutExpired:
             self._process.kill()
+            self._process.wait()
         self._log.close()
 
     def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
@@ -149,16 +177,18 @@ class ArmProcess:
         if not answer:
             self._process.wait()
             self._log.seek(0)
-            raise RuntimeError(f"{self.arm} failed:\n{self._log.read()[-3000:]}")
+            raise ArmError(_reason(self._log.read()))
         return json.loads(answer)
 
 
-def tokens_per_forward(stats: dict[str, Any]) -> float:
-    """Tokens that a full forward yields, counted per request."""
-    return stats["generated_tokens"] / stats["request_steps"]
+def _reason(log: str) -> str:
+    """What the end of a log says: the last error's own sentence, or its last lines."""
+    lines = [line for line in log.splitlines() if line.strip()]
+    errors = [line for line in lines if "Error: " in line and "Engine core" not in line]
+    return errors[-1].strip() if errors else "\n".join(lines[-20:])
 
 
-def _serve(arm: str) -> None:
+def _serve() -> None:
     """Start the engine that the first line describes, then answer line by line."""
     # vLLM and its child processes may print; the answers have a channel of their own.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -168,71 +198,27 @@ def _serve(arm: str) -> None:
         answers.write(json.dumps(content) + "\n")
         answers.flush()
 
-    started = time.perf_counter()
-    llm = _start_engine(arm, json.loads(sys.stdin.readline()))
-    answer({"start_up_seconds": time.perf_counter() - started})
+    first = json.loads(sys.stdin.readline())
+    arm, settings = Arm(**first["arm"]), EngineSettings(**first["settings"])
+    backend: Any
+    if arm.uses_vllm:
+        from benchmarks.backend_vllm import VllmBackend
+
+        backend = VllmBackend(arm, settings)
+    else:
+        from benchmarks.backend_transformers import TransformersBackend
+
+        backend = TransformersBackend(arm, settings)
+    answer({})
     for line in sys.stdin:
-        answer(_generate(llm, json.loads(line), counters=not _plain(arm)))
-    llm.llm_engine.engine_core.shutdown()
-
-
-def _plain(arm: str) -> bool:
-    return arm in ("ordinary", "installed")
-
-
-def _start_engine(arm: str, engine: dict[str, Any]) -> Any:
-    from vllm import LLM
-
-    options: dict[str, Any] = {}
-    if not _plain(arm):
-        from adadecode_vllm import engine_args
-
-        options = engine_args(
-            engine["heads"],
-            threshold=1.0 if arm == "threshold-1" else engine["threshold"],
-            max_early_predictions=engine["max_early_predictions"],
-        )
-    return LLM(
-        engine["model"],
-        dtype=engine["dtype"],
-        skip_tokenizer_init=not engine["texts"],
-        kv_cache_memory_bytes=engine["kv_cache_gib"] << 30,
-        enable_prefix_caching=False,
-        **options,
-        **engine["arguments"],
-    )
-
-
-def _generate(llm: Any, job: dict[str, Any], *, counters: bool) -> dict[str, Any]:
-    from vllm import SamplingParams
-
-    prompts = job["prompts"]
-    texts = isinstance(prompts[0], str)
-    params = SamplingParams(
-        temperature=0,
-        max_tokens=job["output_tokens"],
-        ignore_eos=job["ignore_eos"],
-        detokenize=texts,
-    )
-    inputs = [prompt if texts else {"prompt_token_ids": prompt} for prompt in prompts]
-    size = job["batch_size"]
-    if counters:
-        llm.collective_rpc("adadecode_stats", kwargs={"reset": True})
-    outputs = []
-    started = time.perf_counter()
-    for first in range(0, len(inputs), size):
-        outputs += llm.generate(inputs[first : first + size], params, use_tqdm=False)
-    seconds = time.perf_counter() - started
-    token_ids = [list(output.outputs[0].token_ids) for output in outputs]
-    tokens = sum(map(len, token_ids))
-    return {
-        "tokens_per_s": tokens / seconds,
-        "seconds": seconds,
-        "tokens": tokens,
-        "stats": llm.collective_rpc("adadecode_stats")[0] if counters else None,
-        "token_ids": token_ids,
-    }
+        question = json.loads(line)
+        if "configure" in question:
+            backend.configure(**question["configure"])
+            answer({})
+        else:
+            answer(backend.generate(**question["generate"]))
+    backend.close()
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1])
+    _serve()

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From runs to figures: medians with spread, latencies, acceptance, parity."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+Run = dict[str, Any]
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, smallest and largest."""
+    return {
+        "median": statistics.median(values),
+        "min": min(values),
+        "max": max(values),
+    }
+
+
+def tokens_per_s(run: Run) -> float:
+    """Output tokens per second of a run."""
+    return sum(map(len, run["token_ids"])) / run["seconds"]
+
+
+def tokens_per_forward(run: Run) -> float:
+    """Tokens that a full forward of the target yields, counted per request.
+
+    Every forward of a request yields one token of its own and those of its drafts that
+    were accepted. The prompt's forward counts, and so does its token.
+    """
+    tokens = sum(map(len, run["token_ids"]))
+    if run.get("forwards"):
+        return tokens / run["forwards"]
+    stats = run["stats"]
+    if stats is not None:
+        return stats["generated_tokens"] / max(1, stats["request_steps"])
+    accepted = run["speculation"]["accepted"]
+    # The last drafts of a text may be accepted beyond its end.
+    return tokens / max(1.0, tokens - accepted)
+
+
+def early_predictions(run: Run) -> dict[str, Any] | None:
+    """Rate, acceptance and share of early predictions; None for other arms.
+
+    Returns:
+        ``rate``, early predictions per generated token; ``coverage``, the share of
+        generated tokens that were early predictions; ``acceptance`` in all; and
+        ``by_exit``, for each exit ``[layer, early predictions, acceptance]``, where the
+        acceptance is None if nothing was verified.
+    """
+    stats = run["stats"]
+    if stats is None:
+        return None
+    tokens = max(1, stats["generated_tokens"])
+    by_exit = [
+        [layer, count, right / (right + wrong) if right + wrong else None]
+        for layer, count, right, wrong in zip(
+            stats["exit_layers"],
+            stats["early_predictions"],
+            stats["accepted"],
+            stats["rejected"],
+            strict=True,
+        )
+    ]
+    right, wrong = sum(stats["accepted"]), sum(stats["rejected"])
+    return {
+        "rate": sum(stats["early_predictions"]) / tokens,
+        "coverage": right / tokens,
+        "acceptance": right / (right + wrong) if right + wrong else None,
+        "by_exit": by_exit,
+    }
+
+
+def drafted_acceptance(run: Run) -> float | None:
+    """Share of verified drafts that were right; None where there was none."""
+    early = early_predictions(run)
+    if early is not None:
+        return early["acceptance"]
+    counts = run["speculation"]
+    if not counts or not counts["draft_tokens"]:
+        return None
+    return counts["accepted"] / counts["draft_tokens"]
+
+
+def time_split(run: Run) -> dict[str, float] | None:
+    """Seconds by part of the cycle; None for arms other than AdaDecode.
+
+    Returns:
+        ``segments`` while drafting, ``gates``, ``draft bookkeeping``, ``verification``
+        (the resumed forwards) and ``rest``: sampling, scheduling, ordinary forwards.
+    """
+    stats = run["stats"]
+    if stats is None:
+        return None
+    segments = sum(stats["draft_segment_seconds"])
+    gates = sum(stats["gate_seconds"])
+    drafting, verifying = stats["drafting_seconds"], stats["verifying_seconds"]
+    return {
+        "segments": segments,
+        "gates": gates,
+        "draft bookkeeping": max(0.0, drafting - segments - gates),
+        "verification": verifying,
+        "rest": max(0.0, run["seconds"] - drafting - verifying),
+    }
+
+
+def percentiles(runs: Sequence[Run], key: str) -> dict[str, float | None]:
+    """Median and 99th percentile over all requests of all runs, in milliseconds."""
+    values = [1000 * v for run in runs for v in run[key] if v is not None]
+    if not values:
+        return {"p50": None, "p99": None}
+    p50, p99 = np.percentile(values, [50, 99])
+    return {"p50": float(p50), "p99": float(p99)}
+
+
+def summarize(runs: Sequence[Run], reference: Sequence[Run]) -> dict[str, Any]:
+    """Figures of one case.
+
+    Args:
+        runs: Its runs, in order; ``parity`` in each, if texts were compared.
+        reference: The reference's, run for run in the same turn.
+
+    Returns:
+        The figures; ratios are taken pair by pair.
+    """
+    speeds = [tokens_per_s(run) for run in runs]
+    ratios = [
+        speed / tokens_per_s(other)
+        for speed, other in zip(speeds, reference, strict=True)
+    ]
+    parities = [run["parity"] for run in runs if run.get("parity")]
+    figures: dict[str, Any] = {
+        "tokens_per_s": spread(speeds),
+        "ratio": spread(ratios),
+        "ttft_ms": percentiles(runs, "ttft_s"),
+        "tpot_ms": percentiles(runs, "tpot_s"),
+        "tokens_per_forward": statistics.median(map(tokens_per_forward, runs)),
+        "acceptance": drafted_acceptance(runs[0]),
+        "early_predictions": early_predictions(runs[0]),
+        "time_split": time_split(runs[0]),
+    }
+    if parities:
+        figures["texts"] = {
+            name: sum(parity[name] for parity in parities)
+            for name in ("same", "ties", "different")
+        }
+    predictions = [
+        run["predicted_speedup"] for run in runs if "predicted_speedup" in run
+    ]
+    if predictions:
+        figures["predicted_speedup"] = statistics.median(predictions)
+        figures["efficiency"] = spread(
+            [ratio / p for ratio, p in zip(ratios, predictions, strict=True)]
+        )
+    return figures

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ways of decoding that are compared, and what each asks of its engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from adadecode_vllm.errors import AdaDecodeError
+
+REFERENCE = "ordinary"
+
+ARMS: Mapping[str, str] = {
+    REFERENCE: "vLLM alone at its defaults, the plugin not loaded",
+    "installed": "the plugin installed but not asked for",
+    "adadecode": "early predictions at the given threshold and cap",
+    "threshold-1": "AdaDecode that never predicts early",
+    "single-exit": "AdaDecode with one fixed exit: the first, or single-exit:LAYER",
+    "exits": "AdaDecode with some of the exits, as in exits:2+8",
+    "t-identity": "AdaDecode with the model's own LM head at the exits (T = I)",
+    "heads": "AdaDecode with other heads, as in heads:DIRECTORY",
+    "last-guess": "AdaDecode that also submits the last exit's unsure guess",
+    "unverified": "AdaDecode that accepts every early prediction; other text",
+    "synthetic": "AdaDecode that accepts at a rate, as in synthetic:0.8; other text",
+    "ngram": "vLLM's n-gram speculation (prompt look-up)",
+    "suffix": "vLLM's suffix decoding, where arctic-inference is installed",
+    "draft-model": "vLLM's speculation with a small model: --draft-model",
+    "transformers": "Hugging Face Transformers' generate",
+    "transformers-early-exit": "the same with assistant_early_exit at the first exit",
+}
+
+_SPECULATIVE = ("ngram", "suffix", "draft-model")
+_TRANSFORMERS = ("transformers", "transformers-early-exit")
+_WITHOUT_PLUGIN = (REFERENCE, "installed", *_SPECULATIVE)
+# What stands behind the colon, as a message names it.
+_VALUES = {
+    "single-exit": "a layer",
+    "exits": "layers",
+    "heads": "a directory",
+    "synthetic": "a rate in [0, 1]",
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of decoding.
+
+    Attributes:
+        name: As it was asked for; ``single-exit:4`` is an arm of kind ``single-exit``.
+        kind: A key of :data:`ARMS`.
+        value: What stood behind the colon; empty where nothing did.
+    """
+
+    name: str
+    kind: str
+    value: str = ""
+
+    @property
+    def predicts_early(self) -> bool:
+        """Whether the arm runs AdaDecode."""
+        return self.kind not in (*_WITHOUT_PLUGIN, *_TRANSFORMERS)
+
+    @property
+    def uses_vllm(self) -> bool:
+        """Whether the arm is a vLLM engine."""
+        return self.kind not in _TRANSFORMERS
+
+    @property
+    def keeps_the_text(self) -> bool:
+        """Whether its text must be the reference's."""
+        return self.kind not in ("unverified", "synthetic")
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What all arms of a comparison have in common.
+
+    Attributes:
+        model: The model's directory or name.
+        heads: The exit heads' directory.
+        dtype: Of the model's weights.
+        identity_heads: Untrained heads for ``t-identity``.
+        draft_model: The small model's directory, for ``draft-model``.
+        threshold: For early predictions.
+        max_early_predictions: The cap, and the number of speculative tokens of vLLM's
+            own methods.
+        adadecode: More options of AdaDecode.
+        arguments: More arguments of ``vllm.LLM``.
+        kv_cache_gib: KV cache of each engine. Without it vLLM takes a share of the
+            machine's memory, for each of the engines that run side by side.
+    """
+
+    model: str
+    heads: str
+    dtype: str = "auto"
+    identity_heads: str | None = None
+    draft_model: str | None = None
+    threshold: float = 0.75
+    max_early_predictions: int = 5
+    adadecode: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)
+    kv_cache_gib: float = 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values, for another process or a result file."""
+        return asdict(self)
+
+
+def parse_arms(text: str) -> list[Arm]:
+    """Read a comma-separated list of arms.
+
+    Args:
+        text: For example ``ordinary,adadecode,single-exit:2``.
+
+    Returns:
+        The arms, in that order.
+
+    Raises:
+        AdaDecodeError: If one is unknown or named twice.
+    """
+    arms: list[Arm] = []
+    for name in filter(None, (part.strip() for part in text.split(","))):
+        kind, _, value = name.partition(":")
+        if kind not in ARMS:
+            raise AdaDecodeError(
+                f"--arms: unknown arm {kind!r}. Choose among {', '.join(ARMS)}."
+            )
+        if not _value_fits(kind, value):
+            wanted = _VALUES.get(kind)
+            takes = f"takes {wanted}, {ARMS[kind]}" if wanted else "takes no value"
+            raise AdaDecodeError(f"--arms: {name!r}: {kind} {takes}. Correct it.")
+        if name in (arm.name for arm in arms):
+            raise AdaDecodeError(f"--arms: {name!r} is named twice. Name it once.")
+        arms.append(Arm(name, kind, value))
+    if not arms:
+        raise AdaDecodeError(
+            f"--arms: no arm is named. Choose among {', '.join(ARMS)}."
+        )
+    return arms
+
+
+def _value_fits(kind: str, value: str) -> bool:
+    if kind == "single-exit":
+        return not value or value.isdecimal()
+    if kind == "exits":
+        return all(part.isdecimal() for part in value.split("+"))
+    if kind == "heads":
+        return bool(value)
+    if kind == "synthetic":
+        try:
+            return 0 <= float(value) <= 1
+        except ValueError:
+            return False
+    return not value
+
+
+def obstacle(arm: Arm, settings: EngineSettings, batch_sizes: list[int]) -> str | None:
+    """Why an arm cannot run here, known before anything is started.
+
+    Args:
+        arm: The arm.
+        settings: The comparison's settings.
+        batch_sizes: Requests at a time that are asked for.
+
+    Returns:
+        The end of a sentence that begins with the arm's name, or None.
+    """
+    if arm.kind == "draft-model":
+        if settings.draft_model is None:
+            return "needs a small model with the same vocabulary; give --draft-model"
+        if not Path(settings.draft_model).is_dir():
+            return f"found no directory {settings.draft_model}; correct --draft-model"
+    if arm.kind == "suffix" and find_spec("arctic_inference") is None:
+        return "needs the package arctic-inference; install it"
+    if arm.kind == "transformers-early-exit" and min(batch_sizes) > 1:
+        return "can only generate for one request at a time; add --batch-sizes 1"
+    return None
+
+
+def llm_arguments(arm: Arm, settings: EngineSettings) -> dict[str, Any]:
+    """Arguments of ``vllm.LLM`` for an arm.
+
+    Args:
+        arm: An arm with ``uses_vllm``.
+        settings: The comparison's settings.
+
+    Returns:
+        Keyword arguments. What is not said here or by the user stays vLLM's default,
+        except prefix caching, which would make a repeat of a prompt another job, and
+        vLLM's statistics, which the latencies are read from.
+    """
+    options: dict[str, Any] = {
+        "model": settings.model,
+        "dtype": settings.dtype,
+        "kv_cache_memory_bytes": int(settings.kv_cache_gib * (1 << 30)),
+        "enable_prefix_caching": False,
+        "disable_log_stats": False,
+        # Only a run that asks for logprobs returns any: the check of ties does.
+        "logprobs_mode": "raw_logits",
+    }
+    if arm.predicts_early:
+        options.update(_adadecode(arm, settings))
+    elif arm.kind in _SPECULATIVE:
+        options["speculative_config"] = _speculation(arm, settings)
+    return {**options, **settings.arguments}
+
+
+def _adadecode(arm: Arm, settings: EngineSettings) -> dict[str, Any]:
+    from adadecode_vllm import engine_args
+    from adadecode_vllm.heads import load_heads_config
+
+    options = dict(settings.adadecode)
+    heads = settings.heads
+    if arm.kind == "single-exit":
+        first = load_heads_config(heads).exit_layers[0]
+        options["exit_layers"] = [int(arm.value) if arm.value else first]
+    elif arm.kind == "exits":
+        options["exit_layers"] = [int(layer) for layer in arm.value.split("+")]
+    elif arm.kind == "heads":
+        heads = arm.value
+    elif arm.kind == "last-guess":
+        options["last_guess"] = True
+    elif arm.kind in ("unverified", "synthetic"):
+        options["synthetic_acceptance_rate"] = float(arm.value or 1)
+    elif arm.kind == "t-identity":
+        assert settings.identity_heads is not None, "made before the arms start"
+        heads = settings.identity_heads
+        # Untrained heads have neither a ranking of tokens nor a calibration.
+        options.pop("draft_vocabulary_size", None)
+        options.pop("gate", None)
+    return engine_args(
+        heads,
+        threshold=1.0 if arm.kind == "threshold-1" else settings.threshold,
+        max_early_predictions=settings.max_early_predictions,
+        **options,
+    )
+
+
+def _speculation(arm: Arm, settings: EngineSettings) -> dict[str, Any]:
+    tokens = settings.max_early_predictions
+    if arm.kind == "ngram":
+        return {
+            "method": "ngram",
+            "num_speculative_tokens": tokens,
+            "prompt_lookup_max": 4,
+            "prompt_lookup_min": 2,
+        }
+    if arm.kind == "suffix":
+        # Without answers of earlier requests: turn after turn asks for the same texts.
+        return {
+            "method": "suffix",
+            "num_speculative_tokens": tokens,
+            "suffix_decoding_max_cached_requests": 0,
+        }
+    return {
+        "method": "draft_model",
+        "model": settings.draft_model,
+        "num_speculative_tokens": tokens,
+    }

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A vLLM engine that answers jobs of a measurement."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from itertools import count
+from typing import Any
+
+from benchmarks.arms import Arm, EngineSettings, llm_arguments
+
+_DRAFTS = "vllm:spec_decode_num_drafts"
+_DRAFT_TOKENS = "vllm:spec_decode_num_draft_tokens"
+_ACCEPTED = "vllm:spec_decode_num_accepted_tokens"
+
+
+class VllmBackend:
+    """One engine, kept loaded."""
+
+    def __init__(self, arm: Arm, settings: EngineSettings) -> None:
+        """Start the engine.
+
+        Args:
+            arm: The arm.
+            settings: The comparison's settings.
+        """
+        from vllm import LLM
+
+        self._counts = arm.predicts_early
+        self._llm = LLM(**llm_arguments(arm, settings))
+        self._ids = count()
+
+    def configure(self, **policy: Any) -> None:
+        """Change threshold or cap; a no-op for arms that do not predict early."""
+        if self._counts:
+            self._llm.collective_rpc("adadecode_configure", kwargs=policy)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        batch_size: int,
+        output_tokens: int,
+        ignore_eos: bool,
+        top_logits: bool = False,
+    ) -> dict[str, Any]:
+        """Generate greedily with a fixed number of requests at a time.
+
+        Args:
+            prompts: Token ids.
+            batch_size: A request that ends makes room for the next one.
+            output_tokens: Most tokens to generate for a prompt.
+            ignore_eos: Generate all of them.
+            top_logits: Also return the two best logits at every token.
+
+        Returns:
+            See :meth:`benchmarks.process.ArmProcess.generate`.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            temperature=0,
+            max_tokens=output_tokens,
+            ignore_eos=ignore_eos,
+            detokenize=False,
+            logprobs=2 if top_logits else None,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        if self._counts:
+            self._llm.collective_rpc("adadecode_stats", kwargs={"reset": True})
+        before = self._speculation()
+        started = time.perf_counter()
+        outputs = self._run(prompts, params, batch_size)
+        seconds = time.perf_counter() - started
+        after = self._speculation()
+        answer: dict[str, Any] = {
+            "seconds": seconds,
+            "token_ids": [list(output.outputs[0].token_ids) for output in outputs],
+            "ttft_s": [output.metrics.first_token_latency for output in outputs],
+            "tpot_s": [_tpot(output) for output in outputs],
+            "speculation": {name: after[name] - before[name] for name in after},
+            "stats": (
+                self._llm.collective_rpc("adadecode_stats")[0] if self._counts else None
+            ),
+        }
+        if top_logits:
+            answer["top_logits"] = [_top_logits(output) for output in outputs]
+        return answer
+
+    def close(self) -> None:
+        """End the engine's processes."""
+        self._llm.llm_engine.engine_core.shutdown()
+
+    def _run(
+        self, prompts: Sequence[Sequence[int]], params: Any, batch_size: int
+    ) -> list[Any]:
+        """A closed loop: `LLM.generate` would start all requests at once."""
+        engine = self._llm.llm_engine
+        waiting = list(enumerate(prompts))[::-1]
+        numbers: dict[str, int] = {}
+        outputs: list[Any] = [None] * len(prompts)
+
+        def start() -> None:
+            number, prompt = waiting.pop()
+            request_id = str(next(self._ids))
+            engine.add_request(
+                request_id, {"prompt_token_ids": list(prompt)}, params.clone()
+            )
+            numbers[request_id] = number
+
+        while waiting and len(numbers) < batch_size:
+            start()
+        _drive(engine, outputs, numbers, lambda: start() if waiting else None)
+        return outputs
+
+    def _speculation(self) -> dict[str, float]:
+        totals = {"drafts": 0.0, "draft_tokens": 0.0, "accepted": 0.0}
+        names = {
+            _DRAFTS: "drafts",
+            _DRAFT_TOKENS: "draft_tokens",
+            _ACCEPTED: "accepted",
+        }
+        for metric in self._llm.get_metrics():
+            if metric.name in names:
+                totals[names[metric.name]] += metric.value
+        return totals
+
+
+def _drive(
+    engine: Any,
+    outputs: list[Any],
+    numbers: dict[str, int],
+    next_request: Callable[[], None],
+) -> None:
+    finished = 0
+    while finished < len(outputs):
+        for output in engine.step():
+            if output.finished:
+                number = numbers[output.request_id]
+                outputs[number] = output
+                finished += 1
+                next_request()
+
+
+def _tpot(output: Any) -> float | None:
+    """Seconds per token after the first; None for a single token."""
+    metrics, tokens = output.metrics, len(output.outputs[0].token_ids)
+    if tokens < 2:
+        return None
+    return (metrics.last_token_ts - metrics.first_token_ts) / (tokens - 1)
+
+
+def _top_logits(output: Any) -> list[list[list[float]]]:
+    """By token, its two best as [token id, logit], best first."""
+    positions = []
+    for candidates in output.outputs[0].logprobs:
+        best = sorted(candidates.items(), key=lambda item: -item[1].logprob)[:2]
+        positions.append([[token, entry.logprob] for token, entry in best])
+    return positions

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Decoding speed of several ways of decoding, side by side in one run.
+
+Ordinary vLLM at its defaults, AdaDecode and others (--arms) stay loaded together and
+take turns, so ratios hold on a machine whose speed drifts. Engine arguments are those
+of vLLM and hold for all arms:
+
+    python benchmarks/benchmark_throughput.py --model MODEL --adadecode-heads HEADS \
+        --dataset-name problems --num-prompts 8 --batch-sizes 1,8 --output-json out.json
+
+Prints a Markdown table; --output-json keeps everything, --plots DIR draws it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.arms import parse_arms
+from benchmarks.options import (
+    add_arms_option,
+    batch_sizes_from,
+    make_parser,
+    run_command,
+    say,
+    settings_from,
+    workload_from,
+)
+from benchmarks.session import Case, Session
+from benchmarks.tables import results_table
+
+DEFAULT_ARMS = "ordinary,adadecode,single-exit,t-identity,ngram"
+
+
+def main(arguments: Sequence[str] | None) -> None:
+    """Measure and print the table."""
+    parser = make_parser(__doc__ or "")
+    add_arms_option(parser, DEFAULT_ARMS)
+    parser.add_argument("--plots", type=Path, help="Directory for PNG files")
+    args = parser.parse_args(arguments)
+    arms = parse_arms(args.arms)
+    settings = settings_from(args, parser)
+    batch_sizes = batch_sizes_from(args)
+    workload = workload_from(args, settings, max(batch_sizes))
+    with Session(
+        arms,
+        settings,
+        workload,
+        batch_sizes=batch_sizes,
+        ignore_eos=args.ignore_eos,
+        output=args.output_json,
+        say=say,
+    ) as session:
+        cases = [Case(arm.name, size) for size in batch_sizes for arm in arms]
+        session.measure(cases, args.repeats)
+    if args.plots is not None:
+        from benchmarks.plots import draw_comparison
+
+        for path in draw_comparison([session.results], args.plots):
+            say(f"wrote {path}")
+    sys.stdout.write(results_table([session.results]) + "\n")
+
+
+if __name__ == "__main__":
+    run_command(main)

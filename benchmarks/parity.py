@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether two runs gave the same text, and where a difference is a tie.
+
+In bfloat16 the same layers round differently for one row and for several, so a text may
+part from the reference's where the model itself cannot tell two tokens apart. The rule
+(I6 in docs/design.md): a divergence is a tie where the reference's two best logits lie
+within 2 bfloat16 ULP of each other and are the two tokens in question. In float32 there
+are no ties: every divergence is an error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+TIE_ULPS = 2
+_BFLOAT16_DIGITS = 7  # bits of the mantissa after the leading one
+
+TopLogits = Sequence[Sequence[Sequence[float]]]
+"""By token its two best as (token id, logit), best first."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The comparison of some texts with the reference's.
+
+    Attributes:
+        same: Texts that are identical.
+        ties: Texts that part at a tie.
+        different: Texts that part elsewhere.
+    """
+
+    same: int = 0
+    ties: int = 0
+    different: int = 0
+
+    @property
+    def total(self) -> int:
+        """All texts."""
+        return self.same + self.ties + self.different
+
+    def __add__(self, other: Parity) -> Parity:
+        """Counts of both."""
+        return Parity(
+            self.same + other.same,
+            self.ties + other.ties,
+            self.different + other.different,
+        )
+
+
+def first_difference(reference: Sequence[int], text: Sequence[int]) -> int | None:
+    """Index of the first token that differs, None if the texts are identical."""
+    for index, (expected, token) in enumerate(zip(reference, text, strict=False)):
+        if expected != token:
+            return index
+    return None if len(reference) == len(text) else min(len(reference), len(text))
+
+
+def bfloat16_ulp(value: float) -> float:
+    """Distance of neighbouring bfloat16 numbers at a value."""
+    if value == 0:
+        return 2.0**-133
+    return 2.0 ** (math.floor(math.log2(abs(value))) - _BFLOAT16_DIGITS)
+
+
+def is_tie(reference: Sequence[int], text: Sequence[int], logits: TopLogits) -> bool:
+    """Whether two different texts part at a tie.
+
+    Args:
+        reference: The reference's token ids.
+        text: The other's.
+        logits: The reference's two best logits at each of its tokens.
+    """
+    index = first_difference(reference, text)
+    assert index is not None, "the texts are identical"
+    if index >= min(len(reference), len(text), len(logits)) or len(logits[index]) < 2:
+        return False
+    (best, first), (second, other) = logits[index][:2]
+    close = first - other <= TIE_ULPS * bfloat16_ulp(first)
+    return close and {reference[index], text[index]} == {int(best), int(second)}
+
+
+def compare(
+    reference: Sequence[Sequence[int]],
+    texts: Sequence[Sequence[int]],
+    logits: Sequence[TopLogits] | None,
+) -> Parity:
+    """Compare texts one by one.
+
+    Args:
+        reference: The reference's token ids by prompt.
+        texts: The other's.
+        logits: The reference's best logits by prompt; None where no tie is allowed.
+    """
+    parity = Parity()
+    for number, (expected, text) in enumerate(zip(reference, texts, strict=True)):
+        if list(expected) == list(text):
+            parity += Parity(same=1)
+        elif logits is not None and is_tie(expected, text, logits[number]):
+            parity += Parity(ties=1)
+        else:
+            parity += Parity(different=1)
+    return parity

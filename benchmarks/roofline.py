@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the speed formula of docs/design.md predicts for decoding that was counted.
+
+At batch 1 a step costs what reading its weights costs. The counters say how often each
+segment and each exit head was read, so the prediction needs no assumption about how
+drafts are distributed; measured speed over predicted speed is the *efficiency*.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from adadecode_vllm.evaluation.cost import CostModel
+from adadecode_vllm.evaluation.simulate import Counters
+
+
+def cost_model(
+    model: str, *, identity: bool, draft_vocabulary: int | None
+) -> CostModel:
+    """Shares of a model's step, counted without loading its weights.
+
+    Args:
+        model: Directory or name.
+        identity: Whether T = I at every exit.
+        draft_vocabulary: Tokens that the gates look at; None for all.
+
+    Returns:
+        The shares.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(model)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config)
+    return CostModel.of_model(
+        empty, identity=identity, draft_vocabulary=draft_vocabulary
+    )
+
+
+def predicted_speedup(stats: dict[str, Any], cost: CostModel) -> float:
+    """Speedup at batch 1 without any overhead, at the measured acceptance.
+
+    Args:
+        stats: AdaDecode's counters of a run with one request at a time.
+        cost: Shares of an ordinary step.
+    """
+    counters = Counters(tuple(stats["exit_layers"]), stats["num_layers"])
+    # Forwards without a pending token ran every layer, in vLLM's own graph.
+    ordinary = stats["request_steps"] - stats["resumed_forwards"]
+    counters.segments_run = [runs + ordinary for runs in stats["segments_run"]]
+    counters.gates = list(stats["gates"])
+    counters.forwards = stats["request_steps"]
+    counters.generated_tokens = stats["generated_tokens"]
+    return cost.speedup(counters)

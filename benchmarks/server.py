@@ -1,0 +1,450 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One way of decoding, served by `vllm serve`, and vLLM's own client that loads it."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import http.client
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import redirect_stdout, suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from adadecode_vllm.arguments import PLUGIN_NAME
+from adadecode_vllm.config import CONFIG_KEY
+from adadecode_vllm.errors import AdaDecodeError
+from benchmarks.arms import REFERENCE, Arm, EngineSettings, llm_arguments
+from benchmarks.process import ArmError
+from benchmarks.workloads import Workload
+
+HOST = "127.0.0.1"
+_START_UP_SECONDS = 1800  # a large model loads and compiles for minutes
+_END_SECONDS = 60
+WARM_UP_TOKENS = 16
+_MOST_WARM_UP_REQUESTS = 32
+_CLIENT_FIGURES = [
+    f"{figure}_{metric}_ms"
+    for metric in ("ttft", "tpot", "itl", "e2el")
+    for figure in ("mean", "p50", "p99")
+]
+
+
+class Server:
+    """A running server; a context manager that ends it.
+
+    Attributes:
+        arm: The arm.
+        url: Where it answers.
+        flags: Its flags, without host and port.
+        start_up_seconds: How long it took to start.
+    """
+
+    def __init__(self, arm: Arm, settings: EngineSettings) -> None:
+        """Start the server and wait until it answers.
+
+        Args:
+            arm: An arm with ``uses_vllm``.
+            settings: What all arms of the comparison have in common.
+
+        Raises:
+            ArmError: If it does not start; with the end of its log.
+            AdaDecodeError: If an engine argument cannot be given as a flag.
+        """
+        arguments = llm_arguments(arm, settings)
+        self.arm = arm
+        self.flags = engine_flags(arguments)
+        environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
+        if arm.kind == REFERENCE:
+            environment["VLLM_PLUGINS"] = ""
+        self._port = _free_port()
+        self.url = f"http://{HOST}:{self._port}"
+        self._log = tempfile.TemporaryFile(  # noqa: SIM115 (closed in _end)
+            "w+", encoding="utf-8", errors="replace"
+        )
+        started = time.perf_counter()
+        self._process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"),
+                *(arguments["model"], *self.flags),
+                *(f"--host={HOST}", f"--port={self._port}"),
+                "--disable-uvicorn-access-log",
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            # A group of its own: no Ctrl-C from the terminal before the measurement
+            # has ended in order, and no engine process outlives its server.
+            start_new_session=True,
+        )
+        try:
+            self._wait()
+        except BaseException:
+            self._end()
+            raise
+        self.start_up_seconds = time.perf_counter() - started
+
+    def check(self) -> None:
+        """Make sure that the server still runs.
+
+        Raises:
+            ArmError: If it has ended; with the end of its log.
+        """
+        if self._process.poll() is not None:
+            self._log.seek(0)
+            raise ArmError(f"the server ended: {reason(self._log.read())}")
+
+    def __enter__(self) -> Server:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """End the server."""
+        self._end()
+
+    def _wait(self) -> None:
+        end = time.monotonic() + _START_UP_SECONDS
+        while time.monotonic() < end:
+            self.check()
+            if self._answers():
+                return
+            time.sleep(0.5)
+        raise ArmError(f"the server did not answer within {_START_UP_SECONDS} seconds")
+
+    def _answers(self) -> bool:
+        # Not urllib, which would ask a proxy of the environment.
+        connection = http.client.HTTPConnection(HOST, self._port, timeout=5)
+        try:
+            connection.request("GET", "/health")
+            return connection.getresponse().status == http.HTTPStatus.OK
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
+    def _end(self) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(timeout=_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            # Also what a crashed server left behind.
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._log.close()
+
+
+@dataclass(frozen=True)
+class Load:
+    """How requests reach a server.
+
+    Attributes:
+        concurrency: Requests in flight; None for no limit.
+        request_rate: Requests per second, at random moments that are the same for all
+            arms; None for all at once, as far as the concurrency allows.
+    """
+
+    concurrency: int | None = None
+    request_rate: float | None = None
+
+    @property
+    def label(self) -> str:
+        """Words for a table."""
+        if self.request_rate is None:
+            return f"{self.concurrency} at a time"
+        return f"{self.request_rate:g} per second"
+
+
+class Client:
+    """vLLM's own client, `vllm bench serve`, sending a workload.
+
+    It runs in this process: importing it anew for every run would take longer than most
+    runs.
+    """
+
+    def __init__(
+        self,
+        settings: EngineSettings,
+        workload: Workload,
+        dataset: Path,
+        *,
+        ignore_eos: bool = False,
+    ) -> None:
+        """Write the workload where the client can read it.
+
+        Args:
+            settings: The comparison's settings.
+            workload: The prompts.
+            dataset: JSON Lines to write.
+            ignore_eos: Generate all tokens of every prompt.
+        """
+        self._settings = settings
+        self._workload = workload
+        self._dataset = dataset
+        self._ignore_eos = ignore_eos
+        rows = [json.dumps({"prompt": text}) + "\n" for text in workload.texts]
+        dataset.write_text("".join(rows), encoding="utf-8")
+
+    def warm_up(self, url: str, load: Load) -> None:
+        """Send short requests, as many at a time as the load may; untimed."""
+        most = min(len(self._workload.texts), _MOST_WARM_UP_REQUESTS)
+        concurrency = min(load.concurrency or most, len(self._workload.texts))
+        self._send(url, Load(concurrency), concurrency, WARM_UP_TOKENS, ignore_eos=True)
+
+    def run(self, url: str, load: Load) -> dict[str, Any]:
+        """Send all prompts.
+
+        Args:
+            url: The server's.
+            load: How the requests arrive.
+
+        Returns:
+            See :func:`read_client`.
+        """
+        result = self._send(
+            url,
+            load,
+            len(self._workload.texts),
+            self._workload.output_tokens,
+            ignore_eos=self._ignore_eos,
+        )
+        return read_client(result)
+
+    def flags(
+        self, url: str, load: Load, prompts: int, tokens: int, *, ignore_eos: bool
+    ) -> list[str]:
+        """Flags of ``vllm bench serve``.
+
+        Args:
+            url: The server's.
+            load: How the requests arrive.
+            prompts: Number of prompts, the first ones.
+            tokens: Most new tokens of each.
+            ignore_eos: Generate all of them.
+        """
+        settings, chat = self._settings, self._workload.chat
+        arguments = settings.arguments
+        flags = [
+            f"--base-url={url}",
+            f"--backend={'openai-chat' if chat else 'openai'}",
+            f"--endpoint=/v1/{'chat/' if chat else ''}completions",
+            f"--model={settings.model}",
+            f"--tokenizer={arguments.get('tokenizer') or settings.model}",
+            "--dataset-name=custom",
+            f"--dataset-path={self._dataset}",
+            # With the chat backend the server applies the template.
+            "--skip-chat-template",
+            # Texts are compared prompt by prompt.
+            "--disable-shuffle",
+            f"--num-prompts={prompts}",
+            f"--custom-output-len={tokens}",
+            f"--request-rate={load.request_rate or 'inf'}",
+            "--temperature=0",
+            "--percentile-metrics=ttft,tpot,itl,e2el",
+            "--metric-percentiles=50,99",
+            "--save-detailed",
+            "--disable-tqdm",
+            # Servers are waited for when they start.
+            "--ready-check-timeout-sec=0",
+        ]
+        if load.concurrency is not None:
+            flags.append(f"--max-concurrency={load.concurrency}")
+        names = arguments.get("served_model_name")
+        if names:
+            name = names if isinstance(names, str) else names[0]
+            flags.append(f"--served-model-name={name}")
+        if "tokenizer_mode" in arguments:
+            flags.append(f"--tokenizer-mode={arguments['tokenizer_mode']}")
+        if arguments.get("trust_remote_code"):
+            flags.append("--trust-remote-code")
+        if ignore_eos:
+            flags.append("--ignore-eos")
+        return flags
+
+    def _send(
+        self, url: str, load: Load, prompts: int, tokens: int, *, ignore_eos: bool
+    ) -> dict[str, Any]:
+        from vllm.benchmarks.serve import main as bench_serve
+
+        flags = self.flags(url, load, prompts, tokens, ignore_eos=ignore_eos)
+        # Standard output is the table's.
+        with redirect_stdout(io.StringIO()):
+            try:
+                return bench_serve(_client_parser().parse_args(flags))
+            finally:
+                # The client freezes all objects for good; libraries would report them
+                # as leaks when Python ends.
+                gc.unfreeze()
+
+
+def read_client(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Read what vLLM's client found.
+
+    Args:
+        result: Its detailed result.
+
+    Returns:
+        ``seconds``, ``tokens``, ``tokens_per_s``, ``requests_per_s``, ``completed`` and
+        ``failed`` requests; ``errors``, the different ones; by completed request
+        ``ttft_s``, ``tpot_s`` (None for one token) and ``e2el_s``; ``texts`` by prompt,
+        None for a failed one; ``speculation``, the change of the server's own counters;
+        ``client``, the client's own figures in milliseconds.
+    """
+    done = [
+        not error and ttft > 0
+        for error, ttft in zip(result["errors"], result["ttfts"], strict=True)
+    ]
+    found = list(
+        zip(result["ttfts"], result["latencies"], result["output_lens"], strict=True)
+    )
+    found = [entry for entry, success in zip(found, done, strict=True) if success]
+    return {
+        "seconds": result["duration"],
+        "tokens": result["total_output_tokens"],
+        "tokens_per_s": result["output_throughput"],
+        "requests_per_s": result["request_throughput"],
+        "completed": result["completed"],
+        "failed": result["failed"],
+        "errors": list(dict.fromkeys(map(_last_line, filter(None, result["errors"])))),
+        "ttft_s": [ttft for ttft, _, _ in found],
+        "tpot_s": [
+            (latency - ttft) / (length - 1) if length > 1 else None
+            for ttft, latency, length in found
+        ],
+        "e2el_s": [latency for _, latency, _ in found],
+        "texts": [
+            text if success else None
+            for text, success in zip(result["generated_texts"], done, strict=True)
+        ],
+        "speculation": {
+            "drafts": result.get("spec_decode_num_drafts", 0),
+            "draft_tokens": result.get("spec_decode_draft_tokens", 0),
+            "accepted": result.get("spec_decode_accepted_tokens", 0),
+        },
+        "client": {
+            name: float(result[name]) for name in _CLIENT_FIGURES if name in result
+        },
+    }
+
+
+def engine_flags(arguments: Mapping[str, Any]) -> list[str]:
+    """Write arguments of ``vllm.LLM`` as flags of ``vllm serve``.
+
+    Args:
+        arguments: From :func:`benchmarks.arms.llm_arguments`. The model is left out:
+            it is no flag.
+
+    Returns:
+        The flags; AdaDecode's options are given through its own.
+
+    Raises:
+        AdaDecodeError: If there is no flag for an argument.
+    """
+    actions = _engine_actions()
+    flags: list[str] = []
+    for name, value in arguments.items():
+        if name == "model":
+            continue
+        if name not in actions:
+            raise AdaDecodeError(
+                f"{name}: vllm serve has no such flag, so it cannot be the same for "
+                "all servers. Leave it at its default."
+            )
+        if name == "additional_config":
+            value = dict(value)
+            flags += _adadecode_flags(value.pop(CONFIG_KEY, None))
+            if not value:
+                continue
+        flags += _flag(actions[name], value)
+    return flags
+
+
+def reason(log: str) -> str:
+    """What the end of a server's log says: the last error's sentence, or its lines."""
+    lines = [line for line in log.splitlines() if line.strip()]
+    errors = [
+        line
+        for line in lines
+        # The engine's own error comes before the server's, which only points to it.
+        if ("Error: " in line or "error: " in line) and "Engine core" not in line
+    ]
+    return errors[-1].strip() if errors else "\n".join(lines[-20:])
+
+
+@cache
+def _client_parser() -> argparse.ArgumentParser:
+    from vllm.benchmarks.serve import add_cli_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser()
+    add_cli_args(parser)
+    return parser
+
+
+@cache
+def _engine_actions() -> dict[str, argparse.Action]:
+    """By engine argument, the option of vLLM's parser."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    return {action.dest: action for action in parser._actions if action.option_strings}
+
+
+def _flag(action: argparse.Action, value: Any) -> list[str]:
+    name = next(name for name in action.option_strings if name.startswith("--"))
+    if isinstance(action, argparse.BooleanOptionalAction):
+        return [name if value else f"--no-{name.removeprefix('--')}"]
+    if action.nargs == 0:
+        return [name] if value else []
+    if action.nargs == "+" and isinstance(value, list | tuple):
+        return [name, *map(_text, value)]
+    # With an equals sign a value may begin with a dash.
+    return [f"{name}={_text(value)}"]
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, dict | list | tuple) else str(value)
+
+
+def _adadecode_flags(options: Mapping[str, Any] | None) -> list[str]:
+    if options is None:
+        return []
+    others = {name: value for name, value in options.items() if name != "heads"}
+    flags = [f"--plugin={PLUGIN_NAME}"]
+    if "heads" in options:
+        flags.append(f"--adadecode-heads={options['heads']}")
+    if others:
+        flags.append(f"--adadecode-config={json.dumps(others)}")
+    return flags
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return probe.getsockname()[1]
+
+
+def _last_line(text: str) -> str:
+    """Of a traceback, the error."""
+    return text.strip().splitlines()[-1] if text.strip() else text

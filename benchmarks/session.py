@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A comparison: arms loaded side by side, cases measured in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import TracebackType
+from typing import Any
+
+from adadecode_vllm.errors import AdaDecodeError
+from benchmarks.analysis import summarize
+from benchmarks.arms import REFERENCE, Arm, EngineSettings, obstacle
+from benchmarks.parity import compare
+from benchmarks.process import ArmError, ArmProcess
+from benchmarks.results import provenance, write_results
+from benchmarks.roofline import cost_model, predicted_speedup
+from benchmarks.tables import results_table
+from benchmarks.workloads import Workload
+
+WARM_UP_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of a comparison.
+
+    Attributes:
+        arm: The arm's name.
+        batch_size: Requests at a time.
+        policy: ``threshold`` and ``max_early_predictions``, where they differ from the
+            settings'.
+    """
+
+    arm: str
+    batch_size: int = 1
+    policy: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """The arm with what was changed, such as ``adadecode, threshold 0.5``."""
+        names = {"threshold": "threshold", "max_early_predictions": "cap"}
+        changes = [f"{names[name]} {value:g}" for name, value in self.policy.items()]
+        return ", ".join([self.arm, *changes])
+
+
+class Session:
+    """Running arms, and what was measured with them so far.
+
+    A context manager; the result file is written after every turn, so that a killed run
+    keeps what is finished.
+
+    Attributes:
+        results: Content of the result file.
+    """
+
+    def __init__(
+        self,
+        arms: Sequence[Arm],
+        settings: EngineSettings,
+        workload: Workload,
+        *,
+        batch_sizes: Sequence[int] = (1,),
+        ignore_eos: bool = False,
+        output: Path | None = None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """Describe the comparison; engines start when the context is entered.
+
+        Args:
+            arms: The arms, the reference among them.
+            settings: What they have in common.
+            workload: The prompts.
+            batch_sizes: All that will be asked for.
+            ignore_eos: Generate all tokens of every prompt.
+            output: Result file.
+            say: Called with lines about the progress.
+
+        Raises:
+            AdaDecodeError: If the reference is not among the arms.
+        """
+        if REFERENCE not in (arm.name for arm in arms):
+            raise AdaDecodeError(
+                f"--arms: {REFERENCE!r} is missing, and ratios are taken to it. Add it."
+            )
+        self.arms = list(arms)
+        self.settings = settings
+        self.workload = workload
+        self.batch_sizes = list(batch_sizes)
+        self.ignore_eos = ignore_eos
+        self._output = output
+        self._say = say
+        self._stack = ExitStack()
+        self._processes: dict[str, ArmProcess] = {}
+        self._policies: dict[str, dict[str, Any]] = {}
+        self.results: dict[str, Any] = {
+            **provenance(),
+            "job": {**settings.to_dict(), "ignore_eos": ignore_eos},
+            "workload": {
+                "name": workload.name,
+                "description": workload.description,
+                "prompts": len(workload.prompts),
+                "output_tokens": workload.output_tokens,
+                "sha256": workload.sha256,
+            },
+            "arms": {},
+            "cases": [],
+        }
+
+    def __enter__(self) -> Session:
+        """Start every arm that can run; the others are noted with their reason."""
+        with ExitStack() as stack:
+            for arm in self.arms:
+                self._start(arm, stack)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """End all engines."""
+        self._stack.close()
+
+    @property
+    def running(self) -> list[str]:
+        """Names of the arms that run."""
+        return list(self._processes)
+
+    def measure(self, cases: Sequence[Case], repeats: int) -> None:
+        """Measure cases of one batch size in turn, turn after turn.
+
+        The reference runs first in every turn. Cases of arms that do not run are passed
+        over; an arm that fails on the way is noted, and the rest goes on.
+
+        Args:
+            cases: Without the reference's, which is always measured.
+            repeats: Turns.
+
+        Raises:
+            ArmError: If the reference fails.
+        """
+        for batch_size in dict.fromkeys(case.batch_size for case in cases):
+            chosen = [
+                case
+                for case in cases
+                if case.batch_size == batch_size
+                and case.arm != REFERENCE
+                and case.arm in self._processes
+                and obstacle(self._arm(case), self.settings, [batch_size]) is None
+            ]
+            self._measure(Case(REFERENCE, batch_size), chosen, repeats)
+
+    def _measure(self, reference: Case, cases: list[Case], repeats: int) -> None:
+        base: list[dict[str, Any]] = []
+        runs: dict[str, list[dict[str, Any]]] = {}
+        logits = None
+        first = len(self.results["cases"])
+        for case in [reference, *cases]:
+            self._warm_up(case)
+        for repeat in range(repeats):
+            base.append(self._run(reference))
+            self._report(reference, base[-1], repeat, repeats)
+            for case in cases:
+                if case.arm not in self._processes:
+                    continue
+                try:
+                    run = self._run(case)
+                except ArmError as error:
+                    self._drop(case.arm, "failed", str(error))
+                    continue
+                if self._arm(case).keeps_the_text:
+                    if logits is None and self._allows_ties(base[-1], run):
+                        logits = self._logits(reference)
+                    self._judge(run, base[-1], logits)
+                runs.setdefault(case.label, []).append(run)
+                self._report(case, run, repeat, repeats)
+            self.results["cases"][first:] = [
+                self._entry(case, found, base)
+                for case, found in [
+                    (reference, base),
+                    *((case, runs.get(case.label, [])) for case in cases),
+                ]
+                if found
+            ]
+            self._save()
+
+    def _start(self, arm: Arm, stack: ExitStack) -> None:
+        reason = obstacle(arm, self.settings, self.batch_sizes)
+        if reason is not None:
+            self._drop(arm.name, "skipped", reason)
+            return
+        settings = self.settings
+        if arm.kind == "t-identity":
+            settings = replace(settings, identity_heads=self._identity_heads(stack))
+        self._say(f"starting {arm.name}")
+        try:
+            process = stack.enter_context(ArmProcess(arm, settings))
+        except ArmError as error:
+            if arm.name == REFERENCE:
+                raise
+            self._drop(arm.name, "failed", str(error))
+            return
+        self._processes[arm.name] = process
+        self.results["arms"][arm.name] = {
+            "status": "ran",
+            "start_up_seconds": process.start_up_seconds,
+        }
+
+    def _identity_heads(self, stack: ExitStack) -> str:
+        from adadecode_vllm.heads import init_heads, load_heads_config
+
+        config = load_heads_config(self.settings.heads)
+        directory = Path(stack.enter_context(TemporaryDirectory())) / "heads"
+        init_heads(self.settings.model, directory, config.exit_layers, config.dtype)
+        return str(directory)
+
+    def _drop(self, arm: str, status: str, reason: str) -> None:
+        self._say(f"{arm} {status}: {reason}")
+        self._processes.pop(arm, None)
+        self.results["arms"][arm] = {"status": status, "reason": reason}
+        self._save()
+
+    def _warm_up(self, case: Case) -> None:
+        """Meet every kernel once; each number of rows has its own on CPU."""
+        process = self._processes.get(case.arm)
+        if process is None:
+            return
+        try:
+            process.generate(
+                self.workload.prompts[: case.batch_size],
+                batch_size=case.batch_size,
+                output_tokens=WARM_UP_TOKENS,
+                ignore_eos=True,
+            )
+        except ArmError as error:
+            if case.arm == REFERENCE:
+                raise
+            self._drop(case.arm, "failed", str(error))
+
+    def _run(self, case: Case) -> dict[str, Any]:
+        process = self._processes[case.arm]
+        policy = {
+            "threshold": self.settings.threshold,
+            "max_early_predictions": self.settings.max_early_predictions,
+            **case.policy,
+        }
+        # Only where a study changes it: threshold-1 has one of its own.
+        if case.policy or case.arm in self._policies:
+            process.configure(**policy)
+            self._policies[case.arm] = policy
+        run = process.generate(
+            self.workload.prompts,
+            batch_size=case.batch_size,
+            output_tokens=self.workload.output_tokens,
+            ignore_eos=self.ignore_eos,
+        )
+        run |= process.memory_mib()
+        if run["stats"] is not None and case.batch_size == 1:
+            run["predicted_speedup"] = predicted_speedup(run["stats"], self._cost(case))
+        return run
+
+    def _arm(self, case: Case) -> Arm:
+        return next(arm for arm in self.arms if arm.name == case.arm)
+
+    def _cost(self, case: Case) -> Any:
+        identity = self._arm(case).kind == "t-identity"
+        size = self.settings.adadecode.get("draft_vocabulary_size")
+        return cost_model(
+            self.settings.model,
+            identity=identity,
+            draft_vocabulary=None if identity else size,
+        )
+
+    def _allows_ties(self, base: dict[str, Any], run: dict[str, Any]) -> bool:
+        return (
+            self.settings.dtype != "float32" and base["token_ids"] != run["token_ids"]
+        )
+
+    def _logits(self, reference: Case) -> dict[str, Any]:
+        """The reference once more, untimed, with the logits that tell ties."""
+        return self._processes[REFERENCE].generate(
+            self.workload.prompts,
+            batch_size=reference.batch_size,
+            output_tokens=self.workload.output_tokens,
+            ignore_eos=self.ignore_eos,
+            top_logits=True,
+        )
+
+    def _judge(
+        self, run: dict[str, Any], base: dict[str, Any], again: dict[str, Any] | None
+    ) -> None:
+        reference = base["token_ids"]
+        logits = None
+        if again is not None:
+            # Where the reference itself took another turn, its logits say nothing.
+            logits = [
+                best if ids == expected else []
+                for best, ids, expected in zip(
+                    again["top_logits"], again["token_ids"], reference, strict=True
+                )
+            ]
+        run["parity"] = vars(compare(reference, run["token_ids"], logits))
+
+    def _report(
+        self, case: Case, run: dict[str, Any], repeat: int, repeats: int
+    ) -> None:
+        tokens = sum(map(len, run["token_ids"]))
+        self._say(
+            f"[{repeat + 1}/{repeats}] batch {case.batch_size}, {case.label}: "
+            f"{tokens / run['seconds']:.2f} tok/s"
+        )
+
+    def _entry(
+        self, case: Case, runs: list[dict[str, Any]], base: list[dict[str, Any]]
+    ) -> dict[str, Any]:
+        # An arm that failed on the way has fewer turns than the reference.
+        return {
+            "arm": case.arm,
+            "label": case.label,
+            "batch_size": case.batch_size,
+            "policy": case.policy,
+            "figures": {
+                **summarize(runs, base[: len(runs)]),
+                "peak_memory_mib": max(run["peak_memory_mib"] for run in runs),
+                "private_memory_mib": max(run["private_memory_mib"] for run in runs),
+            },
+            "runs": [
+                {
+                    **{key: value for key, value in run.items() if key != "token_ids"},
+                    "tokens": sum(map(len, run["token_ids"])),
+                }
+                for run in runs
+            ],
+        }
+
+    def _save(self) -> None:
+        if self._output is not None:
+            self.results["table"] = results_table([self.results])
+            write_results(self._output, self.results)

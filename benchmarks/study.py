@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Studies of AdaDecode's speed, one command each.
+
+    python benchmarks/study.py STUDY --model MODEL --adadecode-heads HEADS \
+        --output-json benchmarks/results/study_STUDY.json --plots docs/images
+
+All ratios are to ordinary vLLM at its defaults, measured in the same run, in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.arms import REFERENCE, Arm, EngineSettings, parse_arms
+from benchmarks.options import (
+    make_parser,
+    numbers,
+    run_command,
+    say,
+    settings_from,
+    workload_from,
+)
+from benchmarks.session import Case, Session
+from benchmarks.tables import cycle_table, results_table
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a study measures.
+
+    Attributes:
+        arms: Engines to load, the reference among them.
+        cases: Rows of its table.
+        settings: What the engines have in common.
+    """
+
+    arms: list[Arm]
+    cases: list[Case]
+    settings: EngineSettings
+
+
+def _batch(settings: EngineSettings, args: argparse.Namespace) -> Plan:
+    sizes = numbers("--values", args.values or "1,2,4,8,16,32", int, lambda n: n > 0)
+    return Plan(
+        parse_arms(f"{REFERENCE},adadecode"),
+        [Case("adadecode", size) for size in sizes],
+        settings,
+    )
+
+
+def _threshold(settings: EngineSettings, args: argparse.Namespace) -> Plan:
+    values = args.values or "0.3,0.4,0.5,0.6,0.7,0.75,0.8,0.85,0.9,0.95"
+    thresholds = numbers("--values", values, float, lambda t: 0 <= t <= 1)
+    return Plan(
+        parse_arms(f"{REFERENCE},adadecode"),
+        [Case("adadecode", 1, {"threshold": threshold}) for threshold in thresholds],
+        settings,
+    )
+
+
+def _cap(settings: EngineSettings, args: argparse.Namespace) -> Plan:
+    caps = numbers("--values", args.values or "1,2,3,4,5,6,7,8", int, lambda n: n > 0)
+    return Plan(
+        parse_arms(f"{REFERENCE},adadecode"),
+        [Case("adadecode", 1, {"max_early_predictions": cap}) for cap in caps],
+        replace(settings, max_early_predictions=max(caps)),
+    )
+
+
+def _exits(settings: EngineSettings, args: argparse.Namespace) -> Plan:
+    from adadecode_vllm.heads import load_heads_config
+
+    layers = load_heads_config(settings.heads).exit_layers
+    subsets = [
+        "+".join(map(str, subset))
+        for size in range(1, len(layers) + 1)
+        for subset in combinations(layers, size)
+    ]
+    arms = parse_arms(",".join([REFERENCE, *(f"exits:{subset}" for subset in subsets)]))
+    return Plan(arms, [Case(arm.name) for arm in arms[1:]], settings)
+
+
+def _ablation(settings: EngineSettings, args: argparse.Namespace) -> Plan:
+    from adadecode_vllm.heads import load_heads_config
+
+    layers = load_heads_config(settings.heads).exit_layers
+    names = ["adadecode", "unverified"]
+    names += [f"single-exit:{layer}" for layer in layers]
+    names += ["t-identity", *(f"heads:{heads}" for heads in args.other_heads)]
+    arms = parse_arms(",".join([REFERENCE, *names]))
+    return Plan(arms, [Case(arm.name) for arm in arms[1:]], settings)
+
+
+def _breakdown(settings: EngineSettings, args: argparse.Namespace) -> Plan:
+    sizes = numbers("--values", args.values or "1", int, lambda n: n > 0)
+    return Plan(
+        parse_arms(f"{REFERENCE},adadecode"),
+        [Case("adadecode", size) for size in sizes],
+        settings,
+    )
+
+
+def _synthetic(settings: EngineSettings, args: argparse.Namespace) -> Plan:
+    rates = args.values or "0.5,0.7,0.8,0.9,0.95,1.0"
+    numbers("--values", rates, float, lambda r: 0 <= r <= 1)
+    arms = parse_arms(
+        ",".join([REFERENCE, *(f"synthetic:{rate}" for rate in rates.split(","))])
+    )
+    # Every token is predicted at the first exit, so the rate alone decides.
+    settings = replace(settings, threshold=0.0)
+    return Plan(arms, [Case(arm.name) for arm in arms[1:]], settings)
+
+
+STUDIES: Mapping[
+    str, tuple[str, Callable[[EngineSettings, argparse.Namespace], Plan]]
+] = {
+    "batch": ("speedup by batch size", _batch),
+    "threshold": ("speedup by threshold", _threshold),
+    "cap": ("speedup by the most unverified tokens of a request", _cap),
+    "exits": ("every choice among the heads' exits", _exits),
+    "ablation": ("the paper's ablation table", _ablation),
+    "breakdown": ("where the time of a cycle goes", _breakdown),
+    "synthetic": ("speedup by acceptance, whatever the model says", _synthetic),
+}
+
+
+def main(arguments: Sequence[str] | None) -> None:
+    """Run one study and print its tables."""
+    parser = make_parser(__doc__ or "")
+    parser.add_argument(
+        "study",
+        choices=STUDIES,
+        help="; ".join(f"{name}: {text}" for name, (text, _) in STUDIES.items()),
+    )
+    parser.add_argument("--values", help="Comma-separated, instead of the study's own")
+    parser.add_argument(
+        "--other-heads",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="ablation: more heads to compare, such as those of one domain",
+    )
+    parser.add_argument("--plots", type=Path, help="Directory for PNG files")
+    args = parser.parse_args(arguments)
+    plan = STUDIES[args.study][1](settings_from(args, parser), args)
+    batch_sizes = list(dict.fromkeys(case.batch_size for case in plan.cases))
+    workload = workload_from(args, plan.settings, max(batch_sizes))
+    with Session(
+        plan.arms,
+        plan.settings,
+        workload,
+        batch_sizes=batch_sizes,
+        ignore_eos=args.ignore_eos or args.study == "synthetic",
+        output=args.output_json,
+        say=say,
+    ) as session:
+        session.results["study"] = args.study
+        session.measure(plan.cases, args.repeats)
+    if args.plots is not None:
+        from benchmarks.plots import draw_comparison
+
+        for path in draw_comparison([session.results], args.plots):
+            say(f"wrote {path}")
+    sys.stdout.write(results_table([session.results]) + "\n\n")
+    sys.stdout.write(cycle_table(session.results) + "\n")
+
+
+if __name__ == "__main__":
+    run_command(main)

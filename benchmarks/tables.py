@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Markdown tables of results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_COLUMNS = (
+    "batch",
+    "arm",
+    "tok/s (min-max)",
+    "ratio (min-max)",
+    "TTFT ms p50 / p99",
+    "TPOT ms p50 / p99",
+    "tokens per forward",
+    "early predictions per token",
+    "accepted, by exit",
+    "identical texts",
+    "efficiency",
+    "peak MiB (private)",
+)
+
+
+def results_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """One row per case, then a line per arm that did not run.
+
+    Args:
+        results: Contents of result files of one machine and one workload.
+
+    Returns:
+        Markdown.
+    """
+    lines = [_row(_COLUMNS), _row(["---"] * len(_COLUMNS))]
+    for result in results:
+        lines += [_row(_cells(case)) for case in result["cases"]]
+    notes = [
+        f"{arm} {entry['status']}: it {entry['reason']}."
+        if entry["status"] == "skipped"
+        else f"{arm} {entry['status']}: {entry['reason']}"
+        for result in results
+        for arm, entry in result["arms"].items()
+        if entry["status"] != "ran"
+    ]
+    if notes:
+        lines += ["", *notes]
+    return "\n".join(lines)
+
+
+def spread(figures: Mapping[str, float] | None, form: str = ".2f") -> str:
+    """A median with its extremes, such as ``2.10 (2.05-2.12)``."""
+    if figures is None:
+        return "-"
+    low, high = format(figures["min"], form), format(figures["max"], form)
+    return f"{format(figures['median'], form)} ({low}-{high})"
+
+
+def percent(share: float | None) -> str:
+    """A share such as ``93.4 %``, or ``-``."""
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def _cells(case: Mapping[str, Any]) -> list[str]:
+    figures = case["figures"]
+    early = figures["early_predictions"]
+    accepted = percent(figures["acceptance"])
+    if early is not None and early["acceptance"] is not None:
+        by_exit = " / ".join(percent(share) for _, _, share in early["by_exit"])
+        accepted = f"{accepted} ({by_exit})" if len(early["by_exit"]) > 1 else accepted
+    return [
+        str(case["batch_size"]),
+        case["label"],
+        spread(figures["tokens_per_s"]),
+        spread(figures["ratio"]),
+        _latency(figures["ttft_ms"]),
+        _latency(figures["tpot_ms"]),
+        f"{figures['tokens_per_forward']:.2f}",
+        "-" if early is None else f"{early['rate']:.2f}",
+        accepted,
+        _texts(figures.get("texts")),
+        spread(figures.get("efficiency")),
+        f"{figures['peak_memory_mib']:.0f} ({figures['private_memory_mib']:.0f})",
+    ]
+
+
+def _latency(figures: Mapping[str, float | None]) -> str:
+    values = [figures["p50"], figures["p99"]]
+    return " / ".join("-" if value is None else f"{value:.0f}" for value in values)
+
+
+def _texts(counts: Mapping[str, int] | None) -> str:
+    if counts is None:
+        return "-"
+    total = sum(counts.values())
+    text = f"{counts['same']}/{total}"
+    if counts["ties"]:
+        text += f", {counts['ties']} at ties"
+    if counts["different"]:
+        text += f", {counts['different']} different"
+    return text
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def cycle_table(result: Mapping[str, Any]) -> str:
+    """Where the time goes, in milliseconds per generated token.
+
+    Args:
+        result: Content of a result file.
+
+    Returns:
+        Markdown: a row for each case of AdaDecode beside the reference's total.
+    """
+    parts = ("segments", "gates", "draft bookkeeping", "verification", "rest")
+    lines = [
+        _row(("batch", "arm", *parts, "ms per token", "ordinary")),
+        _row(["---"] * (len(parts) + 4)),
+    ]
+    ordinary: dict[int, float] = {}
+    for case in result["cases"]:
+        run, split = case["runs"][0], case["figures"]["time_split"]
+        each = 1000 * run["seconds"] / run["tokens"]
+        if split is None:
+            ordinary.setdefault(case["batch_size"], each)
+            continue
+        lines.append(
+            _row(
+                (
+                    str(case["batch_size"]),
+                    case["label"],
+                    *(f"{1000 * split[part] / run['tokens']:.1f}" for part in parts),
+                    f"{each:.1f}",
+                    f"{ordinary[case['batch_size']]:.1f}",
+                )
+            )
+        )
+    return "\n".join(lines)

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From runs to figures: parity, ratios, acceptance, tables, result files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.evaluation.cost import CostModel
+from benchmarks import analysis
+from benchmarks.parity import Parity, bfloat16_ulp, compare, first_difference, is_tie
+from benchmarks.results import provenance, read_results, write_results
+from benchmarks.roofline import cost_model, predicted_speedup
+from benchmarks.tables import results_table
+from tests.harness import MODEL
+
+
+def stats(**changes: Any) -> dict[str, Any]:
+    """Counters of one request: 12 tokens in 4 forwards, 9 predicted, 8 right."""
+    return {
+        "exit_layers": [2, 4],
+        "num_layers": 8,
+        "early_predictions": [7, 2],
+        "accepted": [7, 1],
+        "rejected": [0, 1],
+        "gates": [10, 3],
+        "segments_run": [13, 6, 3],
+        "request_steps": 4,
+        "generated_tokens": 12,
+        "resumed_forwards": 3,
+        "drafting_seconds": 0.5,
+        "draft_segment_seconds": [0.2, 0.1, 0.0],
+        "gate_seconds": [0.05, 0.05],
+        "verifying_seconds": 0.3,
+        **changes,
+    }
+
+
+def run(seconds: float, tokens: int = 12, **changes: Any) -> dict[str, Any]:
+    return {
+        "seconds": seconds,
+        "token_ids": [list(range(tokens))],
+        "ttft_s": [0.01],
+        "tpot_s": [0.02],
+        "speculation": {"drafts": 0, "draft_tokens": 0, "accepted": 0},
+        "stats": None,
+        "peak_memory_mib": 100.0,
+        "private_memory_mib": 50.0,
+        **changes,
+    }
+
+
+@pytest.mark.parametrize(
+    ("value", "ulp"),
+    [(1.0, 2**-7), (1.99, 2**-7), (2.0, 2**-6), (-40.0, 0.25), (0.6, 2**-8)],
+)
+def test_the_distance_of_bfloat16_numbers(value: float, ulp: float) -> None:
+    assert bfloat16_ulp(value) == ulp
+
+
+def test_the_distance_is_torchs() -> None:
+    import torch
+
+    for value in (0.3, 1.0, 17.5, 100.0):
+        x = torch.tensor(value, dtype=torch.bfloat16)
+        above = torch.nextafter(x, torch.tensor(1e30, dtype=torch.bfloat16))
+        assert (above - x).item() == bfloat16_ulp(x.item())
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "index"),
+    [
+        ([1, 2], [1, 2], None),
+        ([1, 2], [1, 3], 1),
+        ([1, 2], [1], 1),
+        ([], [4], 0),
+    ],
+)
+def test_where_texts_part(a: list[int], b: list[int], index: int | None) -> None:
+    assert first_difference(a, b) == index
+
+
+def logits_at(difference: float) -> list[list[list[float]]]:
+    sure = [[5, 20.0], [6, 1.0]]
+    return [sure, [[7, 16.0], [8, 16.0 - difference]], sure]
+
+
+def test_two_ulp_apart_is_a_tie_and_more_is_not() -> None:
+    # One ULP at 16 is 1/8.
+    assert is_tie([5, 7, 5], [5, 8, 9], logits_at(0.25))
+    assert not is_tie([5, 7, 5], [5, 8, 9], logits_at(0.26))
+
+
+def test_a_third_token_or_another_length_is_no_tie() -> None:
+    assert not is_tie([5, 7, 5], [5, 9, 5], logits_at(0.0))
+    assert not is_tie([5, 7, 5], [5, 7], logits_at(0.0))
+
+
+def test_ties_count_only_where_logits_are_given() -> None:
+    reference, texts = [[5, 7, 5], [1]], [[5, 8, 5], [1]]
+    logits = [logits_at(0.0), [[[1, 3.0], [2, 0.0]]]]
+    assert compare(reference, texts, logits) == Parity(same=1, ties=1)
+    assert compare(reference, texts, None) == Parity(same=1, different=1)
+    # Unknown logits excuse nothing.
+    assert compare(reference, texts, [[], []]) == Parity(same=1, different=1)
+
+
+def test_ratios_are_taken_pair_by_pair() -> None:
+    slow, fast = [run(2.0), run(8.0)], [run(1.0), run(2.0)]
+    figures = analysis.summarize(fast, slow)
+    assert figures["ratio"] == {"median": 3.0, "min": 2.0, "max": 4.0}
+    assert figures["tokens_per_s"]["max"] == 12.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, 1.0),
+        ({"stats": stats()}, 3.0),
+        ({"speculation": {"drafts": 3, "draft_tokens": 9, "accepted": 6}}, 2.0),
+        ({"forwards": 5}, 2.4),
+    ],
+)
+def test_tokens_per_forward(changes: dict[str, Any], expected: float) -> None:
+    assert analysis.tokens_per_forward(run(1.0, **changes)) == pytest.approx(expected)
+
+
+def test_early_predictions_by_exit() -> None:
+    early = analysis.early_predictions(run(1.0, stats=stats()))
+    assert early is not None
+    assert early["rate"] == 9 / 12
+    assert early["coverage"] == 8 / 12
+    assert early["acceptance"] == 8 / 9
+    assert early["by_exit"] == [[2, 7, 1.0], [4, 2, 0.5]]
+    nothing = stats(accepted=[0, 0], rejected=[0, 0])
+    early = analysis.early_predictions(run(1.0, stats=nothing))
+    assert early is not None
+    assert early["acceptance"] is None
+
+
+def test_the_parts_of_the_time_add_up() -> None:
+    split = analysis.time_split(run(1.0, stats=stats()))
+    assert split is not None
+    assert sum(split.values()) == pytest.approx(1.0)
+    assert split["draft bookkeeping"] == pytest.approx(0.1)
+    assert split["rest"] == pytest.approx(0.2)
+
+
+def test_latencies_leave_out_what_is_unknown() -> None:
+    found = analysis.percentiles([run(1.0, tpot_s=[None, 0.5])], "tpot_s")
+    assert found == {"p50": 500.0, "p99": 500.0}
+    assert analysis.percentiles([run(1.0, tpot_s=[None])], "tpot_s")["p50"] is None
+
+
+def test_the_roofline_counts_what_was_read() -> None:
+    cost = CostModel(head_share=0.2, transform_share=0.05)
+    # Segments of 2, 2 and 4 of 8 layers; one forward was ordinary.
+    layers = (14 * 2 + 7 * 2 + 4 * 4) / 8
+    steps = 0.8 * layers + 0.25 * 13 + 0.2 * 4
+    assert predicted_speedup(stats(), cost) == pytest.approx(12 / steps)
+
+
+def test_a_reduced_draft_vocabulary_makes_gates_cheaper() -> None:
+    whole = cost_model(MODEL, identity=False, draft_vocabulary=None)
+    some = cost_model(MODEL, identity=False, draft_vocabulary=256)
+    assert whole.gate_head_share is None
+    assert some.gate_head_share == pytest.approx(whole.head_share / 4)
+    assert predicted_speedup(stats(), some) > predicted_speedup(stats(), whole)
+
+
+def case(arm: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    figures = analysis.summarize(runs, runs)
+    memory = {"peak_memory_mib": 100.0, "private_memory_mib": 50.0}
+    return {
+        "arm": arm,
+        "label": arm,
+        "batch_size": 1,
+        "policy": {},
+        "figures": {**figures, **memory},
+        "runs": [],
+    }
+
+
+def results(**changes: Any) -> dict[str, Any]:
+    parity = {"same": 3, "ties": 1, "different": 0}
+    return {
+        "hardware": {"cpu": "one"},
+        "workload": {"sha256": "ab"},
+        "arms": {
+            "ordinary": {"status": "ran"},
+            "suffix": {"status": "skipped", "reason": "needs a package; install it"},
+            "ngram": {"status": "failed", "reason": "ValueError: no"},
+        },
+        "cases": [
+            case("ordinary", [run(2.0)]),
+            case("adadecode", [run(1.0, stats=stats(), parity=parity)]),
+        ],
+        **changes,
+    }
+
+
+def test_the_table_names_every_arm() -> None:
+    table = results_table([results()])
+    lines = table.splitlines()
+    assert len({line.count("|") for line in lines[:4]}) == 1
+    assert "3/4, 1 at ties" in lines[3]
+    assert "100.0 % / 50.0 %" in lines[3]
+    assert "suffix skipped: it needs a package; install it." in lines
+    assert "ngram failed: ValueError: no" in lines
+
+
+def test_results_say_where_they_come_from() -> None:
+    found = provenance()
+    assert found["command"].startswith("python ")
+    assert {"torch", "transformers", "adadecode-vllm"} <= found["versions"].keys()
+    assert found["hardware"]["cores"] >= 1
+    assert found["commit"]
+
+
+def test_results_of_one_machine_stand_together(tmp_path: Path) -> None:
+    paths = [tmp_path / "a.json", tmp_path / "deep" / "b.json"]
+    for path in paths:
+        write_results(path, results())
+    assert len(read_results(paths)) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"hardware": {"cpu": "two"}}, "another machine"),
+        ({"workload": {"sha256": "cd"}}, "other prompts"),
+    ],
+)
+def test_results_that_cannot_be_compared_are_refused(
+    tmp_path: Path, change: dict[str, Any], reason: str
+) -> None:
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    write_results(paths[0], results())
+    write_results(paths[1], results(**change))
+    with pytest.raises(AdaDecodeError, match=reason):
+        read_results(paths)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"hardware": {}}', "{"])
+def test_other_files_are_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    with pytest.raises(AdaDecodeError, match="not a result file"):
+        read_results([path])
+
+
+def test_results_are_plain_json(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_results(path, {**provenance(), **results()})
+    assert json.loads(path.read_text())["cases"][1]["arm"] == "adadecode"

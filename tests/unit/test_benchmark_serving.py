@@ -1,0 +1,447 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The serving benchmark without servers: flags, what the client found, failures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adadecode_vllm.errors import AdaDecodeError
+from benchmarks import benchmark_serving, server
+from benchmarks.arms import Arm, EngineSettings, llm_arguments, parse_arms
+from benchmarks.benchmark_serving import (
+    ServingSession,
+    check_prompts,
+    compare_texts,
+    parse_loads,
+    serving_obstacle,
+    serving_table,
+    summarize,
+)
+from benchmarks.process import ArmError
+from benchmarks.server import Client, Load, engine_flags, read_client, reason
+from benchmarks.workloads import Workload
+from tests.harness import HEADS, MODEL
+
+SETTINGS = EngineSettings(
+    model=MODEL,
+    heads=HEADS,
+    dtype="float32",
+    threshold=0.5,
+    max_early_predictions=4,
+    arguments={"enforce_eager": True, "max_model_len": 256},
+    kv_cache_gib=0.0625,
+)
+WORKLOAD = Workload(
+    name="text",
+    prompts=[[1, 2], [3], [4, 5]],
+    texts=["Tom has 3 apples.", "Ann\n", "Übung"],
+    chat=False,
+    output_tokens=8,
+    description="three texts",
+    sha256="0",
+)
+
+
+def arguments_from(flags: list[str]) -> Any:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    return EngineArgs.from_cli_args(parser.parse_args(["--model", MODEL, *flags]))
+
+
+def client_result(**changes: Any) -> dict[str, Any]:
+    """What vLLM's client returns for three requests."""
+    return {
+        "duration": 2.0,
+        "completed": 3,
+        "failed": 0,
+        "total_output_tokens": 17,
+        "output_throughput": 8.5,
+        "request_throughput": 1.5,
+        "output_lens": [8, 1, 8],
+        "ttfts": [0.2, 0.1, 0.3],
+        "latencies": [0.9, 0.1, 1.7],
+        "generated_texts": ["a b", "", "c"],
+        "errors": ["", "", ""],
+        "p50_ttft_ms": 200.0,
+        **changes,
+    }
+
+
+def run(speed: float = 8.5, **changes: Any) -> dict[str, Any]:
+    return read_client(client_result(output_throughput=speed, **changes))
+
+
+class TestFlags:
+    @pytest.mark.parametrize("arm", ["ordinary", "installed", "ngram"])
+    def test_the_server_gets_the_arguments_of_the_engine(self, arm: str) -> None:
+        arguments = llm_arguments(Arm(arm, arm), SETTINGS)
+        parsed = arguments_from(engine_flags(arguments))
+        for name, value in arguments.items():
+            assert getattr(parsed, name) == value, name
+
+    def test_switches_lists_and_objects(self) -> None:
+        arguments = {
+            "model": MODEL,
+            "enable_prefix_caching": False,
+            "enforce_eager": True,
+            "disable_log_stats": True,
+            "logits_processors": ["a.B", "c.D"],
+            "compilation_config": {"mode": 0},
+            "load_format": "-x",
+        }
+        assert engine_flags(arguments) == [
+            "--no-enable-prefix-caching",
+            "--enforce-eager",
+            "--disable-log-stats",
+            *("--logits-processors", "a.B", "c.D"),
+            '--compilation-config={"mode": 0}',
+            "--load-format=-x",
+        ]
+
+    def test_the_plugin_is_asked_for_as_a_user_would(self) -> None:
+        flags = engine_flags(llm_arguments(Arm("adadecode", "adadecode"), SETTINGS))
+        assert "--plugin=adadecode" in flags
+        assert f"--adadecode-heads={HEADS}" in flags
+        (config,) = (flag for flag in flags if flag.startswith("--adadecode-config="))
+        assert json.loads(config.partition("=")[2]) == {
+            "threshold": 0.5,
+            "max_early_predictions": 4,
+        }
+        assert not any(flag.startswith("--additional-config") for flag in flags)
+
+    def test_other_additional_config_stays(self) -> None:
+        extra = {"adadecode": {"heads": HEADS}, "other": {"a": 1}}
+        assert engine_flags({"model": MODEL, "additional_config": extra}) == [
+            "--plugin=adadecode",
+            f"--adadecode-heads={HEADS}",
+            '--additional-config={"other": {"a": 1}}',
+        ]
+        assert "adadecode" in extra, "the caller's dictionary was changed"
+
+    def test_without_the_plugin_no_flag_of_it(self) -> None:
+        flags = engine_flags(llm_arguments(Arm("ordinary", "ordinary"), SETTINGS))
+        assert not any("plugin" in flag or "adadecode" in flag for flag in flags)
+
+    def test_an_argument_without_a_flag_is_refused(self) -> None:
+        with pytest.raises(AdaDecodeError, match=r"^no_such_thing: .* at its default"):
+            engine_flags({"model": MODEL, "no_such_thing": 1})
+
+
+class TestClientFlags:
+    def parsed(self, tmp_path: Path, **changes: Any) -> Any:
+        workload = Workload(**{**vars(WORKLOAD), **changes.pop("workload", {})})
+        arguments = changes.pop("arguments", {})
+        settings = EngineSettings(MODEL, HEADS, arguments=arguments)
+        client = Client(settings, workload, tmp_path / "prompts.jsonl")
+        load = changes.pop("load", Load(concurrency=2))
+        flags = client.flags("http://127.0.0.1:1", load, 3, 8, ignore_eos=False)
+        return server._client_parser().parse_args(flags)
+
+    def test_plain_prompts_go_to_the_completions(self, tmp_path: Path) -> None:
+        args = self.parsed(tmp_path)
+        assert (args.backend, args.endpoint) == ("openai", "/v1/completions")
+        assert args.skip_chat_template
+        assert args.disable_shuffle
+        assert (args.max_concurrency, args.request_rate) == (2, float("inf"))
+        assert (args.num_prompts, args.custom_output_len) == (3, 8)
+        assert args.temperature == 0
+        assert args.model == args.tokenizer == MODEL
+
+    def test_messages_go_to_the_chat(self, tmp_path: Path) -> None:
+        args = self.parsed(tmp_path, workload={"chat": True})
+        assert args.backend == "openai-chat"
+        assert args.endpoint == "/v1/chat/completions"
+
+    def test_a_rate_has_no_limit_beside_it(self, tmp_path: Path) -> None:
+        args = self.parsed(tmp_path, load=Load(request_rate=0.5))
+        assert (args.max_concurrency, args.request_rate) == (None, 0.5)
+
+    def test_the_servers_names_are_the_clients(self, tmp_path: Path) -> None:
+        given = {"served_model_name": ["a", "b"], "tokenizer": "t"}
+        args = self.parsed(tmp_path, arguments=given)
+        assert (args.served_model_name, args.tokenizer) == ("a", "t")
+
+    def test_the_client_reads_the_texts_in_order(self, tmp_path: Path) -> None:
+        from transformers import AutoTokenizer
+        from vllm.benchmarks.datasets import get_samples
+
+        args = self.parsed(tmp_path)
+        samples = get_samples(args, AutoTokenizer.from_pretrained(MODEL))
+        assert [sample.prompt for sample in samples] == WORKLOAD.texts
+        assert {sample.expected_output_len for sample in samples} == {8}
+
+
+class TestLoads:
+    def test_inf_stands_for_the_concurrencies(self) -> None:
+        assert parse_loads("1,4", "inf") == [Load(1), Load(4)]
+        assert parse_loads("1,4", "0.5") == [Load(request_rate=0.5)]
+        assert [load.label for load in parse_loads("2,2", "inf,0.5,2")] == [
+            "2 at a time",
+            "0.5 per second",
+            "2 per second",
+        ]
+
+    @pytest.mark.parametrize(
+        ("concurrency", "rate", "flag"),
+        [
+            ("0", "inf", "--max-concurrency"),
+            ("1,x", "inf", "--max-concurrency"),
+            ("1", "-1", "--request-rate"),
+            ("1", "nan", "--request-rate"),
+            ("1", "", "--request-rate"),
+        ],
+    )
+    def test_what_is_no_load_is_refused(
+        self, concurrency: str, rate: str, flag: str
+    ) -> None:
+        with pytest.raises(AdaDecodeError, match=rf"^{flag}: .* Write for example"):
+            parse_loads(concurrency, rate)
+
+    def test_too_few_prompts_are_refused(self) -> None:
+        check_prompts(4, [Load(4), Load(request_rate=2)])
+        with pytest.raises(AdaDecodeError, match=r"^--num-prompts: 4 .* at least 8"):
+            check_prompts(4, [Load(1), Load(8)])
+
+
+class TestClientResult:
+    def test_figures_by_request(self) -> None:
+        found = run(spec_decode_draft_tokens=6, spec_decode_accepted_tokens=5)
+        assert found["ttft_s"] == [0.2, 0.1, 0.3]
+        assert found["tpot_s"] == pytest.approx([0.1, None, 0.2])
+        assert found["e2el_s"] == [0.9, 0.1, 1.7]
+        assert found["texts"] == ["a b", "", "c"]
+        assert found["speculation"] == {"drafts": 0, "draft_tokens": 6, "accepted": 5}
+        assert found["client"] == {"p50_ttft_ms": 200.0}
+
+    def test_failed_requests_count_nowhere_but_as_failed(self) -> None:
+        trace = "Traceback (most recent call last):\n  ...\nOSError: refused\n"
+        found = run(
+            completed=1,
+            failed=2,
+            ttfts=[0.2, 0.0, 0.3],
+            output_lens=[8, 0, 0],
+            errors=["", "", trace],
+        )
+        assert found["texts"] == ["a b", None, None]
+        assert found["ttft_s"] == [0.2]
+        assert found["tpot_s"] == pytest.approx([0.1])
+        assert found["errors"] == ["OSError: refused"]
+        figures = summarize([found], [run()], predicts_early=False)
+        assert (figures["failed_requests"], figures["requests"]) == (2, 3)
+
+    def test_texts_are_compared_where_both_requests_succeeded(self) -> None:
+        texts = compare_texts(["a", "b", None, "d"], ["a", "x", "c", None])
+        assert texts == {"same": 1, "different": 1}
+
+    def test_ratios_are_taken_turn_by_turn(self) -> None:
+        counts = {"spec_decode_draft_tokens": 10, "spec_decode_accepted_tokens": 8}
+        runs = [run(12.0, **counts), run(30.0, **counts)]
+        reference = [run(10.0), run(20.0)]
+        figures = summarize(runs, reference, predicts_early=True)
+        assert figures["ratio"] == pytest.approx(
+            {"median": 1.35, "min": 1.2, "max": 1.5}
+        )
+        early = figures["early_predictions"]
+        assert early["rate"] == pytest.approx(20 / 34)
+        assert early["coverage"] == pytest.approx(16 / 34)
+        assert figures["acceptance"] == early["acceptance"] == pytest.approx(0.8)
+        assert summarize(runs, reference, predicts_early=False)[
+            "early_predictions"
+        ] is (None)
+
+
+class TestReason:
+    def test_the_engines_own_error_and_not_the_servers(self) -> None:
+        log = (
+            "ValueError: No available memory for the cache blocks.\n"
+            "RuntimeError: Engine core initialization failed. See root cause above.\n"
+            "\n"
+        )
+        assert reason(log) == "ValueError: No available memory for the cache blocks."
+
+    def test_a_refused_flag(self) -> None:
+        log = "usage: vllm serve\nvllm: error: --enable-lora: not with AdaDecode\n"
+        assert reason(log) == "vllm: error: --enable-lora: not with AdaDecode"
+
+    def test_without_an_error_the_last_lines(self) -> None:
+        lines = [f"line {number}" for number in range(30)]
+        assert reason("\n".join(lines)) == "\n".join(lines[-20:])
+
+
+def test_arms_without_a_server_are_skipped_with_a_reason() -> None:
+    reasons = {
+        arm.name: serving_obstacle(arm, SETTINGS)
+        for arm in parse_arms("ordinary,adadecode,transformers,draft-model")
+    }
+    assert reasons["ordinary"] is reasons["adadecode"] is None
+    assert reasons["transformers"] == (
+        "has no server; benchmark_throughput.py measures it"
+    )
+    assert "give --draft-model" in str(reasons["draft-model"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--arms", "adadecode"], "--arms: 'ordinary' is missing"),
+        (["--batch-sizes", "4"], "--batch-sizes: a server makes its batches itself"),
+        (["--max-concurrency", "40"], "--num-prompts: 32 prompts are too few for 40"),
+        (["--repeats", "0"], "--repeats 0: nothing would be measured"),
+    ],
+)
+def test_mistakes_are_refused_before_a_server_starts(
+    arguments: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark_serving, "Server", FakeServer)
+    FakeServer.started.clear()
+    with pytest.raises(AdaDecodeError) as refused:
+        benchmark_serving.main(
+            [*("--model", MODEL, "--adadecode-heads", HEADS), *arguments]
+        )
+    assert str(refused.value).startswith(sentence)
+    assert not FakeServer.started
+
+
+class FakeServer:
+    """A server that only knows whether it was ended."""
+
+    started: list[FakeServer] = []  # noqa: RUF012 (cleared by each test)
+    refusing: tuple[str, ...] = ()
+
+    def __init__(self, arm: Arm, settings: EngineSettings) -> None:
+        if arm.name in self.refusing:
+            raise ArmError("the server ended: ValueError: no")
+        self.url, self.flags, self.start_up_seconds = arm.name, ["--x"], 1.0
+        self.ended = False
+        self.started.append(self)
+
+    def check(self) -> None:
+        pass
+
+    def __enter__(self) -> FakeServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended = True
+
+
+class Session:
+    """A serving session on fake servers, with a client that a test scripts."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, output: Path) -> None:
+        self.answers: dict[str, list[dict[str, Any] | BaseException]] = {}
+        self.output = output
+        self.order: list[str] = []
+        FakeServer.started.clear()
+        monkeypatch.setattr(FakeServer, "refusing", ())
+        monkeypatch.setattr(benchmark_serving, "Server", FakeServer)
+        monkeypatch.setattr(Client, "warm_up", lambda *_: None)
+        monkeypatch.setattr(Client, "run", lambda _, url, load: self.answer(url))
+
+    def answer(self, arm: str) -> dict[str, Any]:
+        self.order.append(arm)
+        answers = self.answers.get(arm)
+        answer = answers.pop(0) if answers else run()
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def measure(self, arms: str, turns: int = 2) -> dict[str, Any]:
+        session = ServingSession(
+            parse_arms(arms), SETTINGS, WORKLOAD, output=self.output
+        )
+        with session:
+            session.measure(Load(2), turns)
+        return session.results
+
+    @property
+    def written(self) -> dict[str, Any]:
+        return json.loads(self.output.read_text())
+
+
+@pytest.fixture
+def session(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Session:
+    return Session(monkeypatch, tmp_path / "results.json")
+
+
+class TestSession:
+    def test_servers_take_turns_the_reference_first(self, session: Session) -> None:
+        results = session.measure("adadecode,ngram,ordinary")
+        assert session.order == ["ordinary", "adadecode", "ngram"] * 2
+        assert session.written == results
+        assert [case["arm"] for case in results["cases"]] == session.order[:3]
+        assert results["cases"][1]["figures"]["texts"] == {"same": 6, "different": 0}
+        assert all(server.ended for server in FakeServer.started)
+
+    def test_a_server_that_does_not_start_is_noted(
+        self, session: Session, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(FakeServer, "refusing", ("ngram",))
+        results = session.measure("ordinary,ngram,adadecode,transformers")
+        assert [case["arm"] for case in results["cases"]] == ["ordinary", "adadecode"]
+        assert results["arms"]["ngram"] == {
+            "status": "failed",
+            "reason": "the server ended: ValueError: no",
+        }
+        assert results["arms"]["transformers"]["status"] == "skipped"
+
+    def test_a_server_that_fails_on_the_way_keeps_its_turns(
+        self, session: Session
+    ) -> None:
+        dead = run(completed=0, failed=3, errors=["OSError: x"] * 3)
+        session.answers["adadecode"] = [run(17.0), dead]
+        results = session.measure("ordinary,adadecode,ngram", turns=3)
+        assert [len(case["runs"]) for case in results["cases"]] == [3, 1, 3]
+        assert results["cases"][1]["figures"]["ratio"]["median"] == 2
+        assert results["arms"]["adadecode"] == {
+            "status": "failed",
+            "reason": "no request of 2 at a time succeeded: OSError: x",
+        }
+
+    def test_without_the_reference_nothing_can_be_said(
+        self, session: Session, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        session.answers["ordinary"] = [ArmError("gone")]
+        with pytest.raises(ArmError, match="gone"):
+            session.measure("ordinary,adadecode")
+        assert all(server.ended for server in FakeServer.started)
+        monkeypatch.setattr(FakeServer, "refusing", ("ordinary",))
+        with pytest.raises(ArmError, match="the server ended"):
+            session.measure("ordinary,adadecode")
+
+    def test_a_killed_run_keeps_finished_turns_and_ends_its_servers(
+        self, session: Session
+    ) -> None:
+        session.answers["adadecode"] = [run(17.0), KeyboardInterrupt()]
+        with pytest.raises(KeyboardInterrupt):
+            session.measure("ordinary,adadecode")
+        assert [len(case["runs"]) for case in session.written["cases"]] == [1, 1]
+        assert all(server.ended for server in FakeServer.started)
+
+
+def test_the_table_has_a_row_per_case_and_the_reasons(session: Session) -> None:
+    session.answers["adadecode"] = [
+        run(17.0, spec_decode_draft_tokens=10, spec_decode_accepted_tokens=9)
+    ]
+    results = session.measure("ordinary,adadecode,transformers", turns=1)
+    lines = serving_table(results).splitlines()
+    assert lines[2].split(" | ")[:4] == [
+        "| 2 at a time",
+        "ordinary",
+        "8.50 (8.50-8.50)",
+        "1.00 (1.00-1.00)",
+    ]
+    assert lines[3] == (
+        "| 2 at a time | adadecode | 17.00 (17.00-17.00) | 2.00 (2.00-2.00) | 1.50 | "
+        "200.0 / 298.0 | 150.0 / 199.0 | 0.59 | 90.0 % | 3/3 | 0/3 |"
+    )
+    assert lines[-1] == (
+        "transformers skipped: it has no server; benchmark_throughput.py measures it."
+    )
+    assert len({line.count("|") for line in lines[:4]}) == 1

@@ -1,0 +1,513 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The draft vocabulary: its format, its refusals, its ranking and its command."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from accelerate import Accelerator
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from adadecode_vllm.cli import main
+from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.heads import (
+    ExitHeadsConfig,
+    load_draft_token_ids,
+    load_exit_weights,
+    load_heads_config,
+    push_to_hub,
+    save_heads,
+    save_pretrained,
+)
+from adadecode_vllm.heads.card import name_draft_vocabulary, render_card
+from adadecode_vllm.training import draft_vocabulary
+from adadecode_vllm.training.draft_vocabulary import (
+    MAX_TOKENS,
+    count_tokens,
+    rank_tokens,
+)
+from adadecode_vllm.training.run import Reporter, RunOptions, train_heads
+from adadecode_vllm.training.settings import TrainSettings
+from adadecode_vllm.training.teacher import Teacher
+from adadecode_vllm.training.texts import load_texts, split_held_out
+from tests.data_directory import write_rows
+from tests.harness import DEMO
+from tests.tiny import FINGERPRINT, VOCAB_SIZE, save_tiny_llama
+
+D = 8
+IDS = [7, 31, 0, 12]
+ROW = "| Draft vocabulary | the 4 most frequent tokens of the training text |"
+
+
+def make_config(**values: Any) -> ExitHeadsConfig:
+    defaults: dict[str, Any] = {
+        "exit_layers": [1, 3],
+        "hidden_size": D,
+        "vocab_size": 32,
+        "num_hidden_layers": 4,
+        "base_model": "tiny",
+        "lm_head_fingerprint": FINGERPRINT,
+    }
+    return ExitHeadsConfig(**defaults | values)
+
+
+def make_weights() -> dict[int, torch.Tensor]:
+    torch.manual_seed(0)
+    return {layer: torch.randn(D, D) for layer in (1, 3)}
+
+
+@pytest.fixture
+def heads(tmp_path: Path) -> Path:
+    directory = tmp_path / "heads"
+    save_pretrained(
+        directory, make_weights(), make_config(), draft_token_ids=torch.tensor(IDS)
+    )
+    return directory
+
+
+def edit(directory: Path, token_ids: torch.Tensor | None, **config: Any) -> None:
+    """Replace or (None) remove the tensor, and change keys of the configuration."""
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["draft_token_ids"]
+    if token_ids is not None:
+        tensors["draft_token_ids"] = token_ids
+    save_file(tensors, path)
+    path = directory / "config.json"
+    values = json.loads(path.read_text()) | config
+    path.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+
+
+# The format
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("named", [None, 4])
+def test_round_trip(tmp_path: Path, dtype: Any, named: int | None) -> None:
+    config = make_config(dtype=dtype, draft_vocabulary=named)
+    save_heads(tmp_path, make_weights(), config, torch.tensor(IDS))
+    loaded = load_heads_config(tmp_path)
+    assert loaded == make_config(dtype=dtype, draft_vocabulary=4)
+    token_ids = load_draft_token_ids(tmp_path, loaded)
+    assert token_ids is not None
+    assert token_ids.dtype == torch.int64
+    assert token_ids.tolist() == IDS
+    weights = load_exit_weights(tmp_path, loaded)
+    for layer, weight in make_weights().items():
+        assert torch.equal(weights[layer], weight.to(getattr(torch, dtype)))
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
+
+
+def test_absent_stays_absent(tmp_path: Path) -> None:
+    save_heads(tmp_path, make_weights(), make_config())
+    config = load_heads_config(tmp_path)
+    assert config.draft_vocabulary is None
+    assert load_draft_token_ids(tmp_path, config) is None
+    assert set(json.loads((tmp_path / "config.json").read_text())) == {
+        "model_type",
+        "exit_layers",
+        "hidden_size",
+        "vocab_size",
+        "num_hidden_layers",
+        "base_model",
+        "lm_head_fingerprint",
+        "library_version",
+        "dtype",
+    }
+    assert "Draft vocabulary" not in render_card(config, "heads")
+
+
+def test_saving_again_without_it_removes_it(heads: Path) -> None:
+    save_heads(heads, make_weights(), make_config())
+    assert load_draft_token_ids(heads, load_heads_config(heads)) is None
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "named", "message"),
+    [
+        (torch.tensor([1, 32]), None, "holds 32, but the vocabulary has the ids 0 to"),
+        (torch.tensor([1, -1]), None, "holds -1, but"),
+        (torch.tensor([1, 5, 1]), None, "holds 1 more than once"),
+        (torch.tensor([1, 5]), 3, r"has shape \(2,\) instead of \(3,\)"),
+        (torch.tensor([[1], [5]]), 2, r"has shape \(2, 1\) instead of"),
+        (torch.tensor([], dtype=torch.int64), None, r"has shape \(0,\) instead of"),
+        (torch.tensor([1, 5], dtype=torch.int32), 2, "has dtype torch.int32 instead"),
+        (torch.tensor([1.0, 5.0]), 2, "has dtype torch.float32 instead"),
+        (None, 3, "draft_vocabulary is 3, but there are no draft_token_ids"),
+    ],
+)
+def test_saving_refuses_what_does_not_fit(
+    tmp_path: Path, token_ids: torch.Tensor | None, named: int | None, message: str
+) -> None:
+    config = make_config(draft_vocabulary=named)
+    for save in (
+        lambda: save_heads(tmp_path / "h", make_weights(), config, token_ids),
+        lambda: save_pretrained(
+            tmp_path / "h", make_weights(), config, draft_token_ids=token_ids
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            save()
+    assert not (tmp_path / "h").exists()
+
+
+def refusal(heads: Path, read: Callable[[Path], object]) -> str:
+    """Return the sentence that reading the heads ends with."""
+    with pytest.raises(AdaDecodeError) as caught:
+        read(heads)
+    text = str(caught.value)
+    assert text.startswith(f"--adadecode-heads {heads}: ")
+    assert "\n" not in text
+    assert "; " in text  # the remedy
+    return text
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "config", "message"),
+    [
+        (None, {}, "model.safetensors lacks draft_token_ids"),
+        (
+            torch.tensor(IDS),
+            {"draft_vocabulary": None},
+            "model.safetensors holds the unexpected draft_token_ids",
+        ),
+        (
+            torch.tensor(IDS[:3]),
+            {},
+            "draft_token_ids has shape (3,) instead of (4,)",
+        ),
+        (
+            torch.tensor([IDS]),
+            {},
+            "draft_token_ids has shape (1, 4) instead of (4,)",
+        ),
+        (
+            torch.tensor(IDS, dtype=torch.int32),
+            {},
+            "draft_token_ids has dtype I32 instead of I64",
+        ),
+        (
+            torch.zeros(33, dtype=torch.int64),
+            {"draft_vocabulary": 33},
+            "config.json is invalid: draft_vocabulary is 33, but the vocabulary has "
+            "only 32 tokens",
+        ),
+        (torch.tensor(IDS), {"draft_vocabulary": 0}, "invalid: draft_vocabulary: "),
+        (torch.tensor(IDS), {"draft_vocabulary": "4"}, "invalid: draft_vocabulary: "),
+    ],
+)
+def test_headers_that_disagree_are_refused(
+    heads: Path, token_ids: torch.Tensor | None, config: dict[str, Any], message: str
+) -> None:
+    edit(heads, token_ids, **config)
+    assert message in refusal(heads, load_heads_config)
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "message"),
+    [
+        ([7, 31, 0, 32], "draft_token_ids holds 32, but the vocabulary has the ids 0"),
+        ([7, -3, 0, 12], "draft_token_ids holds -3, but the vocabulary has the ids 0"),
+        ([7, 31, 0, 31], "draft_token_ids holds 31 more than once"),
+    ],
+)
+def test_ids_that_cannot_be_used_are_refused(
+    heads: Path, token_ids: list[int], message: str
+) -> None:
+    edit(heads, torch.tensor(token_ids))
+    config = load_heads_config(heads)
+    assert message in refusal(heads, lambda d: load_draft_token_ids(d, config))
+
+
+def test_a_file_changed_since_its_header_was_checked_is_refused(heads: Path) -> None:
+    config = load_heads_config(heads)
+    edit(heads, torch.tensor([1, 2]))
+    assert "has shape (2,) instead of (4,)" in refusal(
+        heads, lambda d: load_draft_token_ids(d, config)
+    )
+    edit(heads, None)
+    assert "model.safetensors" in refusal(
+        heads, lambda d: load_draft_token_ids(d, config)
+    )
+
+
+# The card and the Hub
+
+
+def test_the_card_names_it(heads: Path) -> None:
+    card = (heads / "README.md").read_text()
+    assert card.count(ROW) == 1
+    assert card == render_card(load_heads_config(heads), str(heads))
+
+
+def test_a_card_is_told_of_another_one() -> None:
+    without = render_card(make_config(), "heads")
+    with_it = render_card(make_config(draft_vocabulary=4), "heads")
+    other = render_card(make_config(draft_vocabulary=5), "heads")
+    assert name_draft_vocabulary(without, make_config(draft_vocabulary=4)) == with_it
+    assert name_draft_vocabulary(with_it, make_config(draft_vocabulary=4)) == with_it
+    assert name_draft_vocabulary(with_it, make_config(draft_vocabulary=5)) == other
+    assert name_draft_vocabulary(with_it, make_config()) == without
+    assert name_draft_vocabulary("Mine\n", make_config(draft_vocabulary=4)) == "Mine\n"
+
+
+def test_pushing_carries_it(heads: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pushed: dict[str, bytes] = {}
+
+    def create_commit(
+        _repo: str, operations: list[Any], **_values: Any
+    ) -> SimpleNamespace:
+        for operation in operations:
+            with operation.as_file() as file:
+                pushed[operation.path_in_repo] = file.read()
+        return SimpleNamespace(commit_url="https://hub/commit/1", pr_url=None)
+
+    api = SimpleNamespace(
+        create_repo=lambda *_args, **_values: None, create_commit=create_commit
+    )
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda **_values: api)
+    push_to_hub(heads, "ann/heads")
+    copy = heads.parent / "copy"
+    copy.mkdir()
+    for name, content in pushed.items():
+        (copy / name).write_bytes(content)
+    token_ids = load_draft_token_ids(copy, load_heads_config(copy))
+    assert token_ids is not None
+    assert token_ids.tolist() == IDS
+    assert ROW in pushed["README.md"].decode()
+
+
+# The ranking
+
+
+def test_ties_are_ranked_by_id() -> None:
+    counts = count_tokens([[5, 2, 2], [9, 5], [7]], 10)
+    assert counts.tolist() == [0, 0, 2, 0, 0, 2, 0, 1, 0, 1]
+    assert rank_tokens(counts).tolist() == [2, 5, 7, 9]
+    assert rank_tokens(counts, 3).tolist() == [2, 5, 7]
+    assert rank_tokens(counts).dtype == torch.int64
+
+
+@given(st.lists(st.lists(st.integers(0, 19), max_size=8), max_size=8))
+def test_the_ranking_is_that_of_a_counter(answers: list[list[int]]) -> None:
+    expected = Counter(token for answer in answers for token in answer)
+    counts = count_tokens(answers, 20)
+    assert rank_tokens(counts).tolist() == sorted(
+        expected, key=lambda token: (-expected[token], token)
+    )
+
+
+def test_text_is_counted_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(draft_vocabulary, "_CHUNK", 4)
+    answers = [list(range(index % 7)) for index in range(30)]
+    expected = Counter(token for answer in answers for token in answer)
+    counts = count_tokens(answers, 8)
+    assert counts.tolist() == [expected[token] for token in range(8)]
+
+
+def test_the_ranking_is_bounded() -> None:
+    counts = torch.ones(MAX_TOKENS + 5, dtype=torch.int64)
+    assert rank_tokens(counts).tolist() == list(range(MAX_TOKENS))
+
+
+@pytest.mark.parametrize("token", [-1, 10])
+def test_ids_outside_the_vocabulary_are_refused(token: int) -> None:
+    with pytest.raises(ValueError, match="outside the vocabulary of 10"):
+        count_tokens([[1, token]], 10)
+
+
+# Training
+
+
+def train(tmp_path: Path, **settings: Any) -> tuple[Teacher, Path]:
+    save_tiny_llama(tmp_path / "model", max_position_embeddings=64)
+    teacher = Teacher.load(str(tmp_path / "model"))
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(count: int) -> list[int]:
+        return torch.randint(3, 40, (count,), generator=generator).tolist()
+
+    rows = [(draw(i % 4), draw(10 + i % 7)) for i in range(20)]
+    data = write_rows(tmp_path / "data", rows, vocab_size=VOCAB_SIZE)
+    train_heads(
+        teacher,
+        [data],
+        [1, 2],
+        TrainSettings(epochs=1, batch_size=8, held_out=0.2, **settings),
+        RunOptions(tmp_path / "heads"),
+        Accelerator(cpu=True),
+        Reporter(),
+    )
+    return teacher, data
+
+
+def test_training_ranks_the_tokens_that_it_predicts(tmp_path: Path) -> None:
+    teacher, data = train(tmp_path, max_length=12)
+    texts, _ = split_held_out(load_texts([data], teacher, 12), 0.2, 0)
+    expected = Counter(token for text in texts for token in text.answer)
+    config = load_heads_config(tmp_path / "heads")
+    token_ids = load_draft_token_ids(tmp_path / "heads", config)
+    assert token_ids is not None
+    assert token_ids.tolist() == sorted(
+        expected, key=lambda token: (-expected[token], token)
+    )
+    assert config.draft_vocabulary == len(expected) < VOCAB_SIZE
+    assert "| Draft vocabulary | the " in (tmp_path / "heads/README.md").read_text()
+
+
+def test_full_size_heads_have_none(tmp_path: Path) -> None:
+    train(tmp_path, head="full")
+    tensors = load_file(tmp_path / "heads" / "run" / "full_heads.safetensors")
+    assert sorted(tensors) == ["exit_heads.1.weight", "exit_heads.2.weight"]
+
+
+# The command
+
+
+def run(*argv: object) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main([str(argument) for argument in argv])
+    return int(caught.value.code or 0)
+
+
+def small_data(
+    directory: Path,
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]] | None = None,
+    vocab_size: int = 1024,
+) -> Path:
+    """Write data in which 900 occurs five times, 8 and 20 twice and 3 once."""
+    rows = rows or [
+        ([4, 5, 6], [900, 900, 8, 20]),  # an answer: its prompt is not predicted
+        ([], [17, 900, 900, 900, 8]),  # finished text: its first token is not
+        ([1], [20, 3]),
+    ]
+    return write_rows(directory, rows, vocab_size=vocab_size)
+
+
+@pytest.fixture
+def demo(tmp_path: Path) -> Path:
+    """The demo's heads as they are without a draft vocabulary."""
+    directory = tmp_path / "demo"
+    shutil.copytree(DEMO / "heads", directory)
+    config = load_heads_config(directory)
+    save_heads(
+        directory,
+        load_exit_weights(directory, config),
+        config.model_copy(update={"draft_vocabulary": None}),
+    )
+    return directory
+
+
+def test_the_command_ranks_the_tokens_of_data(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = small_data(tmp_path / "data")
+    config = load_heads_config(demo)
+    before = load_exit_weights(demo, config)
+    assert run("draft-vocabulary", demo, "--data", data) == 0
+    assert capsys.readouterr().out == (
+        "10 tokens of text, 4 distinct\n"
+        "the first 25% of the ranking, 1 tokens: 50.0% of the text\n"
+        "the first 50% of the ranking, 2 tokens: 70.0% of the text\n"
+        "the first 100% of the ranking, 4 tokens: 100.0% of the text\n"
+        f"Wrote a draft vocabulary of 4 tokens to {demo}\n"
+    )
+    after = load_heads_config(demo)
+    assert after == config.model_copy(update={"draft_vocabulary": 4})
+    token_ids = load_draft_token_ids(demo, after)
+    assert token_ids is not None
+    assert token_ids.tolist() == [900, 8, 20, 3]
+    weights = load_exit_weights(demo, after)
+    for layer, weight in before.items():
+        assert weights[layer].numpy().tobytes() == weight.numpy().tobytes()
+    assert (demo / "README.md").read_text().count(ROW) == 1
+    assert sorted(os.listdir(demo)) == sorted(os.listdir(DEMO / "heads"))
+
+
+def test_the_command_adds_data_up_and_replaces_what_was_there(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = small_data(tmp_path / "first")
+    second = small_data(tmp_path / "second", [([1], [3] * 5)])
+    assert run("draft-vocabulary", demo, "--data", first) == 0
+    argv = ("--data", first, "--data", second, "--size", "2")
+    assert run("draft-vocabulary", demo, *argv) == 0
+    assert "the first 100% of the ranking, 2 tokens: 73.3%" in capsys.readouterr().out
+    token_ids = load_draft_token_ids(demo, load_heads_config(demo))
+    assert token_ids is not None
+    assert token_ids.tolist() == [3, 900]
+    assert "the 2 most frequent tokens" in (demo / "README.md").read_text()
+
+
+def test_the_command_leaves_other_cards_alone(demo: Path, tmp_path: Path) -> None:
+    data = small_data(tmp_path / "data")
+    (tmp_path / "card.md").write_text((demo / "README.md").read_text())
+    (demo / "README.md").unlink()
+    assert run("draft-vocabulary", demo, "--data", data) == 0
+    assert not (demo / "README.md").exists()
+    (demo / "README.md").symlink_to(tmp_path / "card.md")
+    before = (tmp_path / "card.md").read_bytes()
+    assert run("draft-vocabulary", demo, "--data", data) == 0
+    assert (demo / "README.md").is_symlink()
+    assert (tmp_path / "card.md").read_bytes() == before
+    (demo / "README.md").unlink()
+    (demo / "README.md").write_bytes(b"\xff\xfe")
+    assert run("draft-vocabulary", demo, "--data", data) == 0
+    assert (demo / "README.md").read_bytes() == b"\xff\xfe"
+
+
+@pytest.mark.parametrize(
+    ("rows", "vocab_size", "message"),
+    [
+        (None, 1000, "it was tokenised for tiny with a vocabulary of 1000, and that"),
+        ([([1], [1024])], 1024, "it holds token ids outside the vocabulary of 1024; "),
+        ([([], [7])], 1024, "no text has a token to predict; give more text"),
+    ],
+)
+def test_data_that_cannot_be_used_is_refused(
+    demo: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    rows: Any,
+    vocab_size: int,
+    message: str,
+) -> None:
+    data = small_data(tmp_path / "data", rows, vocab_size)
+    before = (demo / "config.json").read_bytes()
+    assert run("draft-vocabulary", demo, "--data", data) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --data {data}: {message}")
+    assert error.count("\n") == 1
+    assert (demo / "config.json").read_bytes() == before
+
+
+def test_missing_heads_or_data_is_one_sentence(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("draft-vocabulary", demo, "--data", tmp_path / "none") == 2
+    assert f"error: --data {tmp_path / 'none'}: " in capsys.readouterr().err
+    data = small_data(tmp_path / "data")
+    assert run("draft-vocabulary", tmp_path / "none", "--data", data) == 2
+    assert "error: --adadecode-heads " in capsys.readouterr().err
+
+
+def test_the_shipped_heads_have_one() -> None:
+    config = load_heads_config(DEMO / "heads")
+    token_ids = load_draft_token_ids(DEMO / "heads", config)
+    assert token_ids is not None
+    assert len(token_ids) <= config.vocab_size
+    # The end of an answer can be predicted early as well.
+    model = json.loads((DEMO / "model" / "config.json").read_text())
+    assert model["eos_token_id"] in token_ids
