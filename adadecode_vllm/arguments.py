@@ -149,20 +149,12 @@ def prepared(args: EngineArgs, config: AdaDecodeConfig) -> Iterator[None]:
             (:func:`adadecode_vllm.features.check_arguments`).
         config: The configuration.
     """
-    speculative_config: dict[str, Any] = {
-        "method": "custom_class",
-        "model": PROPOSER,
-        "num_speculative_tokens": config.max_early_predictions,
-    }
-    rate = config.synthetic_acceptance_rate
-    if rate is not None:
-        speculative_config["rejection_sample_method"] = "synthetic"
-        # vLLM wants the chance that all drafts up to each place are accepted.
-        speculative_config["synthetic_acceptance_rates"] = [
-            rate ** (place + 1) for place in range(config.max_early_predictions)
-        ]
     ours = {
-        "speculative_config": speculative_config,
+        "speculative_config": {
+            "method": "custom_class",
+            "model": PROPOSER,
+            "num_speculative_tokens": config.max_early_predictions,
+        },
         "scheduler_cls": SCHEDULER,
         "worker_cls": CPU_WORKER,
     }

@@ -55,21 +55,22 @@ class AdaDecodeConfig(BaseModel):
     )
     draft_vocabulary_size: int | None = Field(
         default=None,
-        ge=1,
+        ge=0,
         description="Let the gates look at this many tokens only, the most frequent of "
-        "the heads' training text. Default: the whole vocabulary.",
+        "the heads' training text; 0 for the whole vocabulary. Default: all tokens "
+        "that the heads rank, if they are at most half of the vocabulary.",
     )
     last_guess: bool = Field(
-        default=False,
-        description="Also submit the last exit's guess where it is not confident, as a "
-        "request's last early prediction of a cycle.",
+        default=True,
+        description="Where no exit is confident, also submit the last exit's guess if "
+        "it is probably worth its verification.",
     )
     synthetic_acceptance_rate: float | None = Field(
         default=None,
         ge=0.0,
         le=1.0,
-        description="For measurements only: accept early predictions at this rate, "
-        "whatever the model says. The text is meaningless then.",
+        description="For measurements only: leave this share of the early predictions "
+        "and spoil the others, so that they are rejected. The text stays the model's.",
     )
     enabled: bool = Field(
         default=True,

@@ -124,9 +124,12 @@ def check_engine(vllm_config: VllmConfig, config: AdaDecodeConfig) -> None:
     exit_layers = resolve_exit_layers(config, heads)
     if config.gate == "acceptance":
         heads.acceptance_thresholds(config.threshold)  # refuses heads without them
-    _check_draft_vocabulary(config, heads)
     resolved = config.model_copy(
-        update={"heads": str(directory), "exit_layers": exit_layers}
+        update={
+            "heads": str(directory),
+            "exit_layers": exit_layers,
+            "draft_vocabulary_size": resolve_draft_vocabulary(config, heads),
+        }
     )
     additional_config = vllm_config.additional_config
     assert isinstance(additional_config, dict), "the options came from it"
@@ -136,11 +139,25 @@ def check_engine(vllm_config: VllmConfig, config: AdaDecodeConfig) -> None:
     }
 
 
-def _check_draft_vocabulary(config: AdaDecodeConfig, heads: ExitHeadsConfig) -> None:
-    """Refuse a draft vocabulary that the heads do not have."""
+def resolve_draft_vocabulary(config: AdaDecodeConfig, heads: ExitHeadsConfig) -> int:
+    """The number of tokens that the gates look at.
+
+    Args:
+        config: The user's options.
+        heads: The heads' description.
+
+    Returns:
+        The number; 0 for the whole vocabulary.
+
+    Raises:
+        AdaDecodeError: If the heads rank fewer tokens than were asked for.
+    """
     size, stored = config.draft_vocabulary_size, heads.draft_vocabulary
     if size is None:
-        return
+        # A ranking of nearly everything would save little and can miss a token.
+        return stored if stored and 2 * stored <= heads.vocab_size else 0
+    if size == 0:
+        return 0
     if stored is None:
         raise AdaDecodeError(
             f"--adadecode-config: draft_vocabulary_size = {size} is refused: "
@@ -153,6 +170,7 @@ def _check_draft_vocabulary(config: AdaDecodeConfig, heads: ExitHeadsConfig) -> 
             f"{config.heads} ranks only {stored} tokens. Give at most that, or make a "
             "larger ranking with `adadecode draft-vocabulary`."
         )
+    return size
 
 
 def resolve_exit_layers(

@@ -44,21 +44,18 @@ class AdaDecodeCPUWorker(CPUWorker):
             adadecode.ledger.dropped.clear()
         return answer
 
-    def adadecode_configure(
-        self,
-        threshold: float | None = None,
-        max_early_predictions: int | None = None,
-    ) -> None:
+    def adadecode_configure(self, **options: Any) -> None:
         """Change when to predict early; reached through ``LLM.collective_rpc``.
 
         Args:
-            threshold: For all exits, in [0, 1]; None leaves it.
-            max_early_predictions: The cap, up to the engine's own; None leaves it.
+            **options: ``threshold``, ``max_early_predictions`` (up to the engine's
+                own), ``gate``, ``last_guess`` and ``synthetic_acceptance_rate``; what
+                is not named stays.
 
         Raises:
-            AdaDecodeError: If a value is out of range.
+            AdaDecodeError: If an option cannot be changed or its value is wrong.
         """
-        self._runner.proposer.adadecode.configure(threshold, max_early_predictions)
+        self._runner.proposer.adadecode.configure(options)
 
     @property
     def _runner(self) -> AdaDecodeCPUModelRunner:

@@ -48,9 +48,10 @@ def early_predictions(run: Run) -> dict[str, Any] | None:
 
     Returns:
         ``rate``, early predictions per generated token; ``coverage``, the share of
-        generated tokens that were early predictions; ``acceptance`` in all; and
+        generated tokens that were early predictions; ``acceptance`` in all;
         ``by_exit``, for each exit ``[layer, early predictions, acceptance]``, where the
-        acceptance is None if nothing was verified.
+        acceptance is None if nothing was verified; and ``contradicted_texts``, the
+        share of texts that would be others without verification.
     """
     stats = run["stats"]
     if stats is None:
@@ -72,6 +73,7 @@ def early_predictions(run: Run) -> dict[str, Any] | None:
         "coverage": right / tokens,
         "acceptance": right / (right + wrong) if right + wrong else None,
         "by_exit": by_exit,
+        "contradicted_texts": stats["contradicted_requests"] / len(run["token_ids"]),
     }
 
 

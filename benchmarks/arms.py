@@ -22,9 +22,9 @@ ARMS: Mapping[str, str] = {
     "exits": "AdaDecode with some of the exits, as in exits:2+8",
     "t-identity": "AdaDecode with the model's own LM head at the exits (T = I)",
     "heads": "AdaDecode with other heads, as in heads:DIRECTORY",
-    "last-guess": "AdaDecode that also submits the last exit's unsure guess",
-    "unverified": "AdaDecode that accepts every early prediction; other text",
-    "synthetic": "AdaDecode that accepts at a rate, as in synthetic:0.8; other text",
+    "draft-vocabulary": "AdaDecode whose gates look at the most frequent tokens only, "
+    "as in draft-vocabulary:8192",
+    "no-guess": "AdaDecode that never submits an unsure guess of the last exit",
     "ngram": "vLLM's n-gram speculation (prompt look-up)",
     "suffix": "vLLM's suffix decoding, where arctic-inference is installed",
     "draft-model": "vLLM's speculation with a small model: --draft-model",
@@ -40,7 +40,7 @@ _VALUES = {
     "single-exit": "a layer",
     "exits": "layers",
     "heads": "a directory",
-    "synthetic": "a rate in [0, 1]",
+    "draft-vocabulary": "a number of tokens",
 }
 
 
@@ -67,11 +67,6 @@ class Arm:
     def uses_vllm(self) -> bool:
         """Whether the arm is a vLLM engine."""
         return self.kind not in _TRANSFORMERS
-
-    @property
-    def keeps_the_text(self) -> bool:
-        """Whether its text must be the reference's."""
-        return self.kind not in ("unverified", "synthetic")
 
 
 @dataclass(frozen=True)
@@ -149,11 +144,8 @@ def _value_fits(kind: str, value: str) -> bool:
         return all(part.isdecimal() for part in value.split("+"))
     if kind == "heads":
         return bool(value)
-    if kind == "synthetic":
-        try:
-            return 0 <= float(value) <= 1
-        except ValueError:
-            return False
+    if kind == "draft-vocabulary":
+        return value.isdecimal()
     return not value
 
 
@@ -221,10 +213,10 @@ def _adadecode(arm: Arm, settings: EngineSettings) -> dict[str, Any]:
         options["exit_layers"] = [int(layer) for layer in arm.value.split("+")]
     elif arm.kind == "heads":
         heads = arm.value
-    elif arm.kind == "last-guess":
-        options["last_guess"] = True
-    elif arm.kind in ("unverified", "synthetic"):
-        options["synthetic_acceptance_rate"] = float(arm.value or 1)
+    elif arm.kind == "draft-vocabulary":
+        options["draft_vocabulary_size"] = int(arm.value)
+    elif arm.kind == "no-guess":
+        options["last_guess"] = False
     elif arm.kind == "t-identity":
         assert settings.identity_heads is not None, "made before the arms start"
         heads = settings.identity_heads

@@ -45,9 +45,9 @@ from benchmarks.options import (
     workload_from,
 )
 from benchmarks.process import ArmError
-from benchmarks.results import provenance, write_results
+from benchmarks.result_files import empty_results, write_results
 from benchmarks.server import Client, Load, Server
-from benchmarks.tables import percent
+from benchmarks.tables import arm_notes, latency, percent, row, texts_cell
 from benchmarks.tables import spread as spread_cell
 from benchmarks.workloads import Workload
 
@@ -166,43 +166,27 @@ def summarize(
 
 def serving_table(results: Mapping[str, Any]) -> str:
     """One row per case, then a line per arm that was not measured, as Markdown."""
-    lines = [_row(_COLUMNS), _row(["---"] * len(_COLUMNS))]
-    lines += [_row(_cells(case)) for case in results["cases"]]
-    notes = [
-        f"{arm} {entry['status']}: it {entry['reason']}."
-        if entry["status"] == "skipped"
-        else f"{arm} {entry['status']}: {entry['reason']}"
-        for arm, entry in results["arms"].items()
-        if entry["status"] != "ran"
-    ]
-    return "\n".join([*lines, *(["", *notes] if notes else [])])
+    lines = [row(_COLUMNS), row(["---"] * len(_COLUMNS))]
+    lines += [row(_cells(case)) for case in results["cases"]]
+    return "\n".join([*lines, *arm_notes(results)])
 
 
 def _cells(case: Mapping[str, Any]) -> list[str]:
     figures = case["figures"]
-    early, texts = figures["early_predictions"], figures.get("texts")
+    early = figures["early_predictions"]
     return [
         Load(case["concurrency"], case["request_rate"]).label,
         case["label"],
         spread_cell(figures["tokens_per_s"]),
         spread_cell(figures["ratio"]),
         f"{figures['requests_per_s']['median']:.2f}",
-        _latency(figures["ttft_ms"]),
-        _latency(figures["tpot_ms"]),
+        latency(figures["ttft_ms"]),
+        latency(figures["tpot_ms"]),
         "-" if early is None else f"{early['rate']:.2f}",
         percent(figures["acceptance"]),
-        "-" if texts is None else f"{texts['same']}/{sum(texts.values())}",
+        texts_cell(figures.get("texts")),
         f"{figures['failed_requests']}/{figures['requests']}",
     ]
-
-
-def _latency(figures: Mapping[str, float | None]) -> str:
-    values = [figures["p50"], figures["p99"]]
-    return " / ".join("-" if value is None else f"{value:.1f}" for value in values)
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 class ServingSession:
@@ -251,19 +235,7 @@ class ServingSession:
         self._say = say
         self._stack = ExitStack()
         self._servers: dict[str, Server] = {}
-        self.results: dict[str, Any] = {
-            **provenance(),
-            "job": {**settings.to_dict(), "ignore_eos": ignore_eos},
-            "workload": {
-                "name": workload.name,
-                "description": workload.description,
-                "prompts": len(workload.prompts),
-                "output_tokens": workload.output_tokens,
-                "sha256": workload.sha256,
-            },
-            "arms": {},
-            "cases": [],
-        }
+        self.results = empty_results(settings, workload, ignore_eos)
 
     def __enter__(self) -> ServingSession:
         """Start every server that can run; the others are noted with their reason."""
@@ -311,7 +283,7 @@ class ServingSession:
                 run = self._attempt(arm, load, self._run)
                 if run is None:
                     continue
-                if arm != REFERENCE and self._arm(arm).keeps_the_text:
+                if arm != REFERENCE:
                     expected = runs[REFERENCE][-1]["texts"]
                     run["parity"] = compare_texts(expected, run["texts"])
                 runs[arm].append(run)

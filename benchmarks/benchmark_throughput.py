@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None) -> None:
         say=say,
     ) as session:
         cases = [Case(arm.name, size) for size in batch_sizes for arm in arms]
-        session.measure(cases, args.repeats)
+        session.measure(cases, args.repeats, args.side_by_side)
     if args.plots is not None:
         from benchmarks.plots import draw_comparison
 

@@ -46,7 +46,7 @@ from adadecode_vllm.training.run import (
 from adadecode_vllm.training.settings import TrainSettings
 from adadecode_vllm.training.teacher import Teacher
 from adadecode_vllm.training.texts import Text, load_texts, model_fingerprint
-from benchmarks.results import hardware
+from benchmarks.result_files import hardware
 
 THRESHOLD, CAP = 0.75, 5
 GATES = ("probability", "acceptance")

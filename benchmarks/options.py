@@ -22,7 +22,7 @@ from benchmarks.arms import ARMS, EngineSettings
 from benchmarks.workloads import WORKLOADS, Workload, load_workload
 
 # Set for each arm, or by an option of the benchmarks.
-_OURS = {"model", "dtype", "additional_config", "kv_cache_memory_bytes", "seed"}
+_OURS = {"model", "dtype", "additional_config", "kv_cache_memory_bytes"}
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -63,6 +63,11 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         "--ignore-eos", action="store_true", help="Generate all tokens of each request"
     )
     group.add_argument(
+        "--side-by-side",
+        type=int,
+        help="Most arms to load at a time beside ordinary vLLM; default: all",
+    )
+    group.add_argument(
         "--output-json", type=Path, help="Result file; written after every turn"
     )
     EngineArgs.add_cli_args(parser)
@@ -99,6 +104,11 @@ def settings_from(
     from adadecode_vllm.config import parse_config
 
     options = options_from_flags(args) or {}
+    if args.additional_config:
+        raise AdaDecodeError(
+            "--additional-config: it is written for each arm by the benchmark. Give "
+            "--adadecode-heads and --adadecode-config."
+        )
     config = parse_config(options)
     given = EngineArgs.from_cli_args(args)
     # The parser's defaults differ from the dataclass's here and there.

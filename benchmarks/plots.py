@@ -211,8 +211,8 @@ def _by_policy(
     """Ratio by threshold or cap, a line per combination of everything else."""
     lines: dict[tuple[str, ...], dict[float, _Case]] = {}
     for case in cases:
-        key = (case.arm, other(case), f"batch {case.batch_size}")
-        lines.setdefault(key, {})[value(case)] = case
+        name = (case.arm, other(case), f"batch {case.batch_size}")
+        lines.setdefault(name, {})[value(case)] = case
     lines = {key: line for key, line in lines.items() if len(line) > 1}
     if not lines:
         return None

@@ -49,6 +49,9 @@ class ArmProcess:
         """
         self.arm = arm
         environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
+        # The CPU build of vLLM 0.32 cannot load its ahead-of-time artefacts again and
+        # would compile at every start. The compiled code is the same without them.
+        environment.setdefault("VLLM_USE_AOT_COMPILE", "0")
         if arm.kind == REFERENCE:
             environment["VLLM_PLUGINS"] = ""
         self._log = tempfile.TemporaryFile(  # noqa: SIM115 (closed in __exit__)

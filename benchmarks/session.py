@@ -13,15 +13,20 @@ from typing import Any
 
 from adadecode_vllm.errors import AdaDecodeError
 from benchmarks.analysis import summarize
-from benchmarks.arms import REFERENCE, Arm, EngineSettings, obstacle
+from benchmarks.arms import REFERENCE, Arm, EngineSettings, llm_arguments, obstacle
 from benchmarks.parity import compare
 from benchmarks.process import ArmError, ArmProcess
-from benchmarks.results import provenance, write_results
+from benchmarks.result_files import empty_results, write_results
 from benchmarks.roofline import cost_model, predicted_speedup
 from benchmarks.tables import results_table
 from benchmarks.workloads import Workload
 
 WARM_UP_TOKENS = 16
+_WORDS = {
+    "threshold": "threshold",
+    "max_early_predictions": "cap",
+    "synthetic_acceptance_rate": "acceptance",
+}
 
 
 @dataclass(frozen=True)
@@ -31,8 +36,9 @@ class Case:
     Attributes:
         arm: The arm's name.
         batch_size: Requests at a time.
-        policy: ``threshold`` and ``max_early_predictions``, where they differ from the
-            settings'.
+        policy: Options that a running engine can change, where they differ from the
+            settings': ``threshold``, ``max_early_predictions``,
+            ``synthetic_acceptance_rate``.
     """
 
     arm: str
@@ -42,8 +48,7 @@ class Case:
     @property
     def label(self) -> str:
         """The arm with what was changed, such as ``adadecode, threshold 0.5``."""
-        names = {"threshold": "threshold", "max_early_predictions": "cap"}
-        changes = [f"{names[name]} {value:g}" for name, value in self.policy.items()]
+        changes = [f"{_WORDS[name]} {value:g}" for name, value in self.policy.items()]
         return ", ".join([self.arm, *changes])
 
 
@@ -96,25 +101,19 @@ class Session:
         self._stack = ExitStack()
         self._processes: dict[str, ArmProcess] = {}
         self._policies: dict[str, dict[str, Any]] = {}
-        self.results: dict[str, Any] = {
-            **provenance(),
-            "job": {**settings.to_dict(), "ignore_eos": ignore_eos},
-            "workload": {
-                "name": workload.name,
-                "description": workload.description,
-                "prompts": len(workload.prompts),
-                "output_tokens": workload.output_tokens,
-                "sha256": workload.sha256,
-            },
-            "arms": {},
-            "cases": [],
-        }
+        # By batch size and label: the case, and its runs with the reference's.
+        self._measured: dict[
+            tuple[int, str], tuple[Case, list[tuple[dict[str, Any], dict[str, Any]]]]
+        ] = {}
+        self.results = empty_results(settings, workload, ignore_eos)
 
     def __enter__(self) -> Session:
-        """Start every arm that can run; the others are noted with their reason."""
+        """Start the reference, which stays loaded to the end."""
         with ExitStack() as stack:
-            for arm in self.arms:
-                self._start(arm, stack)
+            if any(arm.kind == "t-identity" for arm in self.arms):
+                heads = self._identity_heads(stack)
+                self.settings = replace(self.settings, identity_heads=heads)
+            self._start(Arm(REFERENCE, REFERENCE), stack)
             self._stack = stack.pop_all()
         return self
 
@@ -127,44 +126,62 @@ class Session:
         """End all engines."""
         self._stack.close()
 
-    @property
-    def running(self) -> list[str]:
-        """Names of the arms that run."""
-        return list(self._processes)
+    def measure(
+        self, cases: Sequence[Case], repeats: int, side_by_side: int | None = None
+    ) -> None:
+        """Measure cases turn after turn, the reference first in every turn.
 
-    def measure(self, cases: Sequence[Case], repeats: int) -> None:
-        """Measure cases of one batch size in turn, turn after turn.
-
-        The reference runs first in every turn. Cases of arms that do not run are passed
-        over; an arm that fails on the way is noted, and the rest goes on.
+        Arms that cannot run are noted with their reason, as are arms that fail on the
+        way; the rest goes on.
 
         Args:
             cases: Without the reference's, which is always measured.
             repeats: Turns.
+            side_by_side: Most arms to load at a time beside the reference; None for
+                all. Memory must hold them.
 
         Raises:
             ArmError: If the reference fails.
         """
-        for batch_size in dict.fromkeys(case.batch_size for case in cases):
-            chosen = [
-                case
-                for case in cases
-                if case.batch_size == batch_size
-                and case.arm != REFERENCE
-                and case.arm in self._processes
-                and obstacle(self._arm(case), self.settings, [batch_size]) is None
-            ]
-            self._measure(Case(REFERENCE, batch_size), chosen, repeats)
+        wanted = [
+            arm
+            for arm in self.arms
+            if arm.name != REFERENCE and any(case.arm == arm.name for case in cases)
+        ]
+        size = side_by_side or max(1, len(wanted))
+        groups = [wanted[first : first + size] for first in range(0, len(wanted), size)]
+        for group in groups or [[]]:
+            with ExitStack() as stack:
+                for arm in group:
+                    self._start(arm, stack)
+                for batch_size in dict.fromkeys(case.batch_size for case in cases):
+                    self._measure(
+                        batch_size,
+                        [
+                            case
+                            for case in cases
+                            if case.batch_size == batch_size
+                            and self._arm(case) in group
+                            and case.arm in self._processes
+                            and not obstacle(
+                                self._arm(case), self.settings, [batch_size]
+                            )
+                        ],
+                        repeats,
+                    )
+                for arm in group:
+                    self._processes.pop(arm.name, None)
 
-    def _measure(self, reference: Case, cases: list[Case], repeats: int) -> None:
+    def _measure(self, batch_size: int, cases: list[Case], repeats: int) -> None:
+        """Measure cases of one batch size with the arms that are loaded."""
+        reference = Case(REFERENCE, batch_size)
         base: list[dict[str, Any]] = []
-        runs: dict[str, list[dict[str, Any]]] = {}
         logits = None
-        first = len(self.results["cases"])
         for case in [reference, *cases]:
             self._warm_up(case)
         for repeat in range(repeats):
             base.append(self._run(reference))
+            self._keep(reference, base[-1], base[-1])
             self._report(reference, base[-1], repeat, repeats)
             for case in cases:
                 if case.arm not in self._processes:
@@ -174,33 +191,28 @@ class Session:
                 except ArmError as error:
                     self._drop(case.arm, "failed", str(error))
                     continue
-                if self._arm(case).keeps_the_text:
-                    if logits is None and self._allows_ties(base[-1], run):
-                        logits = self._logits(reference)
-                    self._judge(run, base[-1], logits)
-                runs.setdefault(case.label, []).append(run)
+                if logits is None and self._allows_ties(base[-1], run):
+                    logits = self._logits(reference)
+                self._judge(run, base[-1], logits)
+                self._keep(case, run, base[-1])
                 self._report(case, run, repeat, repeats)
-            self.results["cases"][first:] = [
-                self._entry(case, found, base)
-                for case, found in [
-                    (reference, base),
-                    *((case, runs.get(case.label, [])) for case in cases),
-                ]
-                if found
-            ]
             self._save()
+
+    def _keep(self, case: Case, run: dict[str, Any], base: dict[str, Any]) -> None:
+        """Note a run with the reference's run of the same turn."""
+        key = (case.batch_size, case.label)
+        if key not in self._measured:
+            self._measured[key] = (case, [])
+        self._measured[key][1].append((run, base))
 
     def _start(self, arm: Arm, stack: ExitStack) -> None:
         reason = obstacle(arm, self.settings, self.batch_sizes)
         if reason is not None:
             self._drop(arm.name, "skipped", reason)
             return
-        settings = self.settings
-        if arm.kind == "t-identity":
-            settings = replace(settings, identity_heads=self._identity_heads(stack))
         self._say(f"starting {arm.name}")
         try:
-            process = stack.enter_context(ArmProcess(arm, settings))
+            process = stack.enter_context(ArmProcess(arm, self.settings))
         except ArmError as error:
             if arm.name == REFERENCE:
                 raise
@@ -248,6 +260,7 @@ class Session:
         policy = {
             "threshold": self.settings.threshold,
             "max_early_predictions": self.settings.max_early_predictions,
+            "synthetic_acceptance_rate": None,
             **case.policy,
         }
         # Only where a study changes it: threshold-1 has one of its own.
@@ -269,12 +282,17 @@ class Session:
         return next(arm for arm in self.arms if arm.name == case.arm)
 
     def _cost(self, case: Case) -> Any:
-        identity = self._arm(case).kind == "t-identity"
-        size = self.settings.adadecode.get("draft_vocabulary_size")
+        from adadecode_vllm.config import parse_config
+        from adadecode_vllm.features import resolve_draft_vocabulary
+        from adadecode_vllm.heads import load_heads_config
+
+        arguments = llm_arguments(self._arm(case), self.settings)
+        config = parse_config(arguments["additional_config"]["adadecode"])
+        heads = load_heads_config(config.heads)
         return cost_model(
             self.settings.model,
-            identity=identity,
-            draft_vocabulary=None if identity else size,
+            identity=self._arm(case).kind == "t-identity",
+            draft_vocabulary=resolve_draft_vocabulary(config, heads),
         )
 
     def _allows_ties(self, base: dict[str, Any], run: dict[str, Any]) -> bool:
@@ -316,17 +334,15 @@ class Session:
             f"{tokens / run['seconds']:.2f} tok/s"
         )
 
-    def _entry(
-        self, case: Case, runs: list[dict[str, Any]], base: list[dict[str, Any]]
-    ) -> dict[str, Any]:
-        # An arm that failed on the way has fewer turns than the reference.
+    def _entry(self, case: Case, pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
+        runs = [run for run, _ in pairs]
         return {
             "arm": case.arm,
             "label": case.label,
             "batch_size": case.batch_size,
             "policy": case.policy,
             "figures": {
-                **summarize(runs, base[: len(runs)]),
+                **summarize(runs, [base for _, base in pairs]),
                 "peak_memory_mib": max(run["peak_memory_mib"] for run in runs),
                 "private_memory_mib": max(run["private_memory_mib"] for run in runs),
             },
@@ -340,6 +356,14 @@ class Session:
         }
 
     def _save(self) -> None:
+        # One table by batch size, though arms may have been loaded in groups.
+        sizes = list(dict.fromkeys(size for size, _ in self._measured))
+        self.results["cases"] = [
+            self._entry(case, pairs)
+            for size in sizes
+            for case, pairs in self._measured.values()
+            if case.batch_size == size
+        ]
         if self._output is not None:
             self.results["table"] = results_table([self.results])
             write_results(self._output, self.results)

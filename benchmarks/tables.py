@@ -31,20 +31,24 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> str:
     Returns:
         Markdown.
     """
-    lines = [_row(_COLUMNS), _row(["---"] * len(_COLUMNS))]
+    lines = [row(_COLUMNS), row(["---"] * len(_COLUMNS))]
     for result in results:
-        lines += [_row(_cells(case)) for case in result["cases"]]
+        lines += [row(_cells(case)) for case in result["cases"]]
+    for result in results:
+        lines += arm_notes(result)
+    return "\n".join(lines)
+
+
+def arm_notes(result: Mapping[str, Any]) -> list[str]:
+    """Lines to stand below a table: the arms that did not run, and why."""
     notes = [
         f"{arm} {entry['status']}: it {entry['reason']}."
         if entry["status"] == "skipped"
         else f"{arm} {entry['status']}: {entry['reason']}"
-        for result in results
         for arm, entry in result["arms"].items()
         if entry["status"] != "ran"
     ]
-    if notes:
-        lines += ["", *notes]
-    return "\n".join(lines)
+    return ["", *notes] if notes else []
 
 
 def spread(figures: Mapping[str, float] | None, form: str = ".2f") -> str:
@@ -72,35 +76,38 @@ def _cells(case: Mapping[str, Any]) -> list[str]:
         case["label"],
         spread(figures["tokens_per_s"]),
         spread(figures["ratio"]),
-        _latency(figures["ttft_ms"]),
-        _latency(figures["tpot_ms"]),
+        latency(figures["ttft_ms"]),
+        latency(figures["tpot_ms"]),
         f"{figures['tokens_per_forward']:.2f}",
         "-" if early is None else f"{early['rate']:.2f}",
         accepted,
-        _texts(figures.get("texts")),
+        texts_cell(figures.get("texts")),
         spread(figures.get("efficiency")),
         f"{figures['peak_memory_mib']:.0f} ({figures['private_memory_mib']:.0f})",
     ]
 
 
-def _latency(figures: Mapping[str, float | None]) -> str:
+def latency(figures: Mapping[str, float | None]) -> str:
+    """Median and 99th percentile in milliseconds."""
     values = [figures["p50"], figures["p99"]]
     return " / ".join("-" if value is None else f"{value:.0f}" for value in values)
 
 
-def _texts(counts: Mapping[str, int] | None) -> str:
+def texts_cell(counts: Mapping[str, int] | None) -> str:
+    """Identical texts of all, and what became of the others."""
     if counts is None:
         return "-"
     total = sum(counts.values())
     text = f"{counts['same']}/{total}"
-    if counts["ties"]:
+    if counts.get("ties"):
         text += f", {counts['ties']} at ties"
     if counts["different"]:
         text += f", {counts['different']} different"
     return text
 
 
-def _row(cells: Sequence[str]) -> str:
+def row(cells: Sequence[str]) -> str:
+    """A line of a Markdown table."""
     return f"| {' | '.join(cells)} |"
 
 
@@ -115,8 +122,8 @@ def cycle_table(result: Mapping[str, Any]) -> str:
     """
     parts = ("segments", "gates", "draft bookkeeping", "verification", "rest")
     lines = [
-        _row(("batch", "arm", *parts, "ms per token", "ordinary")),
-        _row(["---"] * (len(parts) + 4)),
+        row(("batch", "arm", *parts, "ms per token", "ordinary")),
+        row(["---"] * (len(parts) + 4)),
     ]
     ordinary: dict[int, float] = {}
     for case in result["cases"]:
@@ -126,7 +133,7 @@ def cycle_table(result: Mapping[str, Any]) -> str:
             ordinary.setdefault(case["batch_size"], each)
             continue
         lines.append(
-            _row(
+            row(
                 (
                     str(case["batch_size"]),
                     case["label"],
@@ -136,4 +143,23 @@ def cycle_table(result: Mapping[str, Any]) -> str:
                 )
             )
         )
+    return "\n".join(lines)
+
+
+def unverified_table(result: Mapping[str, Any]) -> str:
+    """How many texts would be others without verification.
+
+    Args:
+        result: Content of a result file.
+
+    Returns:
+        Markdown: a row for each case of AdaDecode.
+    """
+    lines = [row(("batch", "arm", "texts that verification corrected"))]
+    lines.append(row(["---"] * 3))
+    for case in result["cases"]:
+        early = case["figures"]["early_predictions"]
+        if early is not None:
+            share = percent(early["contradicted_texts"])
+            lines.append(row((str(case["batch_size"]), case["label"], share)))
     return "\n".join(lines)

@@ -82,17 +82,13 @@ def generate(
 
 def set_policy(llm: Any, threshold: float, max_early_predictions: int) -> None:
     """Give a running engine another threshold and a cap up to its own; reset stats."""
-    from adadecode_vllm.core.policy import ThresholdPolicy
+    configure(llm, threshold=threshold, max_early_predictions=max_early_predictions)
 
-    def change(worker: Any) -> None:
-        adadecode = worker.model_runner.proposer.adadecode
-        thresholds = [threshold] * len(adadecode.policy.thresholds)
-        policy = ThresholdPolicy(thresholds, max_early_predictions)
-        adadecode.policy = policy
-        adadecode._drafter.policy = policy
-        worker.adadecode_stats(reset=True)
 
-    llm.collective_rpc(change)
+def configure(llm: Any, **options: Any) -> None:
+    """Change the policy of a running engine; reset stats."""
+    llm.collective_rpc("adadecode_configure", kwargs=options)
+    llm.collective_rpc("adadecode_stats", kwargs={"reset": True})
 
 
 def stats(llm: Any) -> dict[str, Any]:

@@ -153,6 +153,7 @@ class Engine:
         *,
         cap: int = 3,
         threshold: float = 0.5,
+        guess_threshold: float = 1.0,
         token_budget: int = 8,
         max_num_seqs: int = 4,
         max_model_len: int = 32,
@@ -163,6 +164,7 @@ class Engine:
             model: The model; its blocks must hold at least one whole request.
             cap: Most early predictions of a request.
             threshold: gamma.
+            guess_threshold: For unsure guesses of the last exit; 1 for none.
             token_budget: Tokens per step; less than a prompt cuts it into chunks.
             max_num_seqs: Requests per step.
             max_model_len: Most tokens of a request.
@@ -173,7 +175,9 @@ class Engine:
         self.token_budget = token_budget
         self.max_num_seqs = max_num_seqs
         self.max_model_len = max_model_len
-        self.policy = ThresholdPolicy([threshold] * len(model.exit_layers), cap)
+        self.policy = ThresholdPolicy(
+            [threshold] * len(model.exit_layers), cap, guess_threshold
+        )
         self.stats = Stats(model.exit_layers, model.num_layers)
         self.ledger = Ledger()
         self.states = PendingStates(

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,15 @@ from adadecode_vllm.heads import (
     load_draft_token_ids,
     load_heads_config,
 )
+
+# What the policy alone depends on; everything else is built at start-up.
+_CHANGEABLE = {
+    "threshold",
+    "max_early_predictions",
+    "gate",
+    "last_guess",
+    "synthetic_acceptance_rate",
+}
 
 
 class AdaDecode:
@@ -78,6 +87,7 @@ class AdaDecode:
         self._drafter = Drafter(self.executor, self.states, self.policy, self.stats)
         self._resumer = Resumer(self.executor, self.states, self.stats)
         self._exits: dict[str, np.ndarray] = {}
+        self._contradicted: set[str] = set()
 
     @torch.inference_mode()
     def draft(
@@ -135,32 +145,32 @@ class AdaDecode:
             tokens = sampled.get(request_id, 0)
             if exits is not None and tokens:
                 self.stats.count_verdict(exits[:num_drafts], tokens - 1)
+                if tokens <= num_drafts and request_id not in self._contradicted:
+                    self._contradicted.add(request_id)
+                    self.stats.contradicted_requests += 1
 
-    def configure(
-        self, threshold: float | None, max_early_predictions: int | None
-    ) -> None:
+    def configure(self, options: Mapping[str, Any]) -> None:
         """Change when to predict early, for studies on a running engine.
 
         Args:
-            threshold: In [0, 1]; None leaves it.
-            max_early_predictions: Up to the engine's own cap, which slots and buffers
-                were reserved for; None leaves it.
+            options: Those of :data:`_CHANGEABLE`; what is not named stays.
 
         Raises:
-            AdaDecodeError: If a value is out of range.
+            AdaDecodeError: If an option cannot be changed or its value is wrong.
         """
-        options: dict[str, Any] = {}
-        if threshold is not None:
-            options["threshold"] = threshold
-        if max_early_predictions is not None:
-            options["max_early_predictions"] = max_early_predictions
-            if max_early_predictions > self.states.window - 1:
-                raise AdaDecodeError(
-                    f"max_early_predictions = {max_early_predictions} is refused: this "
-                    f"engine reserved room for {self.states.window - 1}. Start it with "
-                    "a larger max_early_predictions in --adadecode-config."
-                )
+        if fixed := sorted(options.keys() - _CHANGEABLE):
+            raise AdaDecodeError(
+                f"adadecode_configure: {fixed[0]} cannot be changed on a running "
+                "engine. Set it in --adadecode-config."
+            )
         config = parse_config({**self._config.model_dump(), **options})
+        room = self.states.window - 1
+        if config.max_early_predictions > room:
+            raise AdaDecodeError(
+                f"adadecode_configure: max_early_predictions = "
+                f"{config.max_early_predictions} is refused: this engine reserved room "
+                f"for {room}. Start it with more in --adadecode-config."
+            )
         self._config = config
         self.policy = _policy(config)
         self._drafter.policy = self.policy
@@ -169,17 +179,26 @@ class AdaDecode:
         """Release what is remembered of finished requests."""
         for request_id in request_ids & self._exits.keys():
             del self._exits[request_id]
+        self._contradicted -= request_ids
 
 
 def _policy(config: AdaDecodeConfig) -> ThresholdPolicy:
+    assert config.exit_layers is not None, "resolved at start-up"
+    guess = 1.0
+    if config.last_guess:
+        guess = load_heads_config(config.heads).guess_threshold(config.exit_layers[-1])
+    rate = config.synthetic_acceptance_rate
     return ThresholdPolicy(
-        _thresholds(config), config.max_early_predictions, config.last_guess
+        _thresholds(config),
+        config.max_early_predictions,
+        guess,
+        0.0 if rate is None else 1.0 - rate,
     )
 
 
 def _draft_token_ids(config: AdaDecodeConfig) -> torch.Tensor | None:
     """The tokens that the gates look at; None for all."""
-    if config.draft_vocabulary_size is None:
+    if not config.draft_vocabulary_size:
         return None
     heads = load_heads_config(config.heads)
     token_ids = load_draft_token_ids(config.heads, heads)

@@ -59,6 +59,7 @@ class Drafter:
         self.states = states
         self.policy = policy
         self.stats = stats
+        self._random = np.random.default_rng(0)
 
     def draft(self, requests: DraftRequests) -> Window:
         """Predict early for a batch.
@@ -102,12 +103,14 @@ class Drafter:
             self.stats.gates[segment] += len(chosen)
             confident = self.policy.confident(segment, confidence)
 
+            predicts = confident
             if segment == last_exit:
                 active[chosen[~confident]] = False
-                if self.policy.last_guess:
-                    confident = np.ones_like(confident)
-            moved = chosen[confident]
-            token_ids[moved, length[moved]] = predicted[confident]
+                predicts = confident | self.policy.worth_a_guess(confidence)
+            moved = chosen[predicts]
+            token_ids[moved, length[moved]] = self.policy.spoil(
+                predicted[predicts], self._random
+            )
             exits[moved, length[moved]] = segment
             length[moved] += 1
             self.stats.early_predictions[segment] += len(moved)

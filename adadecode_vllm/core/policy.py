@@ -21,13 +21,16 @@ class ThresholdPolicy:
             no probability exceeds it: if all are 1 nothing is ever predicted early and
             drafting is not even started.
         max_early_predictions: Largest number of unverified tokens of a request.
-        last_guess: Whether the last exit's token is predicted even below its threshold,
-            after which the request stops.
+        guess_threshold: Below its own threshold the last exit's token is predicted
+            above this one, after which the request stops; 1 for never.
+        spoiled: Share of early predictions to replace by another token, so that speed
+            can be measured as a function of acceptance.
     """
 
     thresholds: Sequence[float]
     max_early_predictions: int
-    last_guess: bool = False
+    guess_threshold: float = 1.0
+    spoiled: float = 0.0
 
     @property
     def can_predict(self) -> bool:
@@ -45,3 +48,29 @@ class ThresholdPolicy:
             (n,) bool.
         """
         return confidence > self.thresholds[exit_index]
+
+    def spoil(self, token_ids: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """Replace a share of early predictions by a neighbouring token id.
+
+        Args:
+            token_ids: (n,) int64.
+            random: The same on every tensor-parallel rank (I7).
+
+        Returns:
+            (n,) int64.
+        """
+        if not self.spoiled:
+            return token_ids
+        wrong = random.random(len(token_ids)) < self.spoiled
+        return np.where(wrong, np.where(token_ids > 0, token_ids - 1, 1), token_ids)
+
+    def worth_a_guess(self, confidence: np.ndarray) -> np.ndarray:
+        """Decide for each request that the last exit left unsure.
+
+        Args:
+            confidence: (n,) float32, top probability under the last exit's head.
+
+        Returns:
+            (n,) bool.
+        """
+        return confidence > self.guess_threshold

@@ -23,6 +23,8 @@ class Stats:
         early_predictions: Tokens predicted at each exit.
         accepted: Of those, confirmed by the final layer.
         rejected: Of those, contradicted by the final layer.
+        contradicted_requests: Requests with at least one rejected early prediction:
+            without verification their text would be another.
         gates: Times each exit head was asked, in tokens.
         segments_run: Calls of each segment, while drafting and in resumed forwards.
         token_layers: Tokens times layers run by each segment in those calls.
@@ -41,6 +43,7 @@ class Stats:
     early_predictions: np.ndarray = field(init=False)
     accepted: np.ndarray = field(init=False)
     rejected: np.ndarray = field(init=False)
+    contradicted_requests: int = field(init=False)
     gates: np.ndarray = field(init=False)
     segments_run: np.ndarray = field(init=False)
     token_layers: np.ndarray = field(init=False)
@@ -63,6 +66,7 @@ class Stats:
         self.early_predictions = np.zeros(exits, np.int64)
         self.accepted = np.zeros(exits, np.int64)
         self.rejected = np.zeros(exits, np.int64)
+        self.contradicted_requests = 0
         self.gates = np.zeros(exits, np.int64)
         self.segments_run = np.zeros(exits + 1, np.int64)
         self.token_layers = np.zeros(exits + 1, np.int64)

@@ -41,7 +41,7 @@ class CostModel:
             model: A causal language model with ``model.layers`` and ``lm_head``.
             identity: Whether T = I at every exit.
             overhead: o.
-            draft_vocabulary: Tokens that gates look at; None for all.
+            draft_vocabulary: Tokens that gates look at; None or 0 for all.
 
         Returns:
             The shares.
@@ -51,7 +51,7 @@ class CostModel:
         total = in_layers + head.numel()
         transform = 0 if identity else head.shape[1] ** 2
         at_gates = None
-        if draft_vocabulary is not None:
+        if draft_vocabulary:
             at_gates = min(draft_vocabulary, head.shape[0]) * head.shape[1] / total
         return cls(head.numel() / total, transform / total, overhead, at_gates)
 

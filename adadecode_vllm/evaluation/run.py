@@ -44,6 +44,8 @@ class SimulationGrid:
         gate: `probability` or `acceptance`.
         most_answers: Answers to use at most.
         overhead: o of the cost formula.
+        last_guess: Whether unsure guesses of the last exit are submitted where they
+            pay, as the engine does by default.
     """
 
     thresholds: Sequence[float] = THRESHOLDS
@@ -51,6 +53,7 @@ class SimulationGrid:
     gate: str = "probability"
     most_answers: int = 200
     overhead: float = 0.0
+    last_guess: bool = True
 
 
 def load_heads_for(
@@ -292,10 +295,16 @@ def gate_log_odds(
     thresholds = [threshold] * len(config.exit_layers)
     if gate == "acceptance":
         thresholds = config.acceptance_thresholds(threshold)
-    return [
-        -math.inf if t <= 0 else math.inf if t >= 1 else math.log(t / (1 - t))
-        for t in thresholds
-    ]
+    return [_log_odds(t) for t in thresholds]
+
+
+def guess_log_odds(config: ExitHeadsConfig) -> float:
+    """Log-odds that an unsure guess of the last exit must exceed to be submitted."""
+    return _log_odds(config.guess_threshold(config.exit_layers[-1]))
+
+
+def _log_odds(p: float) -> float:
+    return -math.inf if p <= 0 else math.inf if p >= 1 else math.log(p / (1 - p))
 
 
 def _simulate_grid(
@@ -312,6 +321,10 @@ def _simulate_grid(
                 config.num_hidden_layers,
                 gate_log_odds(config, threshold, grid.gate),
                 cap,
+                # At threshold 1 the engine does not even start drafting.
+                guess_log_odds(config)
+                if grid.last_guess and threshold < 1
+                else math.inf,
             )
             for cap in grid.caps
         ]

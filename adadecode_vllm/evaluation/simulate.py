@@ -9,6 +9,7 @@ therefore those of the engine, not an estimate.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
@@ -93,6 +94,7 @@ def simulate(
     counters: Counters,
     thresholds: Sequence[float],
     max_early_predictions: int,
+    guess_threshold: float = math.inf,
 ) -> None:
     """Decode one answer and add to the counters.
 
@@ -101,6 +103,8 @@ def simulate(
         counters: Added to.
         thresholds: By exit, the value that the gate must exceed.
         max_early_predictions: The cap.
+        guess_threshold: What an unsure guess of the last exit must exceed to be
+            submitted.
     """
     tokens = list(answer.tokens)
     done = 1  # the prefill's forward yields the first token
@@ -124,6 +128,7 @@ def simulate(
                 drafts,
                 exits,
                 levels,
+                guess_threshold,
             )
         accepted = 0
         for draft, exit_index in zip(drafts, exits, strict=True):
@@ -150,6 +155,7 @@ def _draft(
     drafts: list[int],
     exits: list[int],
     levels: list[int],
+    guess_threshold: float,
 ) -> None:
     """One drafting cycle of one request; the lists are extended in place."""
     last_exit = len(thresholds) - 1
@@ -161,12 +167,14 @@ def _draft(
         counters.segments_run[segment] += 1
         counters.gates[segment] += 1
         token, confidence = answer.gates((*prefix, *drafts))[segment]
-        if confidence > thresholds[segment]:
+        confident = confidence > thresholds[segment]
+        guess = segment == last_exit and confidence > guess_threshold
+        if confident or guess:
             drafts.append(token)
             exits.append(segment)
             levels.append(0)
             counters.early_predictions[segment] += 1
-            if len(drafts) >= limit or token in answer.stops:
+            if not confident or len(drafts) >= limit or token in answer.stops:
                 return
         elif segment == last_exit:
             return
@@ -178,6 +186,7 @@ def total(
     num_layers: int,
     thresholds: Sequence[float],
     max_early_predictions: int,
+    guess_threshold: float = math.inf,
 ) -> Counters:
     """Simulate all answers.
 
@@ -187,11 +196,12 @@ def total(
         num_layers: L.
         thresholds: By exit.
         max_early_predictions: The cap.
+        guess_threshold: See `simulate`.
 
     Returns:
         Their counters.
     """
     counters = Counters(tuple(exit_layers), num_layers)
     for answer in answers:
-        simulate(answer, counters, thresholds, max_early_predictions)
+        simulate(answer, counters, thresholds, max_early_predictions, guess_threshold)
     return counters

@@ -158,6 +158,25 @@ class ExitHeadsConfig(BaseModel):
             for layer in self.exit_layers
         ]
 
+    def guess_threshold(self, layer: int) -> float:
+        """When an exit's top token is worth verifying though the gate is not sure.
+
+        A front token that stops at its last exit is verified anyway. One more row for
+        its guess brings a token if it is right, and costs the layers up to that exit,
+        which no other row of the request needs: it pays where the probability of being
+        right exceeds their share of the model.
+
+        Args:
+            layer: The exit's layer count, one of `exit_layers`.
+
+        Returns:
+            The probability of the exit's top token to exceed, in [0, 1].
+        """
+        share = layer / self.num_hidden_layers
+        if self.calibration is None:
+            return share
+        return self.calibration[str(layer)].probability_threshold(share)
+
 
 def exit_layers_problem(layers: list[int], num_hidden_layers: int) -> str | None:
     """Say what is wrong with a list of exit layers.

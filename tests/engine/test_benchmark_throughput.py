@@ -18,8 +18,10 @@ ENGINE = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "256"]
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "benchmark_throughput.py")]
-        + ["--model", MODEL, "--adadecode-heads", HEADS, *ENGINE, *arguments],
+        [
+            *(sys.executable, str(ROOT / "benchmarks" / "benchmark_throughput.py")),
+            *("--model", MODEL, "--adadecode-heads", HEADS, *ENGINE, *arguments),
+        ],
         capture_output=True,
         text=True,
         check=False,

@@ -3,9 +3,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from adadecode_vllm.heads import load_heads_config
+from adadecode_vllm.heads import (
+    load_draft_token_ids,
+    load_exit_weights,
+    load_heads_config,
+    save_heads,
+)
 from tests.harness import (
     HEADS,
     Reference,
@@ -86,5 +93,34 @@ def test_tensor_parallel_2(
     assert len(ranks) == 2
     for counter in ("early_predictions", "accepted", "rejected", "resumed_tokens"):
         assert ranks[0][counter] == ranks[1][counter]
+    assert sum(ranks[0]["accepted"]) > 0
+    assert sum(ranks[0]["rejected"]) > 0
+
+
+def test_a_ranking_of_half_the_vocabulary_is_used_by_default(
+    tmp_path: Path,
+    prompts: list[str],
+    reference: Reference,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where two ranks share the LM head and the ranking does not divide."""
+    config = load_heads_config(HEADS)
+    token_ids = load_draft_token_ids(HEADS, config)
+    assert token_ids is not None
+    size = config.vocab_size // 2 - 1
+    save_heads(
+        tmp_path,
+        load_exit_weights(HEADS, config),
+        config.model_copy(update={"draft_vocabulary": size}),
+        token_ids[:size],
+    )
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    options = adadecode_options(str(tmp_path), threshold=0.3)
+    with start_engine(**options, multiprocessing=True, tensor_parallel_size=2) as llm:
+        additional = llm.llm_engine.vllm_config.additional_config
+        assert additional["adadecode"]["draft_vocabulary_size"] == size
+        assert generate(llm, prompts) == reference["texts"]
+        ranks = llm.collective_rpc("adadecode_stats")
+    assert ranks[0]["accepted"] == ranks[1]["accepted"]
     assert sum(ranks[0]["accepted"]) > 0
     assert sum(ranks[0]["rejected"]) > 0

@@ -13,6 +13,7 @@ import pytest
 
 from adadecode_vllm.evaluation.run import (
     gate_log_odds,
+    guess_log_odds,
     known_answers,
     load_heads_for,
 )
@@ -24,8 +25,8 @@ from tests.harness import (
     MAX_MODEL_LEN,
     MODEL,
     adadecode_options,
+    configure,
     generate,
-    set_policy,
     start_engine,
     stats,
 )
@@ -91,6 +92,7 @@ def simulated(
         config.num_hidden_layers,
         gate_log_odds(config, threshold, gate),
         cap,
+        guess_log_odds(config),
     )
 
 
@@ -108,7 +110,9 @@ def test_early_predictions_and_acceptances_are_equal(
     threshold: float,
     cap: int,
 ) -> None:
-    set_policy(engine, threshold, cap)
+    configure(
+        engine, gate="probability", threshold=threshold, max_early_predictions=cap
+    )
     outputs = generate(engine, prompts)
     counters = simulated(
         teacher, calibrated, engine, prompts, outputs, threshold, cap, "probability"

@@ -11,7 +11,7 @@ from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.evaluation.cost import CostModel
 from benchmarks import analysis
 from benchmarks.parity import Parity, bfloat16_ulp, compare, first_difference, is_tie
-from benchmarks.results import provenance, read_results, write_results
+from benchmarks.result_files import provenance, read_results, write_results
 from benchmarks.roofline import cost_model, predicted_speedup
 from benchmarks.tables import results_table
 from tests.harness import MODEL
@@ -25,6 +25,7 @@ def stats(**changes: Any) -> dict[str, Any]:
         "early_predictions": [7, 2],
         "accepted": [7, 1],
         "rejected": [0, 1],
+        "contradicted_requests": 1,
         "gates": [10, 3],
         "segments_run": [13, 6, 3],
         "request_steps": 4,
@@ -134,6 +135,7 @@ def test_early_predictions_by_exit() -> None:
     assert early["coverage"] == 8 / 12
     assert early["acceptance"] == 8 / 9
     assert early["by_exit"] == [[2, 7, 1.0], [4, 2, 0.5]]
+    assert early["contradicted_texts"] == 1.0
     nothing = stats(accepted=[0, 0], rejected=[0, 0])
     early = analysis.early_predictions(run(1.0, stats=nothing))
     assert early is not None

@@ -34,14 +34,11 @@ def test_arms_are_read_in_order() -> None:
         Arm("single-exit:4", "single-exit", "4"),
         Arm("ngram", "ngram"),
     ]
-    plain = [name for name in ARMS if name not in ("exits", "heads", "synthetic")]
+    valued = {"exits", "heads", "draft-vocabulary"}
+    plain = [name for name in ARMS if name not in valued]
     assert [arm.kind for arm in parse_arms(",".join(plain))] == plain
-    valued = ["exits:2+8", "heads:some/dir", "synthetic:0.5"]
-    assert [arm.value for arm in parse_arms(",".join(valued))] == [
-        "2+8",
-        "some/dir",
-        "0.5",
-    ]
+    text = "exits:2+8,heads:some/dir,draft-vocabulary:64"
+    assert [arm.value for arm in parse_arms(text)] == ["2+8", "some/dir", "64"]
 
 
 @pytest.mark.parametrize(
@@ -53,7 +50,6 @@ def test_arms_are_read_in_order() -> None:
         ("exits", "exits takes layers"),
         ("exits:2+x", "exits takes layers"),
         ("heads", "heads takes a directory"),
-        ("synthetic:2", "synthetic takes a rate"),
         ("ngram,ngram", "named twice"),
         (" ,", "no arm is named"),
     ],
@@ -267,6 +263,29 @@ def test_an_arm_that_ends_on_the_way_keeps_its_turns(fake: type[FakeProcess]) ->
     turns = {case["arm"]: len(case["runs"]) for case in results["cases"]}
     assert turns == {"ordinary": 3, "ngram": 1, "adadecode": 3}
     assert results["arms"]["ngram"]["status"] == "failed"
+
+
+def test_arms_can_be_loaded_a_few_at_a_time(fake: type[FakeProcess]) -> None:
+    settings = EngineSettings(MODEL, HEADS, dtype="float32")
+    arms = parse_arms("ordinary,adadecode,ngram,threshold-1")
+    with Session(arms, settings, WORKLOAD) as session:
+        cases = [Case(arm.name, size) for size in (1, 2) for arm in arms]
+        session.measure(cases, 1, side_by_side=2)
+        results = session.results
+    first, second = fake.log[:8], fake.log[8:]
+    assert first == [
+        *("ordinary", "adadecode", "ngram") * 2,
+        *("end ngram", "end adadecode"),
+    ]
+    assert second == [
+        *("ordinary", "threshold-1") * 2,
+        *("end threshold-1", "end ordinary"),
+    ]
+    assert [(case["batch_size"], case["arm"]) for case in results["cases"]] == [
+        (size, arm.name) for size in (1, 2) for arm in arms
+    ]
+    # The reference ran once with each group, each ratio is to the run beside it.
+    assert [len(case["runs"]) for case in results["cases"][:4]] == [2, 1, 1, 1]
 
 
 def test_without_the_reference_nothing_is_measured(fake: type[FakeProcess]) -> None:

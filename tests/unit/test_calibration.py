@@ -89,3 +89,25 @@ def test_heads_without_calibration_are_refused() -> None:
 def test_calibration_must_name_the_exits() -> None:
     with pytest.raises(ValueError, match="calibration"):
         config(**{"1": ExitCalibration(slope=1.0, intercept=0.0, tokens=1)})
+
+
+def heads(calibration: dict[str, ExitCalibration] | None) -> ExitHeadsConfig:
+    return ExitHeadsConfig(
+        exit_layers=[2, 6],
+        hidden_size=4,
+        vocab_size=8,
+        num_hidden_layers=8,
+        base_model="M",
+        lm_head_fingerprint=FINGERPRINT,
+        calibration=calibration,
+    )
+
+
+def test_a_guess_must_be_right_more_often_than_it_costs() -> None:
+    """Layers up to exit 6 of 8 are read for it: three quarters of a step."""
+    assert heads(None).guess_threshold(6) == 0.75
+    fitted = ExitCalibration(slope=0.5, intercept=1.0, tokens=100)
+    threshold = heads({"2": fitted, "6": fitted}).guess_threshold(6)
+    log_odds = np.log(threshold / (1 - threshold))
+    assert sigmoid(0.5 * log_odds + 1.0) == pytest.approx(0.75)
+    assert threshold < 0.75

@@ -47,7 +47,7 @@ def test_defaults() -> None:
         "max_early_predictions": 5,
         "gate": "probability",
         "draft_vocabulary_size": None,
-        "last_guess": False,
+        "last_guess": True,
         "synthetic_acceptance_rate": None,
         "enabled": True,
     }

@@ -44,6 +44,7 @@ class Scenario:
     seed: int
     stop_token_ids: frozenset[int] = frozenset()
     real_gate: bool = False
+    guess_threshold: float = 1.0
 
 
 @st.composite
@@ -65,6 +66,7 @@ def scenarios(draw: st.DrawFn) -> Scenario:
         exit_layers=sorted(exit_layers),
         cap=draw(st.integers(1, 6)),
         threshold=draw(st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0])),
+        guess_threshold=draw(st.sampled_from([0.0, 0.3, 1.0])),
         accuracy=draw(st.sampled_from([0.0, 0.5, 0.9, 1.0])),
         token_budget=draw(st.integers(3, 16)),
         max_num_seqs=draw(st.integers(1, 4)),
@@ -93,6 +95,7 @@ def random_scenario(seed: int) -> Scenario:
         exit_layers=sorted(exits),
         cap=draw.randint(1, 6),
         threshold=draw.choice([0.0, 0.25, 0.5]),
+        guess_threshold=draw.choice([0.0, 0.2, 1.0]),
         accuracy=0.8,
         token_budget=draw.randint(6, 24),
         max_num_seqs=4,
@@ -119,6 +122,7 @@ def run_scenario(scenario: Scenario) -> Engine:
         model,
         cap=scenario.cap,
         threshold=scenario.threshold,
+        guess_threshold=scenario.guess_threshold,
         token_budget=scenario.token_budget,
         max_num_seqs=scenario.max_num_seqs,
         max_model_len=MAX_MODEL_LEN,

@@ -40,6 +40,18 @@ def test_at_one_drafting_is_not_even_started(threshold: float, can: bool) -> Non
     assert ThresholdPolicy([1.0, threshold], 5).can_predict is can
 
 
+def test_an_unsure_guess_has_a_threshold_of_its_own() -> None:
+    policy = ThresholdPolicy([0.75], 5, guess_threshold=0.5)
+    assert policy.worth_a_guess(CONFIDENCES).tolist() == [
+        False,
+        False,
+        True,
+        True,
+        True,
+    ]
+    assert not ThresholdPolicy([0.75], 5).worth_a_guess(CONFIDENCES).any()
+
+
 def make_stats() -> Stats:
     return Stats(exit_layers=(2, 5), num_layers=8)
 

@@ -123,8 +123,8 @@ def test_resolved_options_are_part_of_the_configuration(
             "threshold": 0.75,
             "max_early_predictions": 5,
             "gate": "probability",
-            "draft_vocabulary_size": None,
-            "last_guess": False,
+            "draft_vocabulary_size": 0,
+            "last_guess": True,
             "synthetic_acceptance_rate": None,
             "enabled": True,
         }

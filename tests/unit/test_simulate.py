@@ -89,3 +89,18 @@ def test_the_papers_bound() -> None:
     counters.gates = [5]
     counters.forwards, counters.generated_tokens = 1, 6
     assert CostModel(0.07, 0.0).speedup(counters) == pytest.approx(2.38, abs=0.01)
+
+
+def test_the_last_exits_unsure_guess_ends_a_cycle() -> None:
+    tokens = [1, 2, 3, 9]
+    gates = {
+        (1,): [(7, UNSURE), (2, -0.5)],  # right, and worth its verification
+        (1, 2, 3): [(7, UNSURE), (9, -2.0)],  # not worth it
+    }
+    answers = [answer(tokens, gates)]
+    counters = total(answers, (2, 4), 8, [0.0, 0.0], 5, guess_threshold=-1.0)
+    assert counters.early_predictions == [0, 1]
+    assert counters.accepted == [0, 1]
+    assert (counters.forwards, counters.generated_tokens) == (2, 3)
+    # The guess starts at the first layer; without one, the second cycle resumes.
+    assert counters.segments_run == [1 + 1 + 1, 1 + 1 + 1, 2]

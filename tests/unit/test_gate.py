@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gates over a reduced draft vocabulary, without an engine."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from adadecode_vllm.config import AdaDecodeConfig, parse_config
+from adadecode_vllm.core import gate as gate_module
+from adadecode_vllm.core.gate import DraftVocabulary, Gate
+from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.features import resolve_draft_vocabulary
+from adadecode_vllm.heads import ExitHeads, ExitHeadsConfig
+from tests.tiny import FINGERPRINT
+
+SIZE, VOCAB = 8, 40
+
+
+class Norm(nn.Module):
+    def forward(
+        self, hidden: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return hidden + residual, residual
+
+
+def decoder(**processor: Any) -> Any:
+    torch.manual_seed(0)
+    head = nn.Linear(SIZE, VOCAB, bias=False)
+    options = SimpleNamespace(scale=1.0, soft_cap=None)
+    for name, value in processor.items():
+        setattr(options, name, value)
+
+    def compute_logits(hidden: torch.Tensor) -> torch.Tensor:
+        logits = head(hidden)
+        if options.soft_cap is not None:
+            logits = torch.tanh(logits / options.soft_cap) * options.soft_cap
+        return logits * options.scale
+
+    return SimpleNamespace(
+        lm_head=head,
+        norm=Norm(),
+        device=torch.device("cpu"),
+        logits_processor=options,
+        compute_logits=compute_logits,
+    )
+
+
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate_module, "get_tensor_model_parallel_world_size", lambda: 1)
+
+
+@pytest.fixture
+def states() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return (
+        torch.randn(6, SIZE, generator=generator),
+        torch.randn(6, SIZE, generator=generator),
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": 0.5}, {"soft_cap": 2.0}])
+@torch.inference_mode()
+def test_the_logits_are_the_whole_heads(
+    options: dict[str, Any], states: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    parts = decoder(**options)
+    chosen = torch.tensor([7, 3, 39, 0, 12])
+    logits = DraftVocabulary(parts, chosen)(states[0])
+    torch.testing.assert_close(logits, parts.compute_logits(states[0])[:, chosen])
+
+
+@torch.inference_mode()
+def test_tokens_have_their_own_ids(states: tuple[torch.Tensor, torch.Tensor]) -> None:
+    parts = decoder()
+    heads = ExitHeads({2: torch.randn(SIZE, SIZE)}, torch.float32)
+    chosen = torch.arange(VOCAB - 1, 4, -1)
+    whole = Gate(parts, heads, [2])(0, *states)
+    some = Gate(parts, heads, [2], chosen)(0, *states)
+    among = torch.isin(whole[0], chosen)
+    assert 0 < among.sum() < len(among), "both cases are met"
+    assert torch.equal(some[0][among], whole[0][among])
+    assert torch.isin(some[0], chosen).all()
+    # A distribution over fewer tokens is never less sure of the same one.
+    assert (some[1][among] >= whole[1][among]).all()
+
+
+def test_a_quantized_head_is_refused() -> None:
+    parts = decoder()
+    parts.lm_head = SimpleNamespace(qweight=torch.zeros(1))
+    with pytest.raises(AdaDecodeError, match="draft_vocabulary_size is refused"):
+        DraftVocabulary(parts, torch.tensor([1]))
+
+
+def heads_config(stored: int | None) -> ExitHeadsConfig:
+    return ExitHeadsConfig(
+        exit_layers=[2],
+        hidden_size=SIZE,
+        vocab_size=VOCAB,
+        num_hidden_layers=4,
+        base_model="M",
+        lm_head_fingerprint=FINGERPRINT,
+        draft_vocabulary=stored,
+    )
+
+
+def wanted(size: int | None) -> AdaDecodeConfig:
+    return parse_config({"heads": "H", "draft_vocabulary_size": size})
+
+
+@pytest.mark.parametrize(
+    ("size", "stored", "resolved"),
+    [
+        (None, None, 0),
+        (None, VOCAB // 2, VOCAB // 2),
+        (None, VOCAB // 2 + 1, 0),
+        (0, VOCAB // 2, 0),
+        (0, None, 0),
+        (5, VOCAB, 5),
+    ],
+)
+def test_which_tokens_a_gate_looks_at(
+    size: int | None, stored: int | None, resolved: int
+) -> None:
+    assert resolve_draft_vocabulary(wanted(size), heads_config(stored)) == resolved
+
+
+@pytest.mark.parametrize(
+    ("size", "stored", "sentence"),
+    [(5, None, "has no draft vocabulary"), (6, 5, "ranks only 5 tokens")],
+)
+def test_more_tokens_than_are_ranked_are_refused(
+    size: int, stored: int | None, sentence: str
+) -> None:
+    with pytest.raises(AdaDecodeError, match=sentence):
+        resolve_draft_vocabulary(wanted(size), heads_config(stored))
