@@ -90,7 +90,7 @@ def _cells(case: Mapping[str, Any]) -> list[str]:
 def latency(figures: Mapping[str, float | None]) -> str:
     """Median and 99th percentile in milliseconds."""
     values = [figures["p50"], figures["p99"]]
-    return " / ".join("-" if value is None else f"{value:.0f}" for value in values)
+    return " / ".join("-" if value is None else f"{value:.1f}" for value in values)
 
 
 def texts_cell(counts: Mapping[str, int] | None) -> str:
