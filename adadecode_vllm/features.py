@@ -154,8 +154,7 @@ def resolve_draft_vocabulary(config: AdaDecodeConfig, heads: ExitHeadsConfig) ->
     """
     size, stored = config.draft_vocabulary_size, heads.draft_vocabulary
     if size is None:
-        # A ranking of nearly everything would save little and can miss a token.
-        return stored if stored and 2 * stored <= heads.vocab_size else 0
+        return heads.default_draft_vocabulary
     if size == 0:
         return 0
     if stored is None:

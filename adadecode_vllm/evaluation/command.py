@@ -37,6 +37,13 @@ def eval_command(
     overhead: Annotated[
         float, typer.Option(min=0, help="A draft's overhead, in ordinary steps.")
     ] = 0.0,
+    last_guess: Annotated[
+        bool,
+        typer.Option(
+            "--last-guess/--no-last-guess",
+            help="Submit unsure guesses of the last exit where they pay.",
+        ),
+    ] = True,
     max_length: Annotated[
         int | None, typer.Option(help="Tokens after which a text is cut.")
     ] = None,
@@ -69,7 +76,9 @@ def eval_command(
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     teacher = Teacher.load(model, resolve_dtype(dtype, device), device)
-    grid = SimulationGrid(gate=gate, most_answers=answers, overhead=overhead)
+    grid = SimulationGrid(
+        gate=gate, most_answers=answers, overhead=overhead, last_guess=last_guess
+    )
     report = evaluate_heads(
         teacher,
         heads,

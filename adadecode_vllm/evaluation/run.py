@@ -24,7 +24,7 @@ from adadecode_vllm.evaluation.simulate import Answer, Counters, Gate, total
 from adadecode_vllm.files import write_whole
 from adadecode_vllm.heads.config import ExitHeadsConfig, load_heads_config
 from adadecode_vllm.heads.fingerprint import check_fingerprint
-from adadecode_vllm.heads.io import load_exit_weights
+from adadecode_vllm.heads.io import load_draft_token_ids, load_exit_weights
 from adadecode_vllm.training.cache import LiveStates
 from adadecode_vllm.training.teacher import Teacher, split_by_tokens
 from adadecode_vllm.training.texts import Text, load_texts
@@ -148,7 +148,15 @@ def evaluate_heads(
         "best": None,
     }
     overhead = grid.overhead if grid else 0.0
-    cost = CostModel.of_model(teacher.model, identity=identity, overhead=overhead)
+    draft_token_ids = None
+    if config.default_draft_vocabulary:
+        draft_token_ids = load_draft_token_ids(directory, config)
+    cost = CostModel.of_model(
+        teacher.model,
+        identity=identity,
+        overhead=overhead,
+        draft_vocabulary=config.default_draft_vocabulary,
+    )
     report["cost"] = {
         "head_share": cost.head_share,
         "transform_share": cost.transform_share,
@@ -158,7 +166,7 @@ def evaluate_heads(
     if grid is not None and prompted:
         answers = known_answers(
             teacher, config.exit_layers, weights, prompted[: grid.most_answers],
-            pass_tokens=pass_tokens,
+            pass_tokens=pass_tokens, draft_token_ids=draft_token_ids,
         )  # fmt: skip
         if answers:
             report["simulation"] = _simulate_grid(answers, config, cost, grid)
@@ -174,6 +182,7 @@ def known_answers(
     *,
     max_length: int | None = None,
     pass_tokens: int = 1024,
+    draft_token_ids: torch.Tensor | None = None,
 ) -> list[Answer]:
     """Prepare a model's own answers for the simulation.
 
@@ -185,6 +194,7 @@ def known_answers(
             0 is cut where it differs first.
         max_length: The engine's `max_model_len`; None for the model's own.
         pass_tokens: Most tokens of one pass of the model.
+        draft_token_ids: The tokens that the gates look at; None for all.
 
     Returns:
         The answers that have at least two tokens.
@@ -214,7 +224,15 @@ def known_answers(
             answers.append(
                 Answer(
                     tokens=tokens,
-                    gates=_Gates(teacher, exit_layers, weights, text, tokens, here),
+                    gates=_Gates(
+                        teacher,
+                        exit_layers,
+                        weights,
+                        text,
+                        tokens,
+                        here,
+                        draft_token_ids,
+                    ),
                     stops=stops,
                     # One that did not end by itself was cut at its limit.
                     max_tokens=1 << 30 if ended else len(tokens),
@@ -235,6 +253,7 @@ class _Gates:
         text: Text,
         answer: Sequence[int],
         streams: Mapping[int, torch.Tensor],
+        draft_token_ids: torch.Tensor | None = None,
     ) -> None:
         """Read the exits along the answer.
 
@@ -245,7 +264,12 @@ class _Gates:
             text: The text.
             answer: The tokens of the answer that are used.
             streams: By layer, states from the prompt's last token on.
+            draft_token_ids: The tokens that the gates look at; None for all.
         """
+        self._lm_head = teacher.lm_head
+        self._token_ids = draft_token_ids
+        if draft_token_ids is not None:
+            self._lm_head = teacher.lm_head[draft_token_ids.to(teacher.device)]
         self._teacher = teacher
         self._exit_layers = list(exit_layers)
         self._weights = weights
@@ -269,10 +293,12 @@ class _Gates:
         by_exit = []
         for layer in self._exit_layers:
             logits, log_odds = read_exit(
-                streams[layer], self._weights[layer], self._teacher.lm_head
+                streams[layer], self._weights[layer], self._lm_head
             )
-            tokens = logits.argmax(-1).tolist()
-            by_exit.append(list(zip(tokens, log_odds.tolist(), strict=True)))
+            tokens = logits.argmax(-1).cpu()
+            if self._token_ids is not None:
+                tokens = self._token_ids[tokens]
+            by_exit.append(list(zip(tokens.tolist(), log_odds.tolist(), strict=True)))
         return [list(position) for position in zip(*by_exit, strict=True)]
 
 

@@ -158,6 +158,15 @@ class ExitHeadsConfig(BaseModel):
             for layer in self.exit_layers
         ]
 
+    @property
+    def default_draft_vocabulary(self) -> int:
+        """Tokens that gates look at unless told otherwise; 0 for all.
+
+        A ranking of nearly the whole vocabulary would save little and can miss a token.
+        """
+        ranked = self.draft_vocabulary or 0
+        return ranked if 2 * ranked <= self.vocab_size else 0
+
     def guess_threshold(self, layer: int) -> float:
         """When an exit's top token is worth verifying though the gate is not sure.
 

@@ -18,6 +18,7 @@ from adadecode_vllm.evaluation.run import (
     load_heads_for,
 )
 from adadecode_vllm.evaluation.simulate import Counters, total
+from adadecode_vllm.heads import load_draft_token_ids
 from adadecode_vllm.training.teacher import Teacher
 from adadecode_vllm.training.texts import Text
 from tests.harness import (
@@ -75,6 +76,7 @@ def simulated(
     threshold: float,
     cap: int,
     gate: str,
+    draft_vocabulary: int | None = None,
 ) -> Counters:
     tokenizer = llm.get_tokenizer()
     texts = []
@@ -82,8 +84,15 @@ def simulated(
         ids = tuple(tokenizer(prompt).input_ids)
         texts.append(Text((*ids, *output), len(ids) - 1, prompted=True))
     config, weights = load_heads_for(teacher, heads)
+    ranking = load_draft_token_ids(heads, config)
+    assert ranking is not None
     answers = known_answers(
-        teacher, config.exit_layers, weights, texts, max_length=MAX_MODEL_LEN
+        teacher,
+        config.exit_layers,
+        weights,
+        texts,
+        max_length=MAX_MODEL_LEN,
+        draft_token_ids=ranking[:draft_vocabulary] if draft_vocabulary else None,
     )
     assert [list(answer.tokens) for answer in answers] == outputs
     return total(
@@ -124,21 +133,29 @@ def test_early_predictions_and_acceptances_are_equal(
     assert_same(found, counters)
 
 
-def test_the_acceptance_gate_weighs_the_exits(
+def test_the_acceptance_gate_weighs_the_exits_over_fewer_tokens(
     teacher: Teacher, calibrated: Path, prompts: list[str], reference: dict[str, Any]
 ) -> None:
     options = adadecode_options(
-        str(calibrated), threshold=0.6, gate="acceptance", max_early_predictions=4
+        str(calibrated),
+        threshold=0.6,
+        gate="acceptance",
+        max_early_predictions=4,
+        draft_vocabulary_size=100,
     )
     with start_engine(**options) as llm:
         outputs = generate(llm, prompts)
         found = stats(llm)
         counters = simulated(
+            teacher, calibrated, llm, prompts, outputs, 0.6, 4, "acceptance", 100
+        )
+        whole = simulated(
             teacher, calibrated, llm, prompts, outputs, 0.6, 4, "acceptance"
         )
         plain = simulated(
-            teacher, calibrated, llm, prompts, outputs, 0.6, 4, "probability"
+            teacher, calibrated, llm, prompts, outputs, 0.6, 4, "probability", 100
         )
     assert outputs == reference["texts"]
     assert_same(found, counters)
     assert found["early_predictions"] != plain.early_predictions
+    assert found["early_predictions"] != whole.early_predictions
