@@ -2,6 +2,8 @@
 """From runs to figures: parity, ratios, acceptance, tables, result files."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from benchmarks.parity import Parity, bfloat16_ulp, compare, first_difference, i
 from benchmarks.result_files import provenance, read_results, write_results
 from benchmarks.roofline import cost_model, predicted_speedup
 from benchmarks.tables import results_table
-from tests.harness import MODEL
+from tests.harness import MODEL, ROOT
 
 
 def stats(**changes: Any) -> dict[str, Any]:
@@ -243,6 +245,28 @@ def test_results_that_cannot_be_compared_are_refused(
     write_results(paths[1], results(**change))
     with pytest.raises(AdaDecodeError, match=reason):
         read_results(paths)
+
+
+def report(*paths: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "report.py"), *map(str, paths)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_files_are_put_into_one_table(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("a.json", "b.json", "other.json")]
+    for path in paths[:2]:
+        write_results(path, results())
+    write_results(paths[2], results(hardware={"cpu": "two"}))
+    answer = report(*paths[:2])
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.count("| adadecode |") == 2
+    refused = report(*paths)
+    assert refused.returncode == 2
+    assert "another machine" in refused.stderr
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"hardware": {}}', "{"])
