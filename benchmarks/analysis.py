@@ -38,9 +38,12 @@ def tokens_per_forward(run: Run) -> float:
     stats = run["stats"]
     if stats is not None:
         return stats["generated_tokens"] / max(1, stats["request_steps"])
-    accepted = run["speculation"]["accepted"]
-    # The last drafts of a text may be accepted beyond its end.
-    return tokens / max(1.0, tokens - accepted)
+    # Steps without drafts are not counted by vLLM: they are told from what is left of
+    # the tokens, the prompts' own at least. Not from all accepted drafts, because those
+    # beyond a text's end count as accepted too.
+    drafted, accepted = run["speculation"]["drafts"], run["speculation"]["accepted"]
+    others = max(len(run["ttft_s"]), tokens - drafted - accepted)
+    return tokens / (drafted + others)
 
 
 def early_predictions(run: Run) -> dict[str, Any] | None:

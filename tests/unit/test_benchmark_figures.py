@@ -123,6 +123,8 @@ def test_ratios_are_taken_pair_by_pair() -> None:
         ({}, 1.0),
         ({"stats": stats()}, 3.0),
         ({"speculation": {"drafts": 3, "draft_tokens": 9, "accepted": 6}}, 2.0),
+        # 15 accepted, of which 6 lie beyond the end: 12 tokens in 3 + 1 forwards.
+        ({"speculation": {"drafts": 3, "draft_tokens": 15, "accepted": 15}}, 3.0),
         ({"forwards": 5}, 2.4),
     ],
 )
