@@ -407,7 +407,7 @@ def main(arguments: Sequence[str] | None) -> None:
         raise AdaDecodeError(
             f"--repeats {args.repeats}: nothing would be measured. Give at least 1."
         )
-    settings = settings_from(args, parser)
+    settings = settings_from(args)
     workload = workload_from(args, settings)
     check_prompts(len(workload.prompts), loads)
     # A terminated measurement, too, must end its servers.

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None) -> None:
     parser.add_argument("--plots", type=Path, help="Directory for PNG files")
     args = parser.parse_args(arguments)
     arms = parse_arms(args.arms)
-    settings = settings_from(args, parser)
+    settings = settings_from(args)
     batch_sizes = batch_sizes_from(args)
     workload = workload_from(args, settings, max(batch_sizes))
     with Session(

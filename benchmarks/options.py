@@ -86,14 +86,11 @@ def add_arms_option(parser: argparse.ArgumentParser, default: str) -> None:
     )
 
 
-def settings_from(
-    args: argparse.Namespace, parser: argparse.ArgumentParser
-) -> EngineSettings:
+def settings_from(args: argparse.Namespace) -> EngineSettings:
     """What all arms have in common.
 
     Args:
         args: Parsed arguments.
-        parser: What parsed them; its defaults are not handed on.
 
     Raises:
         AdaDecodeError: If an option is wrong.
@@ -112,7 +109,7 @@ def settings_from(
     config = parse_config(options)
     given = EngineArgs.from_cli_args(args)
     # The parser's defaults differ from the dataclass's here and there.
-    defaults = EngineArgs.from_cli_args(parser.parse_args([]))
+    defaults = EngineArgs.from_cli_args(make_parser("").parse_args([]))
     arguments = {
         name: _plain(name, getattr(given, name))
         for name in (field.name for field in dataclasses.fields(EngineArgs))

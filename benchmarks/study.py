@@ -132,8 +132,8 @@ STUDIES: Mapping[
 }
 
 
-def main(arguments: Sequence[str] | None) -> None:
-    """Run one study and print its tables."""
+def study_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = make_parser(__doc__ or "")
     parser.add_argument(
         "study",
@@ -149,8 +149,13 @@ def main(arguments: Sequence[str] | None) -> None:
         help="ablation: more heads to compare, such as those of one domain",
     )
     parser.add_argument("--plots", type=Path, help="Directory for PNG files")
-    args = parser.parse_args(arguments)
-    plan = STUDIES[args.study][1](settings_from(args, parser), args)
+    return parser
+
+
+def main(arguments: Sequence[str] | None) -> None:
+    """Run one study and print its tables."""
+    args = study_parser().parse_args(arguments)
+    plan = STUDIES[args.study][1](settings_from(args), args)
     batch_sizes = list(dict.fromkeys(case.batch_size for case in plan.cases))
     workload = workload_from(args, plan.settings, max(batch_sizes))
     with Session(

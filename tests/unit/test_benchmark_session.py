@@ -20,6 +20,7 @@ from benchmarks.arms import (
 from benchmarks.options import make_parser, numbers, settings_from
 from benchmarks.process import ArmError, _reason
 from benchmarks.session import Case, Session
+from benchmarks.study import STUDIES, study_parser
 from benchmarks.workloads import Workload
 from tests.harness import HEADS, MODEL
 from tests.unit.test_benchmark_figures import stats
@@ -102,7 +103,7 @@ def test_options_are_vllms_own() -> None:
             *("--dtype", "float32", "--enforce-eager"),
         ]
     )
-    settings = settings_from(args, parser)
+    settings = settings_from(args)
     assert settings.threshold == 0.5
     assert settings.adadecode == {"gate": "acceptance"}
     assert settings.arguments == {"max_model_len": 256, "enforce_eager": True}
@@ -112,7 +113,7 @@ def test_missing_heads_are_refused_with_the_flag() -> None:
     parser = make_parser("A benchmark.")
     args = parser.parse_args(["--model", MODEL])
     with pytest.raises(AdaDecodeError, match="--adadecode-heads"):
-        settings_from(args, parser)
+        settings_from(args)
 
 
 def test_lists_of_numbers() -> None:
@@ -307,3 +308,29 @@ def test_a_killed_run_keeps_finished_turns(
     assert [len(case["runs"]) for case in kept["cases"]] == [2, 2]
     assert "adadecode" in kept["table"]
     assert "token_ids" not in kept["cases"][0]["runs"][0]
+
+
+@pytest.mark.parametrize("study", list(STUDIES))
+def test_every_study_has_a_plan(study: str, tmp_path: Path) -> None:
+    """From the command line to the cases, without an engine."""
+    args = study_parser().parse_args(
+        [study, "--model", MODEL, "--adadecode-heads", HEADS]
+    )
+    plan = STUDIES[study][1](settings_from(args), args)
+    assert plan.arms[0].name == "ordinary"
+    names = {arm.name for arm in plan.arms}
+    assert plan.cases
+    assert {case.arm for case in plan.cases} <= names
+    labels = [(case.batch_size, case.label) for case in plan.cases]
+    assert len(set(labels)) == len(labels)
+
+
+def test_a_cap_study_reserves_room_for_its_largest_cap() -> None:
+    arguments = ["cap", "--values", "2,8", "--model", MODEL, "--adadecode-heads", HEADS]
+    args = study_parser().parse_args(arguments)
+    plan = STUDIES["cap"][1](settings_from(args), args)
+    assert plan.settings.max_early_predictions == 8
+    assert [case.label for case in plan.cases] == [
+        "adadecode, cap 2",
+        "adadecode, cap 8",
+    ]
