@@ -17,6 +17,7 @@ from tests.harness import (
     HEADS,
     Reference,
     adadecode_options,
+    configure,
     generate,
     metric,
     set_policy,
@@ -49,7 +50,9 @@ def test_chunked_prefill_and_preemption(
 ) -> None:
     """A token budget below the prompts' lengths and a KV cache that is too small."""
     with start_engine(
-        **adadecode_options(threshold=0.5),
+        # Without guesses, which shift the steps: in this schedule requests are
+        # preempted while tokens of theirs are pending.
+        **adadecode_options(threshold=0.5, last_guess=False),
         enable_prefix_caching=False,
         max_num_batched_tokens=48,
         num_gpu_blocks_override=20,
@@ -64,6 +67,8 @@ def test_chunked_prefill_and_preemption(
         # What was pending when a request was preempted did not survive it.
         assert counted["dropped"]["not_scheduled"] > 0
         assert metric(llm, "vllm:prefix_cache_hits") == 0
+        configure(llm, last_guess=True)
+        assert generate(llm, prompts) == reference["texts"]
         set_policy(llm, 0.0, 5)
         assert generate(llm, prompts) == reference["texts"]
         assert sum(stats(llm)["rejected"]) > 0
