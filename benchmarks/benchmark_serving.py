@@ -318,7 +318,6 @@ class ServingSession:
         self.results["arms"][arm.name] = {
             "status": "ran",
             "start_up_seconds": server.start_up_seconds,
-            "flags": server.flags,
         }
 
     def _arm(self, name: str) -> Arm:

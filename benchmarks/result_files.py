@@ -36,9 +36,13 @@ def empty_results(
     settings: EngineSettings, workload: Workload, ignore_eos: bool
 ) -> dict[str, Any]:
     """A result file of a comparison that has not begun."""
+    job = {
+        name: _shorten(value) if isinstance(value, str) else value
+        for name, value in settings.to_dict().items()
+    }
     return {
         **provenance(),
-        "job": {**settings.to_dict(), "ignore_eos": ignore_eos},
+        "job": {**job, "ignore_eos": ignore_eos},
         "workload": {
             "name": workload.name,
             "description": workload.description,
