@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -170,6 +170,23 @@ def obstacle(arm: Arm, settings: EngineSettings, batch_sizes: list[int]) -> str 
     if arm.kind == "transformers-early-exit" and min(batch_sizes) > 1:
         return "can only generate for one request at a time; add --batch-sizes 1"
     return None
+
+
+def with_identity_heads(settings: EngineSettings, directory: Path) -> EngineSettings:
+    """Make untrained heads for ``t-identity``, at the exits of the trained ones.
+
+    Args:
+        settings: The comparison's settings.
+        directory: Where to write them.
+
+    Returns:
+        The settings that name them.
+    """
+    from adadecode_vllm.heads import init_heads, load_heads_config
+
+    config = load_heads_config(settings.heads)
+    init_heads(settings.model, directory, config.exit_layers, config.dtype)
+    return replace(settings, identity_heads=str(directory))
 
 
 def llm_arguments(arm: Arm, settings: EngineSettings) -> dict[str, Any]:

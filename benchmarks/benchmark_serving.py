@@ -24,7 +24,6 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType, TracebackType
@@ -34,7 +33,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from adadecode_vllm.errors import AdaDecodeError
 from benchmarks.analysis import percentiles, spread
-from benchmarks.arms import REFERENCE, Arm, EngineSettings, obstacle, parse_arms
+from benchmarks.arms import (
+    REFERENCE,
+    Arm,
+    EngineSettings,
+    obstacle,
+    parse_arms,
+    with_identity_heads,
+)
 from benchmarks.options import (
     add_arms_option,
     make_parser,
@@ -305,7 +311,7 @@ class ServingSession:
             return
         settings = self._settings
         if arm.kind == "t-identity":
-            settings = replace(settings, identity_heads=self._identity_heads())
+            settings = with_identity_heads(settings, self._directory / "heads")
         self._say(f"starting {arm.name}")
         try:
             server = stack.enter_context(Server(arm, settings))
@@ -322,14 +328,6 @@ class ServingSession:
 
     def _arm(self, name: str) -> Arm:
         return next(arm for arm in self._arms if arm.name == name)
-
-    def _identity_heads(self) -> str:
-        from adadecode_vllm.heads import init_heads, load_heads_config
-
-        config = load_heads_config(self._settings.heads)
-        directory = self._directory / "heads"
-        init_heads(self._settings.model, directory, config.exit_layers, config.dtype)
-        return str(directory)
 
     def _attempt(
         self, arm: str, load: Load, action: Callable[[Server, Load], Any]

@@ -180,14 +180,19 @@ class ArmProcess:
         if not answer:
             self._process.wait()
             self._log.seek(0)
-            raise ArmError(_reason(self._log.read()))
+            raise ArmError(log_reason(self._log.read()))
         return json.loads(answer)
 
 
-def _reason(log: str) -> str:
+def log_reason(log: str) -> str:
     """What the end of a log says: the last error's own sentence, or its last lines."""
     lines = [line for line in log.splitlines() if line.strip()]
-    errors = [line for line in lines if "Error: " in line and "Engine core" not in line]
+    errors = [
+        line
+        for line in lines
+        # The engine's own error comes before the one that only points to it.
+        if ("Error: " in line or "error: " in line) and "Engine core" not in line
+    ]
     return errors[-1].strip() if errors else "\n".join(lines[-20:])
 
 

@@ -8,12 +8,14 @@ drafts are distributed; measured speed over predicted speed is the *efficiency*.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from adadecode_vllm.evaluation.cost import CostModel
 from adadecode_vllm.evaluation.simulate import Counters
 
 
+@cache
 def cost_model(
     model: str, *, identity: bool, draft_vocabulary: int | None
 ) -> CostModel:

@@ -27,7 +27,7 @@ from adadecode_vllm.arguments import PLUGIN_NAME
 from adadecode_vllm.config import CONFIG_KEY
 from adadecode_vllm.errors import AdaDecodeError
 from benchmarks.arms import REFERENCE, Arm, EngineSettings, llm_arguments
-from benchmarks.process import ArmError
+from benchmarks.process import ArmError, log_reason
 from benchmarks.workloads import Workload
 
 HOST = "127.0.0.1"
@@ -105,7 +105,7 @@ class Server:
         """
         if self._process.poll() is not None:
             self._log.seek(0)
-            raise ArmError(f"the server ended: {reason(self._log.read())}")
+            raise ArmError(f"the server ended: {log_reason(self._log.read())}")
 
     def __enter__(self) -> Server:
         """Return itself."""
@@ -377,18 +377,6 @@ def engine_flags(arguments: Mapping[str, Any]) -> list[str]:
                 continue
         flags += _flag(actions[name], value)
     return flags
-
-
-def reason(log: str) -> str:
-    """What the end of a server's log says: the last error's sentence, or its lines."""
-    lines = [line for line in log.splitlines() if line.strip()]
-    errors = [
-        line
-        for line in lines
-        # The engine's own error comes before the server's, which only points to it.
-        if ("Error: " in line or "error: " in line) and "Engine core" not in line
-    ]
-    return errors[-1].strip() if errors else "\n".join(lines[-20:])
 
 
 @cache

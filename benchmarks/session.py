@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
@@ -13,7 +13,14 @@ from typing import Any
 
 from adadecode_vllm.errors import AdaDecodeError
 from benchmarks.analysis import summarize
-from benchmarks.arms import REFERENCE, Arm, EngineSettings, llm_arguments, obstacle
+from benchmarks.arms import (
+    REFERENCE,
+    Arm,
+    EngineSettings,
+    llm_arguments,
+    obstacle,
+    with_identity_heads,
+)
 from benchmarks.parity import compare
 from benchmarks.process import ArmError, ArmProcess
 from benchmarks.result_files import empty_results, write_results
@@ -111,8 +118,8 @@ class Session:
         """Start the reference, which stays loaded to the end."""
         with ExitStack() as stack:
             if any(arm.kind == "t-identity" for arm in self.arms):
-                heads = self._identity_heads(stack)
-                self.settings = replace(self.settings, identity_heads=heads)
+                directory = Path(stack.enter_context(TemporaryDirectory()))
+                self.settings = with_identity_heads(self.settings, directory / "heads")
             self._start(Arm(REFERENCE, REFERENCE), stack)
             self._stack = stack.pop_all()
         return self
@@ -223,14 +230,6 @@ class Session:
             "status": "ran",
             "start_up_seconds": process.start_up_seconds,
         }
-
-    def _identity_heads(self, stack: ExitStack) -> str:
-        from adadecode_vllm.heads import init_heads, load_heads_config
-
-        config = load_heads_config(self.settings.heads)
-        directory = Path(stack.enter_context(TemporaryDirectory())) / "heads"
-        init_heads(self.settings.model, directory, config.exit_layers, config.dtype)
-        return str(directory)
 
     def _drop(self, arm: str, status: str, reason: str) -> None:
         self._say(f"{arm} {status}: {reason}")

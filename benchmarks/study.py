@@ -47,7 +47,11 @@ class Plan:
 
 
 def _batch(settings: EngineSettings, args: argparse.Namespace) -> Plan:
-    sizes = numbers("--values", args.values or "1,2,4,8,16,32", int, lambda n: n > 0)
+    return _by_size(settings, args.values or "1,2,4,8,16,32")
+
+
+def _by_size(settings: EngineSettings, values: str) -> Plan:
+    sizes = numbers("--values", values, int, lambda n: n > 0)
     return Plan(
         parse_arms(f"{REFERENCE},adadecode"),
         [Case("adadecode", size) for size in sizes],
@@ -99,12 +103,7 @@ def _ablation(settings: EngineSettings, args: argparse.Namespace) -> Plan:
 
 
 def _breakdown(settings: EngineSettings, args: argparse.Namespace) -> Plan:
-    sizes = numbers("--values", args.values or "1", int, lambda n: n > 0)
-    return Plan(
-        parse_arms(f"{REFERENCE},adadecode"),
-        [Case("adadecode", size) for size in sizes],
-        settings,
-    )
+    return _by_size(settings, args.values or "1")
 
 
 def _synthetic(settings: EngineSettings, args: argparse.Namespace) -> Plan:

@@ -21,8 +21,8 @@ from benchmarks.benchmark_serving import (
     serving_table,
     summarize,
 )
-from benchmarks.process import ArmError
-from benchmarks.server import Client, Load, engine_flags, read_client, reason
+from benchmarks.process import ArmError, log_reason
+from benchmarks.server import Client, Load, engine_flags, read_client
 from benchmarks.workloads import Workload
 from tests.harness import HEADS, MODEL
 
@@ -263,15 +263,17 @@ class TestReason:
             "RuntimeError: Engine core initialization failed. See root cause above.\n"
             "\n"
         )
-        assert reason(log) == "ValueError: No available memory for the cache blocks."
+        assert (
+            log_reason(log) == "ValueError: No available memory for the cache blocks."
+        )
 
     def test_a_refused_flag(self) -> None:
         log = "usage: vllm serve\nvllm: error: --enable-lora: not with AdaDecode\n"
-        assert reason(log) == "vllm: error: --enable-lora: not with AdaDecode"
+        assert log_reason(log) == "vllm: error: --enable-lora: not with AdaDecode"
 
     def test_without_an_error_the_last_lines(self) -> None:
         lines = [f"line {number}" for number in range(30)]
-        assert reason("\n".join(lines)) == "\n".join(lines[-20:])
+        assert log_reason("\n".join(lines)) == "\n".join(lines[-20:])
 
 
 def test_arms_without_a_server_are_skipped_with_a_reason() -> None:

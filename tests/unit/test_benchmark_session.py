@@ -18,7 +18,7 @@ from benchmarks.arms import (
     parse_arms,
 )
 from benchmarks.options import make_parser, numbers, settings_from
-from benchmarks.process import ArmError, _reason
+from benchmarks.process import ArmError, log_reason
 from benchmarks.session import Case, Session
 from benchmarks.study import STUDIES, study_parser
 from benchmarks.workloads import Workload
@@ -125,8 +125,8 @@ def test_lists_of_numbers() -> None:
 
 def test_a_log_is_cut_to_its_last_sentence() -> None:
     log = "a\nRuntimeError: Engine core failed\nb\nValueError: too long\nc\n"
-    assert _reason(log) == "ValueError: too long"
-    assert _reason("x\n" * 40).count("x") == 20
+    assert log_reason(log) == "ValueError: too long"
+    assert log_reason("x\n" * 40).count("x") == 20
 
 
 class FakeProcess:
