@@ -13,12 +13,17 @@ from adadecode_vllm.config import CONFIG_KEY, AdaDecodeConfig, parse_config
 from adadecode_vllm.errors import AdaDecodeError
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
 PLUGIN_NAME = "adadecode"
+# Named, not imported: vLLM imports them in the processes that need them.
 PROPOSER = "adadecode_vllm.runner.proposer.AdaDecodeProposer"
+SPECULATOR = "adadecode_vllm.runner.speculator.AdaDecodeSpeculator"
 SCHEDULER = "adadecode_vllm.scheduler.AdaDecodeScheduler"
-CPU_WORKER = "adadecode_vllm.worker.AdaDecodeCPUWorker"
+ASYNC_SCHEDULER = "adadecode_vllm.scheduler.AdaDecodeAsyncScheduler"
+CPU_WORKER = "adadecode_vllm.worker.cpu.AdaDecodeCPUWorker"
+CUDA_WORKER = "adadecode_vllm.worker.cuda.AdaDecodeCUDAWorker"
 
 
 def add_cli_flags(parser: argparse.ArgumentParser) -> None:
@@ -149,15 +154,21 @@ def prepared(args: EngineArgs, config: AdaDecodeConfig) -> Iterator[None]:
             (:func:`adadecode_vllm.features.check_arguments`).
         config: The configuration.
     """
-    ours = {
+    from vllm.platforms import current_platform
+
+    v2 = expects_v2()
+    ours: dict[str, Any] = {
         "speculative_config": {
             "method": "custom_class",
-            "model": PROPOSER,
+            "model": SPECULATOR if v2 else PROPOSER,
             "num_speculative_tokens": config.max_early_predictions,
         },
         "scheduler_cls": SCHEDULER,
-        "worker_cls": CPU_WORKER,
+        "worker_cls": CPU_WORKER if current_platform.is_cpu() else CUDA_WORKER,
     }
+    if v2:
+        # vLLM allows no custom_class method to ask for it; see `schedule_ahead`.
+        ours["async_scheduling"] = None
     theirs = {name: getattr(args, name) for name in ours}
     for name, value in ours.items():
         setattr(args, name, value)
@@ -166,6 +177,37 @@ def prepared(args: EngineArgs, config: AdaDecodeConfig) -> Iterator[None]:
     finally:
         for name, value in theirs.items():
             setattr(args, name, value)
+
+
+def expects_v2() -> bool:
+    """Whether an engine of this process would run Model Runner V2.
+
+    vLLM chooses it on CUDA, where nothing else is supported here, and elsewhere where
+    the environment asks for it.
+    """
+    from vllm import envs
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cuda() or bool(envs.VLLM_USE_V2_MODEL_RUNNER)
+
+
+def schedule_ahead(vllm_config: VllmConfig, asked: bool | None) -> None:
+    """Let Model Runner V2 schedule a step while the last one still runs.
+
+    That is vLLM's default. It switches it off for any method that it does not know,
+    since drafts must then be counted in the worker; ours are.
+
+    Args:
+        vllm_config: The engine's configuration, changed in place.
+        asked: The user's ``async_scheduling``; False leaves it off.
+    """
+    from vllm.v1.executor.abstract import Executor
+
+    if asked is False or not vllm_config.use_v2_model_runner:
+        return
+    if Executor.get_class(vllm_config).supports_async_scheduling():
+        vllm_config.scheduler_config.async_scheduling = True
+        vllm_config.scheduler_config.scheduler_cls = ASYNC_SCHEDULER
 
 
 def _parse_json(text: str) -> dict[str, Any]:

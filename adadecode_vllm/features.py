@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adadecode_vllm.arguments import expects_v2
 from adadecode_vllm.config import CONFIG_KEY, AdaDecodeConfig
 from adadecode_vllm.errors import AdaDecodeError
 
@@ -54,8 +55,6 @@ def check_arguments(args: EngineArgs) -> None:
             "exit heads are trained for one set of weights and an adapter changes them",
             "Merge the adapter into the model and train heads for the result",
         )
-    from vllm import envs
-
     speculative = {
         "--speculative-config": args.speculative_config,
         "--spec-method": args.spec_method,
@@ -81,15 +80,35 @@ def check_arguments(args: EngineArgs) -> None:
             "AdaDecode brings its own scheduler",
             "Remove --scheduler-cls",
         )
-    if args.async_scheduling:
+    _check_runner(args)
+
+
+def _check_runner(args: EngineArgs) -> None:
+    from vllm import envs
+    from vllm.platforms import current_platform
+    from vllm.triton_utils import HAS_TRITON
+
+    asked = envs.VLLM_USE_V2_MODEL_RUNNER
+    if current_platform.is_cuda() and asked is False:
+        raise _refusal(
+            "VLLM_USE_V2_MODEL_RUNNER=0",
+            "on CUDA it works in Model Runner V2, vLLM's default there",
+            "Unset the variable",
+        )
+    # vLLM would refuse it itself, with another remedy.
+    if asked and not HAS_TRITON:
+        raise _refusal(
+            "VLLM_USE_V2_MODEL_RUNNER=1",
+            "Model Runner V2 needs Triton, which has no backend for this machine",
+            "Unset the variable",
+        )
+    if args.async_scheduling and not expects_v2():
         raise _refusal(
             "--async-scheduling",
-            "the next step is scheduled only after its early predictions are known",
+            "Model Runner V1 schedules the next step only after its early predictions "
+            "are known",
             "Remove --async-scheduling",
         )
-    # vLLM would refuse it itself where Triton is missing, with another remedy.
-    if envs.VLLM_USE_V2_MODEL_RUNNER:
-        raise _runner_v2()
 
 
 def check_engine(vllm_config: VllmConfig, config: AdaDecodeConfig) -> None:
@@ -107,10 +126,10 @@ def check_engine(vllm_config: VllmConfig, config: AdaDecodeConfig) -> None:
     """
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
+    if not (current_platform.is_cpu() or current_platform.is_cuda()):
         raise _refusal(
             "--plugin adadecode",
-            "this version predicts early on CPUs, not on "
+            "this version predicts early on CPUs and CUDA devices, not on "
             f"{current_platform.device_name}",
             "Start without --plugin adadecode on this machine",
         )
@@ -285,8 +304,21 @@ def _check_model(model: ModelConfig) -> None:
 
 
 def _check_features(vllm_config: VllmConfig) -> None:
-    if vllm_config.use_v2_model_runner:
-        raise _runner_v2()
+    from vllm.config import CompilationMode
+
+    if vllm_config.use_v2_model_runner != expects_v2():
+        raise _refusal(
+            "the model runner",
+            "it works in Model Runner V2 on this device and another setting makes vLLM "
+            "fall back to V1 (vLLM's log names it)",
+            "Remove that setting",
+        )
+    if vllm_config.compilation_config.mode == CompilationMode.STOCK_TORCH_COMPILE:
+        raise _refusal(
+            "--compilation-config mode 1",
+            "torch.compile would take in the step that resumes pending tokens",
+            "Remove it, or use mode 3, vLLM's default",
+        )
     parallel = vllm_config.parallel_config
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name) > 1:
@@ -307,14 +339,6 @@ def _check_features(vllm_config: VllmConfig) -> None:
             "it skips layers of prompt tokens on its own terms",
             "Remove it",
         )
-
-
-def _runner_v2() -> AdaDecodeError:
-    return _refusal(
-        "VLLM_USE_V2_MODEL_RUNNER",
-        "this version works in Model Runner V1 and this or another setting asks for V2",
-        "Unset the variable",
-    )
 
 
 def _unsupported(model: ModelConfig, reason: str) -> AdaDecodeError:

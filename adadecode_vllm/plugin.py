@@ -17,9 +17,10 @@ def register() -> None:
     """
     # Imported here because importing this module must never fail: vLLM would only log
     # that and go on without the plugin.
-    from adadecode_vllm.patches import engine_args
+    from adadecode_vllm.patches import engine_args, v2_custom_class
 
     engine_args.install()
+    v2_custom_class.install()
 
 
 def check_vllm_version(found: str | None = None) -> None:

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's scheduler, with KV slots for early predictions."""
+"""vLLM's schedulers, with KV slots for early predictions."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+
+UNUSED_DRAFTS = "adadecode_unused_drafts"
+"""Attribute of a model runner's output: request id to draft slots that stayed empty."""
 
 
 class AdaDecodeScheduler(Scheduler):
@@ -35,3 +39,45 @@ class AdaDecodeScheduler(Scheduler):
         needed = blocks * (len(self.running) + 1)
         free = self.kv_cache_manager.block_pool.get_num_free_blocks()
         return self.num_spec_tokens if free >= needed else 0
+
+
+class AdaDecodeAsyncScheduler(AdaDecodeScheduler, AsyncScheduler):
+    """The same while the previous step still runs, for Model Runner V2.
+
+    The drafts are not known yet then: every request is scheduled with room for all that
+    it may get, and the worker fills as much of it as it predicted early.
+    """
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: Any
+    ) -> Any:
+        """Take a step's outcome in; room that stayed empty was never a draft."""
+        unused = getattr(model_runner_output, UNUSED_DRAFTS, None)
+        if unused:
+            # vLLM keeps what a grammar forbade out of its acceptance metrics with the
+            # same dictionary; that count includes the room that stayed empty.
+            scheduler_output.num_invalid_spec_tokens = {
+                **unused,
+                **(scheduler_output.num_invalid_spec_tokens or {}),
+            }
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def make_spec_decoding_stats(
+        self,
+        spec_decoding_stats: Any,
+        num_draft_tokens: int,
+        num_accepted_tokens: int,
+        num_invalid_spec_tokens: dict[str, int] | None,
+        request_id: str,
+    ) -> Any:
+        """Count a request's drafts; without any it is no speculative step."""
+        invalid = (num_invalid_spec_tokens or {}).get(request_id, 0)
+        if num_draft_tokens <= invalid:
+            return spec_decoding_stats
+        return super().make_spec_decoding_stats(
+            spec_decoding_stats,
+            num_draft_tokens,
+            num_accepted_tokens,
+            num_invalid_spec_tokens,
+            request_id,
+        )

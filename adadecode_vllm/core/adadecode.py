@@ -98,18 +98,27 @@ class AdaDecode:
         Args:
             step: Number of the current engine step.
             request_ids: R request ids.
-            requests: Their state.
+            requests: Their state. Those whose limit is 0 or whose newest token ends
+                them are left alone.
 
         Returns:
             R lists of early predictions.
         """
+        drafts: list[list[int]] = [[] for _ in request_ids]
+        drafting = requests.going_on()
+        if not len(drafting):
+            return drafts
+        if len(drafting) < len(request_ids):
+            requests = requests.select(drafting)
+        drafting_ids = [request_ids[request] for request in drafting]
         window = self._drafter.draft(requests)
-        self.ledger.record(step, request_ids, window)
-        drafts = []
-        for request, request_id in enumerate(request_ids):
-            predicted = slice(1, window.length[request])
-            drafts.append(window.token_ids[request, predicted].tolist())
-            self._exits[request_id] = window.exits[request, predicted]
+        self.ledger.record(step, drafting_ids, window)
+        for row, (request, request_id) in enumerate(
+            zip(drafting, drafting_ids, strict=True)
+        ):
+            predicted = slice(1, window.length[row])
+            drafts[request] = window.token_ids[row, predicted].tolist()
+            self._exits[request_id] = window.exits[row, predicted]
         return drafts
 
     def forward(

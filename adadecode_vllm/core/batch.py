@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from adadecode_vllm.core.executor import TokenSubset
@@ -20,7 +21,9 @@ class AttentionGroup(Protocol):
     layer_names: list[str]
     kernel_block_size: int | None
 
-    def build_metadata(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
+    def build_metadata(
+        self, common_attn_metadata: CommonAttentionMetadata, **options: Any
+    ) -> Any:
         """Build one backend's metadata."""
 
 
@@ -71,14 +74,18 @@ class AttentionBatcher:
         """
         self.groups = list(groups)
         self.device = device
+        # Scheduling attention ahead of time does not pay for a few layers, and vLLM's
+        # buffers for that belong to whole batches.
+        self._options = {} if device.type == "cpu" else {"fast_build": True}
 
     @property
     def shares_buffers(self) -> bool:
         """Whether building metadata overwrites what was built before.
 
-        vLLM maps block tables to kernel-sized blocks in one persistent buffer.
+        vLLM maps block tables to kernel-sized blocks in one persistent buffer, and on
+        CUDA backends keep what graphs read in buffers of their own.
         """
-        return any(
+        return self.device.type != "cpu" or any(
             attention_group.kernel_block_size is not None
             for group in self.groups
             for attention_group in group.attention_groups
@@ -107,19 +114,22 @@ class AttentionBatcher:
             The metadata.
         """
         end = subset.first + subset.count
-        query_start = np.zeros(subset.num_requests + 1, np.int32)
+        num_requests = subset.num_requests
+        query_start = np.zeros(num_requests + 1, np.int32)
         np.cumsum(subset.count, out=query_start[1:])
         num_tokens = int(query_start[-1])
-        request = np.repeat(np.arange(subset.num_requests), subset.count)
+        request = np.repeat(np.arange(num_requests), subset.count)
         within = np.arange(num_tokens) - query_start[request]
-        positions = self._to_device(subset.first[request] + within)
-
         query_start_cpu = torch.from_numpy(query_start)
-        query_start_device = query_start_cpu.to(self.device, non_blocking=True)
         seq_lens_cpu = torch.from_numpy(end.astype(np.int32))
-        seq_lens = seq_lens_cpu.to(self.device, non_blocking=True)
-        rows = self._to_device(subset.rows)
-        token_requests = self._to_device(request)
+        # Two copies to the device, whatever the number of arrays.
+        positions, token_requests, rows = async_tensor_h2d(
+            np.concatenate((subset.first[request] + within, request, subset.rows)),
+            device=self.device,
+        ).split((num_tokens, num_tokens, num_requests))
+        query_start_device, seq_lens = async_tensor_h2d(
+            torch.cat((query_start_cpu, seq_lens_cpu)), device=self.device
+        ).split((num_requests + 1, num_requests))
 
         metadata: dict[str, Any] = {}
         slot_mapping: dict[str, torch.Tensor] = {}
@@ -135,7 +145,7 @@ class AttentionBatcher:
                 query_start_loc_cpu=query_start_cpu,
                 seq_lens=seq_lens,
                 seq_lens_cpu_upper_bound=seq_lens_cpu,
-                num_reqs=subset.num_requests,
+                num_reqs=num_requests,
                 num_actual_tokens=num_tokens,
                 max_query_len=int(subset.count.max()),
                 max_seq_len=int(end.max()),
@@ -145,11 +155,7 @@ class AttentionBatcher:
                 positions=positions,
             )
             for attention_group in group.attention_groups:
-                built = attention_group.build_metadata(common)
+                built = attention_group.build_metadata(common, **self._options)
                 metadata.update(dict.fromkeys(attention_group.layer_names, built))
             slot_mapping.update(dict.fromkeys(group.layer_names, slots))
         return AttentionBatch(metadata, slot_mapping, positions)
-
-    def _to_device(self, array: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(array, np.int64))
-        return tensor.to(self.device, non_blocking=True)

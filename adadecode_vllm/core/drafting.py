@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from vllm.utils.torch_utils import async_tensor_h2d
 
-from adadecode_vllm.core.executor import SegmentExecutor, TokenSubset
+from adadecode_vllm.core.executor import FrontTokens, SegmentExecutor, TokenSubset
 from adadecode_vllm.core.ledger import Window
 from adadecode_vllm.core.policy import ThresholdPolicy
 from adadecode_vllm.core.states import PendingStates
@@ -35,6 +36,29 @@ class DraftRequests:
     positions: np.ndarray
     limits: np.ndarray
     stop_token_ids: list[Collection[int]]
+
+    def going_on(self) -> np.ndarray:
+        """The requests, (r,) int64, that may predict and have not just ended."""
+        return np.array(
+            [
+                request
+                for request, (token, limit) in enumerate(
+                    zip(self.token_ids.tolist(), self.limits.tolist(), strict=True)
+                )
+                if limit > 0 and token not in self.stop_token_ids[request]
+            ],
+            np.int64,
+        )
+
+    def select(self, requests: np.ndarray) -> DraftRequests:
+        """Some of the requests, in the given order; (r,) int64."""
+        return DraftRequests(
+            rows=self.rows[requests],
+            token_ids=self.token_ids[requests],
+            positions=self.positions[requests],
+            limits=self.limits[requests],
+            stop_token_ids=[self.stop_token_ids[request] for request in requests],
+        )
 
 
 class Drafter:
@@ -91,16 +115,9 @@ class Drafter:
             front_level = levels[everyone, length - 1]
             segment = int(front_level[active].min())
             chosen = np.flatnonzero(active & (front_level == segment))
-            segment_started = time.perf_counter()
-            front_states = self._run_segment(
+            predicted, confidence = self._step(
                 requests, chosen, segment, token_ids, levels, length
             )
-            gate_started = time.perf_counter()
-            predicted, confidence = self.executor.gate(segment, *front_states)
-            gate_ended = time.perf_counter()
-            self.stats.draft_segment_seconds[segment] += gate_started - segment_started
-            self.stats.gate_seconds[segment] += gate_ended - gate_started
-            self.stats.gates[segment] += len(chosen)
             confident = self.policy.confident(segment, confidence)
 
             predicts = confident
@@ -122,7 +139,7 @@ class Drafter:
         self.stats.drafting_seconds += time.perf_counter() - started
         return Window(requests.positions, length, token_ids, levels, exits)
 
-    def _run_segment(
+    def _step(
         self,
         requests: DraftRequests,
         chosen: np.ndarray,
@@ -130,42 +147,85 @@ class Drafter:
         token_ids: np.ndarray,
         levels: np.ndarray,
         length: np.ndarray,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Run a segment for all tokens of the chosen requests that stand at it.
 
         Levels never increase with the position (I1), so these tokens are a suffix of
         each window; ``levels`` is updated in place.
 
         Returns:
-            Hidden states and residuals of the chosen requests' front tokens, (r, d).
+            The head's tokens (r,) int64 and their probabilities (r,) float32 for the
+            chosen requests' front tokens.
         """
+        started = time.perf_counter()
         width = self.states.window
-        offsets = np.arange(width)
-        in_window = offsets < length[chosen, None]
-        standing = in_window & (levels[chosen] == segment)
+        standing = levels[chosen] == segment
+        standing &= np.arange(width) < length[chosen, None]
         count = standing.sum(1)
         request, offset = np.nonzero(standing)
-        index = self._index(chosen[request] * width + offset)
-        subset = TokenSubset(
-            rows=requests.rows[chosen],
-            first=requests.positions[chosen] + length[chosen] - count,
-            count=count,
-        )
+        states = chosen[request] * width + offset
+        answer = None
+        if len(states) == len(chosen):
+            answer = self.executor.replay(
+                segment,
+                FrontTokens(
+                    rows=requests.rows[chosen],
+                    positions=requests.positions[chosen] + offset,
+                    states=states,
+                    token_ids=token_ids[chosen, offset],
+                ),
+            )
+        if answer is None:
+            subset = TokenSubset(
+                rows=requests.rows[chosen],
+                first=requests.positions[chosen] + length[chosen] - count,
+                count=count,
+            )
+            front_states = self._run_segment(
+                segment, subset, states, token_ids[chosen[request], offset]
+            )
+            gate_started = time.perf_counter()
+            self.stats.draft_segment_seconds[segment] += gate_started - started
+            answer = self.executor.gate(segment, *front_states)
+            self.stats.gate_seconds[segment] += time.perf_counter() - gate_started
+        else:
+            self.stats.draft_segment_seconds[segment] += time.perf_counter() - started
+        levels[chosen[request], offset] = segment + 1
+        self.stats.count_segment(segment, len(states))
+        self.stats.gates[segment] += len(chosen)
+        return answer
+
+    def _run_segment(
+        self,
+        segment: int,
+        subset: TokenSubset,
+        states: np.ndarray,
+        token_ids: np.ndarray,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run a segment where no graph holds the whole step.
+
+        Args:
+            segment: The segment.
+            subset: Its n tokens.
+            states: (n,) int64, where their states are kept.
+            token_ids: (n,) int64.
+
+        Returns:
+            Hidden states and residuals of the requests' last tokens, (r, d).
+        """
+        index = self._to_device(states)
         if segment == 0:
-            ids = torch.from_numpy(token_ids[chosen[request], offset])
-            hidden = self.executor.embed(ids.to(self.states.hidden.device))
+            hidden = self.executor.embed(self._to_device(token_ids))
             residual = None
         else:
             hidden, residual = self.states.read(index)
         hidden, residual = self.executor.run(segment, subset, hidden, residual)
         assert residual is not None, "only the last segment, never drafted, ends it"
         self.states.write(index, hidden, residual)
-        levels[chosen[request], offset] = segment + 1
-        self.stats.count_segment(segment, len(index))
-        if len(index) == len(chosen):
+        if subset.num_tokens == subset.num_requests:
             return hidden, residual
-        front = self._index(np.cumsum(count) - 1)
+        front = self._to_device(np.cumsum(subset.count) - 1)
         return hidden.index_select(0, front), residual.index_select(0, front)
 
-    def _index(self, index: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(index).to(self.states.hidden.device)
+    def _to_device(self, index: np.ndarray) -> torch.Tensor:
+        return async_tensor_h2d(index, device=self.states.hidden.device)

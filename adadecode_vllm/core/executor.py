@@ -38,6 +38,23 @@ class TokenSubset:
         return int(self.count.sum())
 
 
+@dataclass(frozen=True)
+class FrontTokens:
+    """One token of each of R requests, about to run a segment and be asked at its exit.
+
+    Attributes:
+        rows: (R,) int64, the requests' rows in the block tables.
+        positions: (R,) int64.
+        states: (R,) int64, where their hidden states are kept.
+        token_ids: (R,) int64.
+    """
+
+    rows: np.ndarray
+    positions: np.ndarray
+    states: np.ndarray
+    token_ids: np.ndarray
+
+
 class SegmentExecutor(Protocol):
     """Runs segments and gates; implemented for vLLM and, in tests, in plain torch."""
 
@@ -73,6 +90,21 @@ class SegmentExecutor(Protocol):
         Returns:
             Hidden states and residual, (n, d) each, after the segment. The last
             segment returns the final norm's output and None.
+        """
+
+    def replay(
+        self, segment: int, tokens: FrontTokens
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """Do all of a draft step at once, if that was prepared for.
+
+        Reads and writes the pending states as :meth:`run` and its caller would.
+
+        Args:
+            segment: Index j of the segment, which ends at exit j.
+            tokens: One token of each request.
+
+        Returns:
+            What :meth:`gate` returns, or None for the caller to take the step apart.
         """
 
     def gate(

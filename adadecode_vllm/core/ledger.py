@@ -69,6 +69,11 @@ class Ledger:
         """Number of requests with an entry."""
         return len(self._request_ids)
 
+    @property
+    def request_ids(self) -> Sequence[str]:
+        """The requests with an entry."""
+        return self._request_ids
+
     def record(self, step: int, request_ids: Sequence[str], window: Window) -> None:
         """Replace the ledger's content by a new cycle's.
 
@@ -98,7 +103,7 @@ class Ledger:
         batch_rows: dict[str, int],
         first_position: np.ndarray,
         count: np.ndarray,
-        token_ids: np.ndarray,
+        token_ids: np.ndarray | None,
     ) -> Resumable | None:
         """Hand out what may be resumed in this step and forget the rest.
 
@@ -109,7 +114,8 @@ class Ledger:
             first_position: (B,) int64, first scheduled position per batch row.
             count: (B,) int64, number of scheduled tokens per batch row.
             token_ids: (B, T) token ids by absolute position; a view of vLLM's own
-                table is enough.
+                table is enough. None where the runner keeps the drafts itself, so that
+                what it schedules is a prefix of the window by construction.
 
         Returns:
             The resumable tokens, or None when there are none.
@@ -139,15 +145,15 @@ class Ledger:
             return None
 
         offsets = np.arange(window.token_ids.shape[1])
-        positions = window.first_position[slots, None] + offsets
-        # Columns past the table's end are past the scheduled tokens as well.
-        positions = np.minimum(positions, token_ids.shape[1] - 1)
-        valid = (offsets < window.length[slots, None]) & (offsets < count[rows, None])
-        agrees = valid & (
-            token_ids[rows[:, None], positions] == window.token_ids[slots]
-        )
-        prefix = np.logical_and.accumulate(agrees, axis=1)
-        self._count("changed", int((prefix.sum(1) < valid.sum(1)).sum()))
+        prefix = (offsets < window.length[slots, None]) & (offsets < count[rows, None])
+        if token_ids is not None:
+            positions = window.first_position[slots, None] + offsets
+            # Columns past the table's end are past the scheduled tokens as well.
+            positions = np.minimum(positions, token_ids.shape[1] - 1)
+            scheduled_ids = token_ids[rows[:, None], positions]
+            valid, agrees = prefix, prefix & (scheduled_ids == window.token_ids[slots])
+            prefix = np.logical_and.accumulate(agrees, axis=1)
+            self._count("changed", int((prefix.sum(1) < valid.sum(1)).sum()))
 
         levels = np.where(prefix, window.levels[slots], 0).astype(np.int8)
         useful = levels[:, 0] > 0

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from adadecode_vllm.core.executor import SegmentExecutor, TokenSubset
 from adadecode_vllm.core.ledger import Resumable
@@ -92,7 +93,7 @@ class Resumer:
             if segment == 0:
                 hidden, residual = self._embed(batch, waiting), None
             elif len(waiting):
-                index = torch.from_numpy(slots[waiting]).to(device)
+                index = async_tensor_h2d(slots[waiting], device=device)
                 hidden, residual = self._merge(
                     tokens, previous, hidden, residual, waiting, index
                 )
@@ -107,7 +108,7 @@ class Resumer:
         return hidden
 
     def _embed(self, batch: ScheduledBatch, tokens: np.ndarray) -> torch.Tensor:
-        index = torch.from_numpy(tokens).to(batch.token_ids.device)
+        index = async_tensor_h2d(tokens, device=batch.token_ids.device)
         if batch.embeddings is not None:
             return batch.embeddings.index_select(0, index)
         return self.executor.embed(batch.token_ids.index_select(0, index))
@@ -126,7 +127,7 @@ class Resumer:
         if hidden is None or residual is None:
             return joined_hidden, joined_residual
         order = np.argsort(np.concatenate((previous, waiting)), kind="stable")
-        permutation = torch.from_numpy(order).to(index.device)
+        permutation = async_tensor_h2d(order, device=index.device)
         return (
             torch.cat((hidden, joined_hidden)).index_select(0, permutation),
             torch.cat((residual, joined_residual)).index_select(0, permutation),

@@ -12,6 +12,8 @@ class PendingStates:
     The two are kept apart and in the model's dtype (I4): vLLM's fused add-and-norm
     works on their unrounded sum, so storing the sum would change the arithmetic.
 
+    One more row than there are tokens takes what padding in CUDA graphs writes.
+
     Memory: ``2 * max_requests * (max_early_predictions + 1) * hidden_size`` elements.
     """
 
@@ -33,7 +35,8 @@ class PendingStates:
             device: The model's device.
         """
         self.window = window
-        shape = (max_requests * window, hidden_size)
+        self.padding_row = max_requests * window
+        shape = (self.padding_row + 1, hidden_size)
         self.hidden = torch.zeros(shape, dtype=dtype, device=device)
         self.residual = torch.zeros(shape, dtype=dtype, device=device)
 

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,13 +14,23 @@ from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 
 from adadecode_vllm.core.batch import AttentionBatcher
-from adadecode_vllm.core.executor import TokenSubset
+from adadecode_vllm.core.executor import FrontTokens, TokenSubset
 from adadecode_vllm.core.gate import Gate
+from adadecode_vllm.core.host_copy import HostCopy
+from adadecode_vllm.core.piecewise import PiecewiseInputs
 from adadecode_vllm.core.segments import Decoder
+
+Replay = Callable[[int, FrontTokens], tuple[np.ndarray, np.ndarray] | None]
 
 
 class VllmExecutor:
-    """The :class:`~adadecode_vllm.core.executor.SegmentExecutor` of a vLLM worker."""
+    """The :class:`~adadecode_vllm.core.executor.SegmentExecutor` of a vLLM worker.
+
+    Attributes:
+        batcher: Builds attention metadata; None until the KV cache exists.
+        draft_graphs: Runs a whole draft step in a CUDA graph, where there are any.
+        piecewise: Inputs of the segments' piecewise CUDA graphs, where there are any.
+    """
 
     def __init__(
         self,
@@ -41,7 +52,11 @@ class VllmExecutor:
         self._gate = gate
         self.vllm_config = vllm_config
         self.batcher: AttentionBatcher | None = None
+        self.draft_graphs: Replay | None = None
+        self.piecewise: PiecewiseInputs | None = None
         self._whole_batch: torch.Tensor | None = None
+        max_requests = vllm_config.scheduler_config.max_num_seqs
+        self._answers = HostCopy(2 * max_requests, torch.float64, decoder.device)
 
     @property
     def num_segments(self) -> int:
@@ -79,49 +94,124 @@ class VllmExecutor:
         """Run one segment; see the protocol."""
         positions = self._whole_batch
         if positions is not None and len(positions) == subset.num_tokens:
-            return self._call(segment, positions, hidden, residual)
+            return self.call(segment, positions, hidden, residual)
         assert self.batcher is not None, "the KV cache exists before any forward"
         batch = self.batcher.build(subset)
+        positions, num_tokens = batch.positions, len(batch.positions)
+        size, context = num_tokens, dict[str, Any]()
+        padded = self.piecewise.size(num_tokens) if self.piecewise else None
+        if self.piecewise is not None and padded is not None:
+            size, context = padded, self.piecewise.context(padded)
+            positions, hidden, residual = self.piecewise.fill(
+                padded, positions, hidden, residual
+            )
         with set_forward_context(
             batch.metadata,
             self.vllm_config,
-            num_tokens=len(batch.positions),
+            num_tokens=size,
             slot_mapping=batch.slot_mapping,
+            **context,
         ):
-            return self._call(segment, batch.positions, hidden, residual)
+            hidden, residual = self.call(segment, positions, hidden, residual)
+        if size > num_tokens:
+            hidden = hidden[:num_tokens]
+            residual = None if residual is None else residual[:num_tokens]
+        return hidden, residual
+
+    def replay(
+        self, segment: int, tokens: FrontTokens
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """Do all of a draft step at once; see the protocol."""
+        return self.draft_graphs(segment, tokens) if self.draft_graphs else None
 
     def gate(
         self, exit_index: int, hidden: torch.Tensor, residual: torch.Tensor
     ) -> tuple[np.ndarray, np.ndarray]:
         """Ask an exit head; see the protocol."""
-        token, confidence = self._gate(exit_index, hidden, residual)
+        token, confidence = self.ask(exit_index, hidden, residual)
         # float64 holds every token id; one copy to the host instead of two.
-        answer = torch.stack((token.double(), confidence.double())).cpu().numpy()
+        answer = self._answers(torch.stack((token.double(), confidence.double())))
         return answer[0].astype(np.int64), answer[1].astype(np.float32)
 
+    def ask(
+        self, exit_index: int, hidden: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ask an exit head and leave the answer on the device.
+
+        Args:
+            exit_index: Index of the exit, 0 .. K - 1.
+            hidden: (n, d) hidden states at the exit.
+            residual: (n, d) residual stream at the exit.
+
+        Returns:
+            Token ids (n,) int64 and their probabilities (n,) float32.
+        """
+        return self._gate(exit_index, hidden, residual)
+
     @torch.inference_mode()
-    def warm_up(self) -> None:
+    def capture_piecewise(self) -> None:
+        """Capture the segments' pieces for every size of :attr:`piecewise`.
+
+        To be called within vLLM's ``graph_capture``. The attention runs between the
+        pieces and is given nothing to do.
+        """
+        inputs = self.piecewise
+        assert inputs is not None, "made by the caller"
+        hidden_size = self.decoder.hidden_size
+        for size in reversed(inputs.sizes):
+            states = inputs.hidden.new_zeros((size, hidden_size))
+            positions = inputs.positions.new_zeros(size)
+            for segment in range(self.num_segments):
+                residual = None if segment == 0 else states
+                arguments = inputs.fill(size, positions, states, residual)
+                for graph in (False, True):  # the first run warms kernels up
+                    with set_forward_context(
+                        None,
+                        self.vllm_config,
+                        num_tokens=size,
+                        **inputs.context(size, graph=graph),
+                    ):
+                        self.call(segment, *arguments)
+
+    @torch.inference_mode()
+    def warm_up(self, num_tokens: int = 2) -> None:
         """Compile the segments, outside of any request.
 
-        Two tokens, because sizes 0 and 1 would be baked into the graphs.
+        Args:
+            num_tokens: Size of the batch. At least two, because sizes 0 and 1 would be
+                baked into the graphs; more where vLLM measures the memory of a step.
         """
         decoder = self.decoder
+        num_tokens = max(num_tokens, 2)
         hidden = torch.zeros(
-            (2, decoder.hidden_size), dtype=decoder.dtype, device=decoder.device
+            (num_tokens, decoder.hidden_size),
+            dtype=decoder.dtype,
+            device=decoder.device,
         )
+        positions = torch.zeros(num_tokens, dtype=torch.int64, device=decoder.device)
         for segment in range(self.num_segments):
-            positions = torch.zeros(2, dtype=torch.int64, device=decoder.device)
-            with set_forward_context(None, self.vllm_config, num_tokens=2):
+            with set_forward_context(None, self.vllm_config, num_tokens=num_tokens):
                 residual = None if segment == 0 else hidden.clone()
-                self._call(segment, positions, hidden.clone(), residual)
+                self.call(segment, positions, hidden.clone(), residual)
 
-    def _call(
+    def call(
         self,
         segment: int,
         positions: torch.Tensor,
         hidden: torch.Tensor,
         residual: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run a segment in the forward context that is set.
+
+        Args:
+            segment: Index j of the segment.
+            positions: (n,) int64.
+            hidden: (n, d) hidden states before the segment; may be overwritten.
+            residual: (n, d) residual stream before the segment; None for segment 0.
+
+        Returns:
+            What :meth:`run` returns.
+        """
         module = self.segments[segment]
         if segment == 0:
             return module(positions, hidden)

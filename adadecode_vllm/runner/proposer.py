@@ -12,6 +12,7 @@ from adadecode_vllm.config import CONFIG_KEY, parse_config
 from adadecode_vllm.core.adadecode import AdaDecode
 from adadecode_vllm.core.batch import AttentionBatcher, KVGroup
 from adadecode_vllm.core.drafting import DraftRequests
+from adadecode_vllm.runner.limits import draft_limits, stop_token_ids
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -97,58 +98,32 @@ class AdaDecodeProposer:
             return drafts
 
         positions = num_tokens_no_spec[rows].astype(np.int64) - 1
-        tokens = token_ids_cpu[rows, positions].astype(np.int64)
         request_ids = [runner.input_batch.req_ids[row] for row in rows]
         states = [runner.requests[request_id] for request_id in request_ids]
-        stops = [_stop_token_ids(state) for state in states]
-        limits = self._limits(rows, positions, states)
-        ended = [token in stop for token, stop in zip(tokens, stops, strict=True)]
-        limits[ended] = 0
-
-        drafting = np.flatnonzero(limits > 0)
-        if not len(drafting):
-            return drafts
-        request_ids = [request_ids[request] for request in drafting]
+        batcher = self.adadecode.executor.batcher
+        assert batcher is not None, "bound when the KV cache was initialized"
         predicted = self.adadecode.draft(
             runner.step,
             request_ids,
             DraftRequests(
-                rows=rows[drafting],
-                token_ids=tokens[drafting],
-                positions=positions[drafting],
-                limits=limits[drafting],
-                stop_token_ids=[stops[request] for request in drafting],
+                rows=rows,
+                token_ids=token_ids_cpu[rows, positions].astype(np.int64),
+                positions=positions,
+                limits=draft_limits(
+                    cap=self.adadecode.policy.max_early_predictions,
+                    positions=positions,
+                    owned_slots=batcher.owned_slots(rows),
+                    max_model_len=self.vllm_config.model_config.max_model_len,
+                    remaining=np.array([_remaining_tokens(state) for state in states]),
+                ),
+                stop_token_ids=[
+                    stop_token_ids(state.sampling_params) for state in states
+                ],
             ),
         )
-        for row, early in zip(rows[drafting], predicted, strict=True):
+        for row, early in zip(rows, predicted, strict=True):
             drafts[row] = early
         return drafts
-
-    def _limits(
-        self,
-        rows: np.ndarray,
-        positions: np.ndarray,
-        states: list[CachedRequestState],
-    ) -> np.ndarray:
-        """Most early predictions per request.
-
-        Bounded by the cap, by the KV slots that the request owns (I3), by the model's
-        length (vLLM schedules no token that leaves no room for a sampled one) and by
-        what the request may still generate.
-        """
-        batcher = self.adadecode.executor.batcher
-        assert batcher is not None, "bound when the KV cache was initialized"
-        max_model_len = self.vllm_config.model_config.max_model_len
-        remaining = np.fromiter(
-            (_remaining_tokens(state) for state in states), np.int64, len(states)
-        )
-        bounds = (
-            np.full(len(rows), self.adadecode.policy.max_early_predictions),
-            batcher.owned_slots(rows) - positions,
-            max_model_len - 2 - positions,
-            remaining - 1,
-        )
-        return np.maximum(np.min(bounds, axis=0), 0)
 
 
 def _remaining_tokens(state: CachedRequestState) -> int:
@@ -156,17 +131,6 @@ def _remaining_tokens(state: CachedRequestState) -> int:
     if params is None or params.max_tokens is None:
         return 1 << 30
     return params.max_tokens - len(state.output_token_ids)
-
-
-def _stop_token_ids(state: CachedRequestState) -> set[int]:
-    """Tokens that end the request, so that nothing after them is kept."""
-    params = state.sampling_params
-    if params is None:
-        return set()
-    stops = set(params.stop_token_ids or ())
-    if params.eos_token_id is not None:
-        stops.add(params.eos_token_id)
-    return stops
 
 
 def _kv_group(runner: AdaDecodeCPUModelRunner, index: int) -> KVGroup:

@@ -13,6 +13,7 @@ from vllm.v1.worker.cpu_model_runner import (
     _set_global_compilation_settings,
 )
 
+from adadecode_vllm.core.adadecode import AdaDecode
 from adadecode_vllm.core.ledger import Resumable
 from adadecode_vllm.core.resume import ScheduledBatch
 from adadecode_vllm.runner.proposer import AdaDecodeProposer
@@ -53,6 +54,11 @@ class AdaDecodeCPUModelRunner(CPUModelRunner):
         """vLLM's ``drafter``, typed."""
         return cast(AdaDecodeProposer, self.drafter)
 
+    @property
+    def adadecode(self) -> AdaDecode:
+        """The method's parts; exist once the model is loaded."""
+        return self.proposer.adadecode
+
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         """Allocate the KV cache and tell the proposer about its groups."""
         super().initialize_kv_cache(*args, **kwargs)
@@ -61,7 +67,7 @@ class AdaDecodeCPUModelRunner(CPUModelRunner):
     def warming_up_model(self) -> None:
         """Compile the model, then the segments if they will ever run."""
         super().warming_up_model()
-        adadecode = self.proposer.adadecode
+        adadecode = self.adadecode
         compiles = self.vllm_config.compilation_config.mode != CompilationMode.NONE
         if compiles and adadecode.policy.can_predict:
             with _set_global_compilation_settings(self.vllm_config):
@@ -75,7 +81,7 @@ class AdaDecodeCPUModelRunner(CPUModelRunner):
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
         """Reload the weights; what the old ones computed is dropped (I2)."""
-        self.proposer.adadecode.ledger.clear("weights_reloaded")
+        self.adadecode.ledger.clear("weights_reloaded")
         super().reload_weights(*args, **kwargs)
 
     def execute_model(
@@ -84,7 +90,7 @@ class AdaDecodeCPUModelRunner(CPUModelRunner):
         """Run one engine step."""
         self.step += 1
         self._scheduled = scheduler_output
-        self.proposer.adadecode.forget(scheduler_output.finished_req_ids)
+        self.adadecode.forget(scheduler_output.finished_req_ids)
         return super().execute_model(scheduler_output, intermediate_tensors)
 
     def _model_forward(
@@ -116,13 +122,11 @@ class AdaDecodeCPUModelRunner(CPUModelRunner):
             token_ids=self.input_ids.gpu[:num_tokens],
             embeddings=None if inputs_embeds is None else inputs_embeds[:num_tokens],
         )
-        return self.proposer.adadecode.forward(
-            batch, resumable, self.positions[:num_tokens]
-        )
+        return self.adadecode.forward(batch, resumable, self.positions[:num_tokens])
 
     def _take_resumable(self, first: np.ndarray, count: np.ndarray) -> Resumable | None:
         """Ask the ledger, offering only requests whose KV cache is still theirs."""
-        ledger = self.proposer.adadecode.ledger
+        ledger = self.adadecode.ledger
         scheduled = self._scheduled
         if not len(ledger) or scheduled is None:
             return None
@@ -152,4 +156,4 @@ class AdaDecodeCPUModelRunner(CPUModelRunner):
         }
         drafts = self._scheduled.scheduled_spec_decode_tokens
         scheduled = {request_id: len(tokens) for request_id, tokens in drafts.items()}
-        self.proposer.adadecode.count_verdicts(sampled, scheduled)
+        self.adadecode.count_verdicts(sampled, scheduled)

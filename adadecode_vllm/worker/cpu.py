@@ -1,62 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Worker classes: they choose the model runner and answer for its counters."""
+"""The worker on CPUs."""
 
 from __future__ import annotations
-
-from typing import Any, cast
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from adadecode_vllm.patches import cpu_model_runner
-from adadecode_vllm.runner.v1 import AdaDecodeCPUModelRunner
+from adadecode_vllm.worker.common import AdaDecodeWorker
 
 
-class AdaDecodeCPUWorker(CPUWorker):
-    """vLLM's CPU worker with a runner that predicts early."""
+class AdaDecodeCPUWorker(AdaDecodeWorker, CPUWorker):
+    """vLLM's CPU worker with a runner that predicts early.
+
+    Model Runner V1 is vLLM's choice on CPUs. V2 needs Triton's CPU backend and
+    ``VLLM_USE_V2_MODEL_RUNNER=1``.
+    """
 
     def init_device(self) -> None:
         """Set the worker up, with our runner in place of vLLM's."""
-        with cpu_model_runner.use(AdaDecodeCPUModelRunner):
+        with cpu_model_runner.use(self._runner_class()):
             super().init_device()
 
-    def update_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Receive new weights; what the old ones computed is dropped (I2)."""
-        self._runner.proposer.adadecode.ledger.clear("weights_updated")
-        super().update_weights(*args, **kwargs)
+    def _runner_class(self) -> type:
+        if self.use_v2_model_runner:
+            from adadecode_vllm.runner.v2_cpu import AdaDecodeCPUModelRunnerV2
 
-    def adadecode_stats(self, reset: bool = False) -> dict[str, Any]:
-        """Counters of this worker; reached through ``LLM.collective_rpc``.
+            return AdaDecodeCPUModelRunnerV2
+        from adadecode_vllm.runner.v1 import AdaDecodeCPUModelRunner
 
-        Args:
-            reset: Start again from zero afterwards.
-
-        Returns:
-            :meth:`adadecode_vllm.core.stats.Stats.to_dict` and ``dropped``, requests
-            whose pending tokens were discarded, by reason.
-        """
-        adadecode = self._runner.proposer.adadecode
-        answer = {
-            **adadecode.stats.to_dict(),
-            "dropped": dict(adadecode.ledger.dropped),
-        }
-        if reset:
-            adadecode.stats.reset()
-            adadecode.ledger.dropped.clear()
-        return answer
-
-    def adadecode_configure(self, **options: Any) -> None:
-        """Change when to predict early; reached through ``LLM.collective_rpc``.
-
-        Args:
-            **options: ``threshold``, ``max_early_predictions`` (up to the engine's
-                own), ``gate``, ``last_guess`` and ``synthetic_acceptance_rate``; what
-                is not named stays.
-
-        Raises:
-            AdaDecodeError: If an option cannot be changed or its value is wrong.
-        """
-        self._runner.proposer.adadecode.configure(options)
-
-    @property
-    def _runner(self) -> AdaDecodeCPUModelRunner:
-        return cast(AdaDecodeCPUModelRunner, self.model_runner)
+        return AdaDecodeCPUModelRunner

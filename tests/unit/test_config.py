@@ -8,23 +8,31 @@ import json
 import math
 import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from vllm.platforms import current_platform
+from vllm.v1.executor.abstract import Executor
 
 import adadecode_vllm
 from adadecode_vllm import plugin
 from adadecode_vllm.arguments import (
+    ASYNC_SCHEDULER,
     CPU_WORKER,
+    CUDA_WORKER,
     PROPOSER,
     SCHEDULER,
+    SPECULATOR,
     add_cli_flags,
     merge_into_additional_config,
     options_from_flags,
     prepared,
     requested_config,
+    schedule_ahead,
 )
 from adadecode_vllm.config import AdaDecodeConfig, engine_args, parse_config
 from adadecode_vllm.errors import AdaDecodeError
@@ -484,3 +492,54 @@ def test_class_paths_import() -> None:
 
     assert resolve_obj_by_qualname(PROPOSER).__name__ == "AdaDecodeProposer"
     assert resolve_obj_by_qualname(SCHEDULER).__name__ == "AdaDecodeScheduler"
+    assert (
+        resolve_obj_by_qualname(ASYNC_SCHEDULER).__name__ == "AdaDecodeAsyncScheduler"
+    )
+    assert resolve_obj_by_qualname(SPECULATOR).__name__ == "AdaDecodeSpeculator"
+    # The CUDA worker's module must not be imported beside vLLM's CPU worker.
+    module, name = CUDA_WORKER.rsplit(".", 1)
+    source = Path(str(find_spec(module).origin)).read_text()
+    assert f"class {name}(" in source
+
+
+def test_cuda_engines_get_model_runner_v2(
+    cli: argparse.ArgumentParser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    args = from_cli(cli, "--plugin", "adadecode", "--adadecode-heads", "H")
+    args.async_scheduling = True
+    with prepared(args, parse_config({"heads": "H"})):
+        assert args.speculative_config["model"] == SPECULATOR
+        assert args.worker_cls == CUDA_WORKER
+        # vLLM would refuse it; `schedule_ahead` switches it on afterwards.
+        assert args.async_scheduling is None
+    assert args.async_scheduling is True
+
+
+@pytest.mark.parametrize("asked", [None, True, False])
+@pytest.mark.parametrize(
+    ("backend", "able"), [("uni", True), ("mp", True), ("ray", True), (Executor, False)]
+)
+def test_model_runner_v2_schedules_ahead(
+    asked: bool | None, backend: Any, able: bool
+) -> None:
+    """Where the executor can, unless the user switched it off."""
+    config: Any = SimpleNamespace(
+        use_v2_model_runner=True,
+        parallel_config=SimpleNamespace(
+            distributed_executor_backend=backend, world_size=1
+        ),
+        scheduler_config=SimpleNamespace(async_scheduling=False, scheduler_cls="S"),
+    )
+    schedule_ahead(config, asked)
+    ahead = able and asked is not False
+    assert config.scheduler_config.async_scheduling is ahead
+    assert config.scheduler_config.scheduler_cls == (ASYNC_SCHEDULER if ahead else "S")
+
+
+def test_model_runner_v1_does_not_schedule_ahead() -> None:
+    scheduler = SimpleNamespace(async_scheduling=False)
+    config: Any = SimpleNamespace(use_v2_model_runner=False, scheduler_config=scheduler)
+    schedule_ahead(config, None)
+    assert scheduler.async_scheduling is False

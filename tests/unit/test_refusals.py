@@ -12,14 +12,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from vllm.config import VllmConfig
+from vllm.config import CompilationMode, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models import registry
+from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.worker import cpu_worker
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from adadecode_vllm import engine_args, features, plugin
+from adadecode_vllm.config import parse_config
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.heads import init_heads
 from adadecode_vllm.patches import cpu_model_runner
@@ -291,14 +293,39 @@ def test_off_refuses_nothing(model: Path, heads: Path) -> None:
 def test_model_runner_v2(
     model: Path, heads: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    v2: Any = SimpleNamespace(use_v2_model_runner=True)
-    with pytest.raises(AdaDecodeError, match="works in Model Runner V1"):
-        features._check_features(v2)
+    """Needs Triton, which has no CPU backend here."""
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    with pytest.raises(AdaDecodeError, match="works in Model Runner V1"):
+    with pytest.raises(AdaDecodeError, match=r"^VLLM_USE_V2_MODEL_RUNNER=1: .* Triton"):
         create(model, heads)
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
     assert not create(model, heads).use_v2_model_runner
+
+
+def test_model_runner_v1_on_cuda(
+    model: Path, heads: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    with pytest.raises(AdaDecodeError, match=r"^VLLM_USE_V2_MODEL_RUNNER=0: not with"):
+        features.check_arguments(EngineArgs(model=str(model)))
+    # Another setting that V2 cannot run makes vLLM fall back to V1.
+    v1: Any = SimpleNamespace(use_v2_model_runner=False)
+    with pytest.raises(AdaDecodeError, match=r"^the model runner: not with AdaDecode"):
+        features._check_features(v1)
+
+
+def test_stock_torch_compile(model: Path, heads: Path) -> None:
+    with pytest.raises(AdaDecodeError, match=r"^--compilation-config mode 1: not with"):
+        create(model, heads, compilation_config={"mode": 1}, enforce_eager=False)
+
+
+def test_other_devices(
+    model: Path, heads: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = create(model, heads)
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    with pytest.raises(AdaDecodeError, match="on CPUs and CUDA devices, not on"):
+        features.check_engine(config, parse_config({"heads": str(heads)}))
 
 
 @pytest.mark.parametrize(
@@ -312,6 +339,7 @@ def test_context_parallelism(name: str, flag: str) -> None:
     sizes = {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1}
     config: Any = SimpleNamespace(
         use_v2_model_runner=False,
+        compilation_config=SimpleNamespace(mode=CompilationMode.NONE),
         parallel_config=SimpleNamespace(**sizes | {name: 2}),
     )
     with pytest.raises(AdaDecodeError, match=f"^{flag}: not with AdaDecode"):
@@ -324,6 +352,7 @@ def test_kv_features() -> None:
     )
     config: Any = SimpleNamespace(
         use_v2_model_runner=False,
+        compilation_config=SimpleNamespace(mode=CompilationMode.NONE),
         parallel_config=ones,
         kv_transfer_config=None,
         cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
@@ -546,6 +575,18 @@ def test_a_replaced_runner_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         cpu_model_runner.use(_Runner),
     ):
         pass
+
+
+def test_the_second_runner_is_replaced_in_its_own_module() -> None:
+    from vllm.v1.worker.cpu import model_runner
+
+    class RunnerV2(model_runner.CPUModelRunner):
+        """Any subclass of V2's."""
+
+    with cpu_model_runner.use(RunnerV2):
+        assert model_runner.CPUModelRunner is RunnerV2
+        assert cpu_worker.CPUModelRunner is CPUModelRunner
+    assert model_runner.CPUModelRunner is not RunnerV2
 
 
 def test_the_runner_patch_is_still_needed() -> None:

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small answers from the device, without stalling more than the answer itself."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+
+class HostCopy:
+    """Brings one small tensor at a time to the host.
+
+    On CUDA through a preallocated pinned buffer and an event that is waited for by
+    spinning, which costs a few microseconds less than a copy to pageable memory.
+    """
+
+    def __init__(
+        self, max_elements: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Allocate the buffer.
+
+        Args:
+            max_elements: Largest number of elements of a tensor.
+            dtype: Its dtype.
+            device: Where it comes from.
+        """
+        self._buffer: torch.Tensor | None = None
+        if device.type == "cuda":
+            self._buffer = torch.empty(max_elements, dtype=dtype, pin_memory=True)
+            self._event = torch.cuda.Event()
+
+    def __call__(self, tensor: torch.Tensor) -> np.ndarray:
+        """Copy and wait.
+
+        Args:
+            tensor: Any shape.
+
+        Returns:
+            The same shape; valid until the next call.
+        """
+        if self._buffer is None:
+            return tensor.cpu().numpy()
+        host = self._buffer[: tensor.numel()].view(tensor.shape)
+        host.copy_(tensor, non_blocking=True)
+        self._event.record()
+        self._event.synchronize()
+        return host.numpy()

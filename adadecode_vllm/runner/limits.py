@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far a request may predict early, for all model runners."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
+
+
+def draft_limits(
+    *,
+    cap: int,
+    positions: np.ndarray,
+    owned_slots: np.ndarray,
+    max_model_len: int,
+    remaining: np.ndarray,
+) -> np.ndarray:
+    """Most early predictions per request.
+
+    Bounded by the cap, by the KV slots that the request owns (I3), by the model's
+    length (vLLM schedules no token that leaves no room for a sampled one) and by what
+    the request may still generate.
+
+    Args:
+        cap: Most unverified tokens of a request.
+        positions: (R,) int64, positions of the newest tokens.
+        owned_slots: (R,) int64, positions below this may be written.
+        max_model_len: The model's length.
+        remaining: (R,) int64, tokens that the request may still generate.
+
+    Returns:
+        (R,) int64, 0 .. cap.
+    """
+    bounds = (
+        np.full(len(positions), cap),
+        owned_slots - positions,
+        max_model_len - 2 - positions,
+        remaining - 1,
+    )
+    return np.maximum(np.min(bounds, axis=0), 0)
+
+
+def stop_token_ids(params: SamplingParams | None) -> frozenset[int]:
+    """Tokens that end the request, so that nothing after them is kept."""
+    if params is None:
+        return frozenset()
+    stops = set(params.stop_token_ids or ())
+    if params.eos_token_id is not None:
+        stops.add(params.eos_token_id)
+    return frozenset(stops)

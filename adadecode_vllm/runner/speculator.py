@@ -1,0 +1,473 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The speculator that ``speculative_config`` names, for Model Runner V2.
+
+V2 leaves sampled tokens on the device and, with asynchronous scheduling, learns the
+next step's batch before it knows them. The host decides here after every gate whether a
+request predicts early or goes deeper, so it also knows how many drafts there really
+are: steps are scheduled with room for the cap, and the room that stayed empty is
+removed when a step starts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+from vllm.config import CUDAGraphMode
+from vllm.distributed.parallel_state import graph_capture
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
+
+from adadecode_vllm.config import CONFIG_KEY, parse_config
+from adadecode_vllm.core.adadecode import AdaDecode
+from adadecode_vllm.core.batch import AttentionBatcher, KVGroup
+from adadecode_vllm.core.drafting import DraftRequests
+from adadecode_vllm.core.executor import FrontTokens
+from adadecode_vllm.core.host_copy import HostCopy
+from adadecode_vllm.core.ledger import Resumable
+from adadecode_vllm.core.piecewise import PiecewiseInputs
+from adadecode_vllm.core.resume import ScheduledBatch
+from adadecode_vllm.runner.draft_graphs import (
+    DraftBuffers,
+    SegmentGraphs,
+    supports_draft_graphs,
+)
+from adadecode_vllm.runner.limits import draft_limits, stop_token_ids
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+    from vllm.v1.worker.gpu.states import RequestState
+
+    from adadecode_vllm.runner.v2 import AdaDecodeModelRunner
+
+
+class AdaDecodeSpeculator(BaseSpeculator):
+    """Turns vLLM's state after sampling into a drafting cycle.
+
+    A request's row in the block tables is its index in ``RequestState``.
+
+    Attributes:
+        adadecode: The method's parts; exists after :meth:`load`.
+        drafts: Request id to early predictions that no step has verified yet.
+        step: Number of the current engine step.
+    """
+
+    # What the runner reads of a speculator.
+    supports_mm_inputs = False
+    draft_logits = None
+
+    adadecode: AdaDecode
+
+    def __init__(
+        self, vllm_config: VllmConfig, device: torch.device, req_states: RequestState
+    ) -> None:
+        """Read the options that start-up resolved and allocate the buffers.
+
+        Args:
+            vllm_config: The engine's configuration.
+            device: The model's device.
+            req_states: vLLM's request states.
+        """
+        self.vllm_config = vllm_config
+        self.device = device
+        additional_config = vllm_config.additional_config
+        assert isinstance(additional_config, dict), "start-up wrote the options there"
+        self.config = parse_config(additional_config[CONFIG_KEY])
+        self.drafts: dict[str, list[int]] = {}
+        self.step = 0
+        self._async = bool(vllm_config.scheduler_config.async_scheduling)
+        self._states = req_states
+        self._stops: dict[str, frozenset[int]] = {}
+        # Verified tokens with KV, by row: exact, where vLLM's host copy is an upper
+        # bound under asynchronous scheduling.
+        self._computed = np.zeros(req_states.max_num_reqs, np.int64)
+        self._draft_tokens = torch.zeros_like(req_states.draft_tokens)
+        self._outcome = HostCopy(2 * req_states.max_num_reqs, torch.int64, device)
+        self._scheduled: SchedulerOutput | None = None
+        self._empty: dict[str, int] = {}
+        self._runner: AdaDecodeModelRunner | None = None
+        self._graph_names: list[str] = []
+        self._piecewise = False
+
+    def load(self, target_model: nn.Module) -> None:
+        """Assemble the method around the loaded model.
+
+        Args:
+            target_model: The model as vLLM loaded it.
+        """
+        self.adadecode = AdaDecode(target_model, self.config, self.vllm_config)
+
+    def bind(self, runner: AdaDecodeModelRunner) -> None:
+        """Learn the runner's KV cache groups; called whenever they change.
+
+        Args:
+            runner: The model runner.
+        """
+        groups = [
+            _kv_group(runner, index)
+            for index in range(len(runner.kv_cache_config.kv_cache_groups))
+        ]
+        self.adadecode.executor.batcher = AttentionBatcher(groups, self.device)
+        self._runner = runner
+
+    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        """Plan the CUDA graphs of draft steps and of the segments' pieces.
+
+        vLLM calls it whenever the KV cache is set up, also while it measures how much
+        memory graphs take; it then finds the managers among the attributes.
+
+        Args:
+            cudagraph_mode: What the attention backends allow.
+        """
+        full = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
+        self._piecewise = cudagraph_mode.has_piecewise_cudagraphs()
+        self._graph_names = [
+            f"segment_{segment}_graphs"
+            for segment in range(self.adadecode.executor.num_segments - 1)
+        ]
+        for segment, name in enumerate(self._graph_names):
+            graphs = SegmentGraphs(segment, self.vllm_config, self.device, full)
+            setattr(self, name, graphs)
+        executor = self.adadecode.executor
+        executor.draft_graphs = None
+        executor.piecewise = None
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Capture them; vLLM calls it after its own graphs."""
+        if not self.adadecode.policy.can_predict:
+            return
+        runner = self._runner
+        assert runner is not None, "bound when the KV cache was initialized"
+        executor, states = self.adadecode.executor, self.adadecode.states
+        if self._piecewise:
+            sizes = self.vllm_config.compilation_config.cudagraph_capture_sizes
+            executor.piecewise = PiecewiseInputs(
+                sizes or (), states.hidden.shape[1], states.hidden.dtype, self.device
+            )
+            with graph_capture(device=self.device):
+                executor.capture_piecewise()
+        if not supports_draft_graphs(runner):
+            return
+        buffers = DraftBuffers(runner, states)
+        for name in self._graph_names:
+            getattr(self, name).capture_steps(buffers, executor)
+
+        def replay(
+            segment: int, tokens: FrontTokens
+        ) -> tuple[np.ndarray, np.ndarray] | None:
+            graphs: SegmentGraphs = getattr(self, self._graph_names[segment])
+            return graphs.replay(buffers, tokens)
+
+        executor.draft_graphs = replay
+
+    def start_step(self, scheduler_output: SchedulerOutput) -> SchedulerOutput:
+        """Take a step's schedule in.
+
+        Args:
+            scheduler_output: What the scheduler asks for; is left as it is.
+
+        Returns:
+            The same, with no more drafts per request than were really predicted.
+        """
+        self.step += 1
+        gone = scheduler_output.finished_req_ids | (
+            scheduler_output.preempted_req_ids or set()
+        )
+        new = {request.req_id for request in scheduler_output.scheduled_new_reqs}
+        for request_id in gone | new:
+            self.drafts.pop(request_id, None)
+            self._stops.pop(request_id, None)
+        self.adadecode.forget(gone)
+
+        self._empty = {}
+        drafts: dict[str, list[int]] = {}
+        for request_id, room in scheduler_output.scheduled_spec_decode_tokens.items():
+            predicted = self.drafts.get(request_id, ())
+            filled = _agreeing(predicted, room)
+            if filled:
+                drafts[request_id] = room[:filled]
+            if filled < len(room):
+                self._empty[request_id] = len(room) - filled
+        if self._empty:
+            counts = dict(scheduler_output.num_scheduled_tokens)
+            for request_id, empty in self._empty.items():
+                counts[request_id] -= empty
+            scheduler_output = replace(
+                scheduler_output,
+                num_scheduled_tokens=counts,
+                total_num_scheduled_tokens=sum(counts.values()),
+                scheduled_spec_decode_tokens=drafts,
+            )
+        self._scheduled = scheduler_output
+        return scheduler_output
+
+    @property
+    def unused_drafts(self) -> dict[str, int]:
+        """Request id to draft slots of this step that stayed empty."""
+        return self._empty
+
+    def add_requests(self, scheduler_output: SchedulerOutput) -> None:
+        """Remember what ends the new requests; their rows exist by now."""
+        for request in scheduler_output.scheduled_new_reqs:
+            row = self._states.req_id_to_index[request.req_id]
+            self._computed[row] = request.num_computed_tokens
+            self._stops[request.req_id] = stop_token_ids(request.sampling_params)
+
+    def may_resume(self, scheduler_output: SchedulerOutput) -> bool:
+        """Whether the step has a request with pending tokens."""
+        request_ids = self.adadecode.ledger.request_ids
+        return any(
+            request_id in scheduler_output.num_scheduled_tokens
+            for request_id in request_ids
+        )
+
+    def resumable(
+        self, input_batch: InputBatch
+    ) -> tuple[ScheduledBatch, Resumable] | None:
+        """Ask the ledger what of a batch has come some way already.
+
+        Requests that are new to the runner, also those resumed after a preemption, have
+        no KV that the ledger knows of.
+
+        Args:
+            input_batch: The step's batch, in its final order.
+
+        Returns:
+            The batch as the core sees it and what may be resumed of it, or None.
+        """
+        scheduled = self._scheduled
+        if scheduled is None or not len(self.adadecode.ledger):
+            return None
+        new = {request.req_id for request in scheduled.scheduled_new_reqs}
+        rows = input_batch.idx_mapping_np.astype(np.int64)
+        count = input_batch.num_scheduled_tokens.astype(np.int64)
+        # Without asynchronous scheduling the scheduler's own count is exact, and
+        # independent of ours.
+        first = (
+            self._computed[rows]
+            if self._async
+            else input_batch.num_computed_tokens_np.astype(np.int64)
+        )
+        resumable = self.adadecode.ledger.take(
+            self.step,
+            {
+                request_id: index
+                for index, request_id in enumerate(input_batch.req_ids)
+                if request_id not in new
+            },
+            first,
+            count,
+            None,
+        )
+        if resumable is None:
+            return None
+        batch = ScheduledBatch(
+            rows=rows,
+            first=first,
+            count=count,
+            token_ids=input_batch.input_ids[: input_batch.num_tokens],
+        )
+        return batch, resumable
+
+    def trim_grammar(self, grammar_output: GrammarOutput | None) -> Any:
+        """Remove the grammar's rows for room that stayed empty.
+
+        Args:
+            grammar_output: One row of the bitmask per scheduled draft and one more, for
+                each structured request, as the scheduler made it.
+
+        Returns:
+            The same for the drafts that there are.
+        """
+        if grammar_output is None or grammar_output.grammar_bitmask is None:
+            return grammar_output
+        scheduled = self._scheduled
+        assert scheduled is not None, "called within a step"
+        request_ids = grammar_output.structured_output_request_ids
+        if not any(request_id in self._empty for request_id in request_ids):
+            return grammar_output
+        keep: list[int] = []
+        first = 0
+        filled = []
+        for request_id in request_ids:
+            drafts = len(scheduled.scheduled_spec_decode_tokens.get(request_id, ()))
+            keep.extend(range(first, first + drafts + 1))
+            first += drafts + 1 + self._empty.get(request_id, 0)
+            filled.append(drafts)
+        acceptable = grammar_output.num_acceptable_drafts
+        if acceptable is not None:
+            acceptable = [min(*pair) for pair in zip(acceptable, filled, strict=True)]
+        return replace(
+            grammar_output,
+            grammar_bitmask=grammar_output.grammar_bitmask[keep],
+            num_acceptable_drafts=acceptable,
+        )
+
+    @torch.inference_mode()
+    def propose(
+        self,
+        input_batch: InputBatch,
+        attn_metadata: Any,
+        slot_mappings: Any,
+        last_hidden_states: torch.Tensor,
+        aux_hidden_states: list[torch.Tensor] | None,
+        num_sampled: torch.Tensor,
+        num_rejected: torch.Tensor,
+        last_sampled: torch.Tensor,
+        next_prefill_tokens: torch.Tensor,
+        temperature: torch.Tensor,
+        seeds: torch.Tensor,
+        dp_sync_state: Any = None,
+        dummy_run: bool = False,
+        skip_attn_for_dummy_run: bool = False,
+        mm_inputs: Any = None,
+        is_profile: bool = False,
+        num_speculative_tokens: int | None = None,
+    ) -> torch.Tensor:
+        """Predict early for every request that sampled a token; see vLLM.
+
+        Args:
+            input_batch: The step's batch of R requests.
+            attn_metadata: Unused, as are the other arguments that are not named here:
+                drafting builds metadata of its own and samples nothing.
+            slot_mappings: Unused.
+            last_hidden_states: Unused.
+            aux_hidden_states: Unused.
+            num_sampled: (R,) int32, tokens that the step yielded.
+            num_rejected: Unused.
+            last_sampled: (max_requests, 1) int64, newest token by row.
+            next_prefill_tokens: Unused.
+            temperature: Unused.
+            seeds: Unused.
+            dp_sync_state: Unused.
+            dummy_run: The batch is made up.
+            skip_attn_for_dummy_run: Unused.
+            mm_inputs: Unused.
+            is_profile: vLLM measures the memory that a step takes.
+            num_speculative_tokens: The scheduler's cap for this step.
+
+        Returns:
+            (R, k) int64 early predictions; what is beyond a request's is undefined.
+        """
+        num_reqs = input_batch.num_reqs
+        if dummy_run:
+            if is_profile and self.adadecode.policy.can_predict:
+                self.adadecode.executor.warm_up(input_batch.num_tokens)
+            return self._draft_tokens[:num_reqs]
+
+        rows = input_batch.idx_mapping_np.astype(np.int64)
+        drafted = input_batch.num_draft_tokens_per_req
+        if drafted is None:
+            drafted = np.zeros(num_reqs, np.int64)
+        reached = self._computed[rows] + input_batch.num_scheduled_tokens
+        can_predict = self.adadecode.policy.can_predict
+        tokens = None
+        if can_predict or input_batch.num_draft_tokens:
+            outcome = torch.stack(
+                (
+                    num_sampled[:num_reqs].to(torch.int64),
+                    last_sampled[input_batch.idx_mapping, 0],
+                )
+            )
+            sampled, tokens = self._outcome(outcome).copy()
+        else:
+            # Nothing to wait for: a finished prompt yields one token.
+            sampled = (reached >= input_batch.prefill_len_np).astype(np.int64)
+        self._computed[rows] = reached - np.where(sampled > 0, drafted + 1 - sampled, 0)
+        self._count_verdicts(input_batch.req_ids, sampled)
+        for request_id in input_batch.req_ids:
+            self.drafts[request_id] = []
+        if not can_predict or tokens is None:
+            return self._draft_tokens[:num_reqs]
+        return self._predict(input_batch, rows, sampled, tokens, num_speculative_tokens)
+
+    def _predict(
+        self,
+        input_batch: InputBatch,
+        rows: np.ndarray,
+        sampled: np.ndarray,
+        tokens: np.ndarray,
+        cap: int | None,
+    ) -> torch.Tensor:
+        active = np.flatnonzero(sampled > 0)
+        answer = self._draft_tokens[: input_batch.num_reqs]
+        if not len(active):
+            return answer
+        rows = rows[active]
+        positions = self._computed[rows]
+        request_ids = [input_batch.req_ids[index] for index in active]
+        policy, batcher = self.adadecode.policy, self.adadecode.executor.batcher
+        assert batcher is not None, "bound when the KV cache was initialized"
+        if cap is None:
+            cap = policy.max_early_predictions
+        predicted = self.adadecode.draft(
+            self.step,
+            request_ids,
+            DraftRequests(
+                rows=rows,
+                token_ids=tokens[active],
+                positions=positions,
+                limits=draft_limits(
+                    cap=min(policy.max_early_predictions, cap),
+                    positions=positions,
+                    owned_slots=batcher.owned_slots(rows),
+                    max_model_len=self._states.max_model_len,
+                    remaining=self._states.max_seq_len[rows] - positions - 1,
+                ),
+                stop_token_ids=[
+                    self._stops.get(request_id, frozenset())
+                    for request_id in request_ids
+                ],
+            ),
+        )
+        if not any(predicted):
+            return answer
+        table = np.zeros(answer.shape, np.int64)
+        for index, request_id, early in zip(
+            active, request_ids, predicted, strict=True
+        ):
+            self.drafts[request_id] = early
+            table[index, : len(early)] = early
+        return async_tensor_h2d(table, out=answer)
+
+    def _count_verdicts(self, request_ids: list[str], sampled: np.ndarray) -> None:
+        scheduled = self._scheduled
+        assert scheduled is not None, "called within a step"
+        drafts = scheduled.scheduled_spec_decode_tokens
+        self.adadecode.count_verdicts(
+            {
+                request_id: tokens
+                for request_id, tokens in zip(
+                    request_ids, sampled.tolist(), strict=True
+                )
+                if tokens
+            },
+            {request_id: len(tokens) for request_id, tokens in drafts.items()},
+        )
+
+
+def _agreeing(predicted: Any, room: list[int]) -> int:
+    """Drafts that fit the room; -1 in it stands for whatever was predicted."""
+    filled = 0
+    for ours, theirs in zip(predicted, room, strict=False):
+        if theirs not in (-1, ours):
+            break
+        filled += 1
+    return filled
+
+
+def _kv_group(runner: AdaDecodeModelRunner, index: int) -> KVGroup:
+    tables = runner.block_tables
+    return KVGroup(
+        block_table=lambda: tables.block_tables[index].gpu,
+        block_size=tables.block_sizes[index],
+        blocks_owned=lambda: tables.num_blocks.np[index],
+        layer_names=runner.kv_cache_config.kv_cache_groups[index].layer_names,
+        attention_groups=runner.attn_groups[index],
+    )

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model Runner V2: greedy texts equal ordinary vLLM's (I6), on the smallest set.
+
+V2's kernels run in Triton's interpreter here. The references come from ordinary vLLM on
+Model Runner V1, which is one more check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.harness import Reference, adadecode_options
+from tests.interpreted.process import EngineProcess, start_engine
+
+pytestmark = pytest.mark.engine
+
+Case = tuple[list[str], list[list[int]]]
+ASYNC = pytest.mark.parametrize("async_scheduling", [True, False])
+SCHEMA = {
+    "type": "object",
+    "properties": {"answer": {"type": "integer"}, "sure": {"type": "boolean"}},
+    "required": ["answer", "sure"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def some(prompts: list[str], reference: Reference) -> Case:
+    """Six prompts of mixed lengths and ordinary vLLM's texts."""
+    return prompts[:6], reference["texts"][:6]
+
+
+def _scheduling(ahead: bool) -> dict[str, Any]:
+    """vLLM schedules ahead by default."""
+    return {} if ahead else {"async_scheduling": False}
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["async", "sync"])
+def engine(request: Any, some: Case) -> Iterator[EngineProcess]:
+    """With and without the next step being scheduled while the last one runs."""
+    options = adadecode_options(max_early_predictions=5)
+    with start_engine(**options, **_scheduling(request.param)) as llm:
+        facts = llm.facts()
+        assert facts["v2"]
+        assert facts["async_scheduling"] is request.param
+        assert facts["runner"] == "AdaDecodeCPUModelRunnerV2"
+        yield llm
+
+
+@pytest.mark.parametrize(
+    ("threshold", "cap"), [(0.0, 5), (0.5, 3), (0.75, 5), (1.0, 5)]
+)
+def test_thresholds_and_caps(
+    engine: EngineProcess, some: Case, threshold: float, cap: int
+) -> None:
+    prompts, texts = some
+    engine.configure(threshold=threshold, max_early_predictions=cap)
+    assert engine.generate(prompts) == texts
+    counted = engine.stats()
+    if threshold == 1.0:
+        assert sum(counted["early_predictions"]) == 0
+        assert counted["resumed_tokens"] == 0
+        return
+    assert sum(counted["accepted"]) > 0
+    assert counted["resumed_tokens"] > 0
+    # With the next step scheduled before the last one ended, a request may run one step
+    # past its end.
+    assert counted["generated_tokens"] >= sum(len(text) for text in texts)
+    if threshold == 0.0:
+        assert sum(counted["rejected"]) > 5
+
+
+def test_one_at_a_time_and_prefix_cache(engine: EngineProcess, some: Case) -> None:
+    prompts, texts = some
+    engine.configure(threshold=0.5, max_early_predictions=5)
+    before = engine.metric("vllm:prefix_cache_hits")
+    assert [engine.generate([prompt])[0] for prompt in prompts] == texts
+    assert engine.metric("vllm:prefix_cache_hits") > before
+    assert sum(engine.stats()["accepted"]) > 0
+
+
+def test_the_metrics_count_real_drafts(engine: EngineProcess, some: Case) -> None:
+    """Not the room that was scheduled for them."""
+    names = ("num_draft_tokens", "num_accepted_tokens")
+    before = [engine.metric(f"vllm:spec_decode_{name}") for name in names]
+    engine.configure(threshold=0.75, last_guess=False)
+    engine.generate(some[0])
+    drafted, accepted = (
+        engine.metric(f"vllm:spec_decode_{name}") - value
+        for name, value in zip(names, before, strict=True)
+    )
+    counted = engine.stats()
+    predicted = sum(counted["early_predictions"])
+    # What a finished request had drafted is never scheduled or not reported.
+    assert 0.8 * predicted <= drafted <= predicted
+    assert 0 < accepted <= sum(counted["accepted"])
+
+
+def test_requests_that_end_at_max_model_len(
+    engine: EngineProcess, prompts: list[str], reference: Reference
+) -> None:
+    engine.configure(threshold=0.5, max_early_predictions=5)
+    texts = engine.generate(prompts[:2], max_tokens=None, ignore_eos=True)
+    assert texts == reference["full"][:2]
+    assert sum(engine.stats()["accepted"]) > 0
+
+
+def test_seeded_sampling_repeats_and_follows_the_seed(
+    engine: EngineProcess, some: Case
+) -> None:
+    engine.configure(threshold=0.5, max_early_predictions=5)
+    options = {"temperature": 1.0, "max_tokens": 16, "n": 2}
+    once = engine.sample(some[0][:3], seed=1, **options)
+    assert sum(engine.stats()["accepted"]) > 0
+    assert engine.sample(some[0][:3], seed=1, **options) == once
+    assert engine.sample(some[0][:3], seed=2, **options) != once
+
+
+def test_structured_output(engine: EngineProcess, some: Case) -> None:
+    """The grammar sees the drafts that there are; what it forbids is not resumed."""
+    engine.configure(threshold=1.0)
+    ordinary = engine.structured(some[0][:3], SCHEMA, max_tokens=24)
+    for threshold in (0.0, 0.5):
+        engine.configure(threshold=threshold, max_early_predictions=4)
+        assert engine.structured(some[0][:3], SCHEMA, max_tokens=24) == ordinary
+        assert sum(engine.stats()["early_predictions"]) > 0
+    mixed = engine.generate(some[0])
+    assert mixed == some[1]
+
+
+@ASYNC
+def test_chunked_prefill_and_preemption(some: Case, async_scheduling: bool) -> None:
+    prompts, texts = some
+    with start_engine(
+        **adadecode_options(threshold=0.5),
+        **_scheduling(async_scheduling),
+        enable_prefix_caching=False,
+        max_num_batched_tokens=48,
+        num_gpu_blocks_override=9,
+        max_num_seqs=6,
+    ) as llm:
+        assert llm.generate(prompts) == texts
+        assert llm.metric("vllm:num_preemptions") > 0
+        assert sum(llm.stats()["accepted"]) > 0
+        llm.configure(threshold=0.0)
+        assert llm.generate(prompts) == texts
+        assert sum(llm.stats()["rejected"]) > 0

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An engine on Model Runner V2 in a process of its own, reached through a pipe."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import harness
+
+_SITE = Path(__file__).parent / "site"
+
+
+class EngineProcess:
+    """The calls of `tests.harness`, made in the other process."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def __getattr__(self, name: str) -> Any:
+        """Any function of `_Calls`; its exception is raised here."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._connection.send((name, args, kwargs))
+            failed, answer = self._connection.recv()
+            if failed:
+                raise RuntimeError(answer)
+            return answer
+
+        return call
+
+
+@contextmanager
+def start_engine(**options: Any) -> Iterator[EngineProcess]:
+    """An engine with the defaults of `tests.harness.start_engine`."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs,))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+        patch.setenv("PYTHONPATH", str(_SITE), prepend=os.pathsep)
+        process.start()
+    theirs.close()  # so that a child that dies ends our waiting
+    try:
+        engine = EngineProcess(ours)
+        engine.start(options)
+        yield engine
+    finally:
+        ours.close()
+        process.join(60)
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+class _Calls:
+    """What the other process answers; named functions of `tests.harness`."""
+
+    def __init__(self) -> None:
+        self._engine: Any = None
+        self.llm: Any = None
+
+    def start(self, options: dict[str, Any]) -> None:
+        from tests.interpreted import grammar_kernel
+
+        self._engine = harness.start_engine(**options)
+        self.llm = self._engine.__enter__()
+        grammar_kernel.install()
+
+    def stop(self) -> None:
+        if self.llm is not None:
+            self._engine.__exit__(None, None, None)
+
+    def generate(self, prompts: list[Any], **options: Any) -> list[list[int]]:
+        return harness.generate(self.llm, prompts, **options)
+
+    def sample(self, prompts: list[Any], **options: Any) -> list[list[list[int]]]:
+        """Token ids of every completion of every prompt."""
+        from vllm import SamplingParams
+
+        outputs = self.llm.generate(prompts, SamplingParams(**options), use_tqdm=False)
+        return [
+            [list(completion.token_ids) for completion in output.outputs]
+            for output in outputs
+        ]
+
+    def structured(self, prompts: list[Any], schema: Any, **options: Any) -> list[str]:
+        """Texts that follow a JSON schema, greedily."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import StructuredOutputsParams
+
+        params = SamplingParams(
+            temperature=0,
+            structured_outputs=StructuredOutputsParams(json=schema),
+            **options,
+        )
+        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        return [output.outputs[0].text for output in outputs]
+
+    def configure(self, **options: Any) -> None:
+        harness.configure(self.llm, **options)
+
+    def stats(self) -> dict[str, Any]:
+        return harness.stats(self.llm)
+
+    def metric(self, name: str) -> float:
+        return harness.metric(self.llm, name)
+
+    def facts(self) -> dict[str, Any]:
+        """Which parts of vLLM the engine was made of."""
+        worker = self.llm.llm_engine.model_executor.driver_worker.worker
+        config = self.llm.llm_engine.vllm_config
+        return {
+            "v2": config.use_v2_model_runner,
+            "async_scheduling": config.scheduler_config.async_scheduling,
+            "runner": type(worker.model_runner).__name__,
+        }
+
+
+def _serve(connection: Connection) -> None:
+    calls = _Calls()
+    try:
+        while True:
+            name, args, kwargs = connection.recv()
+            try:
+                connection.send((False, getattr(calls, name)(*args, **kwargs)))
+            except Exception as error:
+                connection.send((True, f"{type(error).__name__}: {error}"))
+    except EOFError:
+        calls.stop()

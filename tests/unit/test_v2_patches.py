@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The changes to vLLM that Model Runner V2 needs."""
+
+from __future__ import annotations
+
+import inspect
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.config import VllmConfig
+from vllm.v1.worker.gpu import model_runner, spec_decode
+
+from adadecode_vllm.arguments import SPECULATOR
+from adadecode_vllm.patches import init_speculator, v2_custom_class
+
+_UNSUPPORTED = "speculative method 'custom_class'"
+
+
+def _unsupported(model: str) -> list[str]:
+    config: Any = SimpleNamespace(
+        speculative_config=SimpleNamespace(
+            method="custom_class",
+            model=model,
+            parallel_drafting=True,
+            use_heterogeneous_vocab=False,
+        ),
+        parallel_config=SimpleNamespace(
+            distributed_executor_backend=None,
+            pipeline_parallel_size=1,
+            use_ubatching=False,
+        ),
+    )
+    return VllmConfig._get_v2_model_runner_unsupported_features(config)
+
+
+def test_only_our_speculator_is_accepted() -> None:
+    v2_custom_class.install()
+    v2_custom_class.install()
+    assert _UNSUPPORTED in _unsupported("some.other.Proposer")
+    ours = _unsupported(SPECULATOR)
+    assert _UNSUPPORTED not in ours
+    # Whatever else V2 cannot run is still reported.
+    assert len(ours) == len(_unsupported("some.other.Proposer")) - 1 > 0
+
+
+def test_engines_without_speculation_are_left_alone() -> None:
+    v2_custom_class.install()
+    config: Any = SimpleNamespace(
+        speculative_config=None,
+        parallel_config=SimpleNamespace(
+            distributed_executor_backend=None,
+            pipeline_parallel_size=1,
+            use_ubatching=False,
+        ),
+    )
+    assert VllmConfig._get_v2_model_runner_unsupported_features(config) == []
+
+
+def test_another_vllm_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(VllmConfig, "_get_v2_model_runner_unsupported_features")
+    v2_custom_class.install()
+    assert not hasattr(VllmConfig, "_get_v2_model_runner_unsupported_features")
+
+
+def test_the_list_of_unsupported_features_still_names_custom_class() -> None:
+    """Fails once vLLM's V2 runs custom classes: then both patches can go."""
+    listed = inspect.unwrap(VllmConfig._get_v2_model_runner_unsupported_features)
+    assert '"custom_class"' in inspect.getsource(listed)
+    assert "custom_class" not in inspect.getsource(spec_decode.init_speculator)
+
+
+class _Speculator:
+    """Remembers what it was built with."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+
+
+def _config(method: str) -> Any:
+    speculative = SimpleNamespace(
+        method=method,
+        model=f"{__name__}._Speculator",
+        use_gemma4_mtp=lambda: False,
+        use_multi_module_mtp=lambda: False,
+        use_eagle=lambda: False,
+        uses_draft_model=lambda: False,
+        use_ngram=lambda: False,
+    )
+    return SimpleNamespace(speculative_config=speculative)
+
+
+def test_the_named_class_is_built_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        init_speculator, "resolve_obj_by_qualname", lambda name: _Speculator
+    )
+    with init_speculator.custom_class():
+        config = _config("custom_class")
+        built = model_runner.init_speculator(config, "device", "states")
+        assert isinstance(built, _Speculator)
+        assert built.arguments == (config, "device", "states")
+        with pytest.raises(NotImplementedError, match="medusa"):
+            model_runner.init_speculator(_config("medusa"), "device", "states")
+    assert model_runner.init_speculator is spec_decode.init_speculator
+    with pytest.raises(NotImplementedError, match="custom_class"):
+        model_runner.init_speculator(_config("custom_class"), "device", "states")
+
+
+def test_a_replaced_function_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_runner, "init_speculator", lambda *arguments: None)
+    with (
+        pytest.raises(RuntimeError, match="is not vLLM's own"),
+        init_speculator.custom_class(),
+    ):
+        pass
