@@ -17,10 +17,15 @@ def register() -> None:
     """
     # Imported here because importing this module must never fail: vLLM would only log
     # that and go on without the plugin.
-    from adadecode_vllm.patches import engine_args, v2_custom_class
+    from adadecode_vllm.patches import (
+        engine_args,
+        v2_async_scheduling,
+        v2_custom_class,
+    )
 
     engine_args.install()
     v2_custom_class.install()
+    v2_async_scheduling.install()
 
 
 def check_vllm_version(found: str | None = None) -> None:

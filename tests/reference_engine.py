@@ -144,6 +144,70 @@ class Schedule:
     rebuilt: set[int] = field(default_factory=set)
 
 
+class WholeSteps:
+    """Steps as CUDA graphs run them: states in, states out, and the gate."""
+
+    def __init__(
+        self, model: ReferenceModel, states: PendingStates, max_tokens: int
+    ) -> None:
+        """Wire the steps."""
+        self.model = model
+        self.states = states
+        self.max_tokens = max_tokens
+        self.resumed = 0
+        self.drafted = 0
+
+    def draft(
+        self,
+        segment: int,
+        subset: TokenSubset,
+        states: np.ndarray,
+        token_ids: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """Run a draft step; wide ones are taken apart."""
+        if len(states) > self.max_tokens:
+            return None
+        self.drafted += 1
+        ids = torch.from_numpy(token_ids)
+        hidden, residual = self._run(segment, subset, states, ids)
+        assert residual is not None
+        front = np.cumsum(subset.count) - 1
+        return self.model.gate(segment, hidden[front], residual[front])
+
+    def resume(
+        self,
+        segment: int,
+        subset: TokenSubset,
+        states: np.ndarray,
+        token_ids: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Run a step of a resumed forward."""
+        assert len(states) <= self.max_tokens
+        assert len(set(states.tolist())) == len(states)
+        assert (token_ids is not None) == (segment == 0)
+        self.resumed += 1
+        return self._run(segment, subset, states, token_ids)[0]
+
+    def _run(
+        self,
+        segment: int,
+        subset: TokenSubset,
+        states: np.ndarray,
+        token_ids: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        index = torch.from_numpy(states)
+        residual: torch.Tensor | None = None
+        if segment == 0:
+            assert token_ids is not None
+            hidden = self.model.embed(token_ids)
+        else:
+            hidden, residual = self.states.read(index)
+        hidden, residual = self.model.run(segment, subset, hidden, residual)
+        if residual is not None:
+            self.states.write(index, hidden, residual)
+        return hidden, residual
+
+
 class Engine:
     """vLLM's step loop in small, around the parts of the core."""
 
@@ -157,6 +221,7 @@ class Engine:
         token_budget: int = 8,
         max_num_seqs: int = 4,
         max_model_len: int = 32,
+        step_tokens: int = 0,
     ) -> None:
         """Wire the parts.
 
@@ -168,6 +233,7 @@ class Engine:
             token_budget: Tokens per step; less than a prompt cuts it into chunks.
             max_num_seqs: Requests per step.
             max_model_len: Most tokens of a request.
+            step_tokens: Largest resumed forward that runs in whole steps.
         """
         assert model.num_blocks * model.block_size >= max_model_len
         self.model = model
@@ -187,6 +253,8 @@ class Engine:
             torch.float32,
             torch.device("cpu"),
         )
+        if step_tokens:
+            model.steps = WholeSteps(model, self.states, step_tokens)
         self.drafter = Drafter(model, self.states, self.policy, self.stats)
         self.resumer = Resumer(model, self.states, self.stats)
         self.finals: dict[tuple[int, ...], torch.Tensor] = {}

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from adadecode_vllm.core.executor import FrontTokens, TokenSubset
+from adadecode_vllm.core.executor import StepRunner, TokenSubset
 
 TAGS = 3
 WIDTH = 6
@@ -109,6 +109,7 @@ class ReferenceModel:
         self.views: dict[int, View] = {}
         self.drafting = False
         self.writes: list[Write] = []
+        self.steps: StepRunner | None = None
 
     @property
     def num_segments(self) -> int:
@@ -176,9 +177,6 @@ class ReferenceModel:
         if segment == self.num_segments - 1:
             return _norm(state.double() + stream.double()).float(), None
         return torch.cat((state, tags), 1), torch.cat((stream, -tags), 1)
-
-    def replay(self, segment: int, tokens: FrontTokens) -> None:
-        """No step was prepared for; see the protocol."""
 
     def gate(
         self, exit_index: int, hidden: torch.Tensor, residual: torch.Tensor

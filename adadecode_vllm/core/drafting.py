@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from adadecode_vllm.core.executor import FrontTokens, SegmentExecutor, TokenSubset
+from adadecode_vllm.core.executor import SegmentExecutor, TokenSubset
 from adadecode_vllm.core.ledger import Window
 from adadecode_vllm.core.policy import ThresholdPolicy
 from adadecode_vllm.core.states import PendingStates
@@ -164,26 +164,16 @@ class Drafter:
         count = standing.sum(1)
         request, offset = np.nonzero(standing)
         states = chosen[request] * width + offset
-        answer = None
-        if len(states) == len(chosen):
-            answer = self.executor.replay(
-                segment,
-                FrontTokens(
-                    rows=requests.rows[chosen],
-                    positions=requests.positions[chosen] + offset,
-                    states=states,
-                    token_ids=token_ids[chosen, offset],
-                ),
-            )
+        subset = TokenSubset(
+            rows=requests.rows[chosen],
+            first=requests.positions[chosen] + length[chosen] - count,
+            count=count,
+        )
+        ids = token_ids[chosen[request], offset]
+        steps = self.executor.steps
+        answer = steps.draft(segment, subset, states, ids) if steps else None
         if answer is None:
-            subset = TokenSubset(
-                rows=requests.rows[chosen],
-                first=requests.positions[chosen] + length[chosen] - count,
-                count=count,
-            )
-            front_states = self._run_segment(
-                segment, subset, states, token_ids[chosen[request], offset]
-            )
+            front_states = self._run_segment(segment, subset, states, ids)
             gate_started = time.perf_counter()
             self.stats.draft_segment_seconds[segment] += gate_started - started
             answer = self.executor.gate(segment, *front_states)
@@ -202,7 +192,7 @@ class Drafter:
         states: np.ndarray,
         token_ids: np.ndarray,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run a segment where no graph holds the whole step.
+        """Run a segment where nothing holds the whole step.
 
         Args:
             segment: The segment.

@@ -38,25 +38,66 @@ class TokenSubset:
         return int(self.count.sum())
 
 
-@dataclass(frozen=True)
-class FrontTokens:
-    """One token of each of R requests, about to run a segment and be asked at its exit.
+class StepRunner(Protocol):
+    """Runs whole steps that were prepared for, such as CUDA graphs.
+
+    A step reads and writes the pending states itself, where :meth:`SegmentExecutor.run`
+    leaves that to its caller.
 
     Attributes:
-        rows: (R,) int64, the requests' rows in the block tables.
-        positions: (R,) int64.
-        states: (R,) int64, where their hidden states are kept.
-        token_ids: (R,) int64.
+        max_tokens: Most tokens of a resumed forward; 0 where it must be taken apart.
     """
 
-    rows: np.ndarray
-    positions: np.ndarray
-    states: np.ndarray
-    token_ids: np.ndarray
+    max_tokens: int
+
+    def draft(
+        self,
+        segment: int,
+        subset: TokenSubset,
+        states: np.ndarray,
+        token_ids: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """Run a segment and ask its exit head.
+
+        Args:
+            segment: Index j of the segment, which ends at exit j.
+            subset: The n tokens of r requests.
+            states: (n,) int64, where their hidden states are kept.
+            token_ids: (n,) int64.
+
+        Returns:
+            What :meth:`SegmentExecutor.gate` returns for each request's last token, or
+            None for the caller to take the step apart.
+        """
+
+    def resume(
+        self,
+        segment: int,
+        subset: TokenSubset,
+        states: np.ndarray,
+        token_ids: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Run a segment of a resumed forward.
+
+        Args:
+            segment: Index j of the segment.
+            subset: The n tokens of r requests; n is at most :attr:`max_tokens`.
+            states: (n,) int64, where their hidden states are kept.
+            token_ids: (n,) int64 on the device for segment 0, otherwise None.
+
+        Returns:
+            (n, d) the final norm's output after the last segment; undefined before.
+        """
 
 
 class SegmentExecutor(Protocol):
-    """Runs segments and gates; implemented for vLLM and, in tests, in plain torch."""
+    """Runs segments and gates; implemented for vLLM and, in tests, in plain torch.
+
+    Attributes:
+        steps: Runs whole steps, where that was prepared for.
+    """
+
+    steps: StepRunner | None
 
     @property
     def num_segments(self) -> int:
@@ -90,21 +131,6 @@ class SegmentExecutor(Protocol):
         Returns:
             Hidden states and residual, (n, d) each, after the segment. The last
             segment returns the final norm's output and None.
-        """
-
-    def replay(
-        self, segment: int, tokens: FrontTokens
-    ) -> tuple[np.ndarray, np.ndarray] | None:
-        """Do all of a draft step at once, if that was prepared for.
-
-        Reads and writes the pending states as :meth:`run` and its caller would.
-
-        Args:
-            segment: Index j of the segment, which ends at exit j.
-            tokens: One token of each request.
-
-        Returns:
-            What :meth:`gate` returns, or None for the caller to take the step apart.
         """
 
     def gate(

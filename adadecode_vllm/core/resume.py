@@ -66,23 +66,75 @@ class Resumer:
             (N, d) final hidden states, as the model's own forward returns them.
         """
         started = time.perf_counter()
-        device = self.states.hidden.device
+        width = self.states.window
         starts = np.concatenate(([0], np.cumsum(batch.count)))
         num_tokens = int(starts[-1])
         levels = np.zeros(num_tokens, np.int8)
-        slots = np.zeros(num_tokens, np.int64)
-        offset = np.arange(self.states.window)
-        for request, slot, row in zip(
-            resumable.requests, resumable.slots, resumable.levels, strict=True
-        ):
+        # A request's rows in the pending states; those that resume nothing get one as
+        # well, which whole steps use for their new tokens.
+        rows = np.full(len(batch.count), -1, np.int64)
+        rows[resumable.requests] = resumable.slots
+        for request, row in zip(resumable.requests, resumable.levels, strict=True):
             # Bounded by the number of requests; no tensor is touched here.
-            width = min(int((row > 0).sum()), int(batch.count[request]))
-            here = slice(starts[request], starts[request] + width)
-            levels[here] = row[:width]
-            slots[here] = slot * self.states.window + offset[:width]
+            count = min(int((row > 0).sum()), int(batch.count[request]))
+            levels[starts[request] : starts[request] + count] = row[:count]
+        others = np.flatnonzero(rows < 0)
+        free = np.setdiff1d(np.arange(len(rows)), resumable.slots)
+        rows[others] = free[: len(others)]
+        within = np.arange(num_tokens) - np.repeat(starts[:-1], batch.count)
+        states = np.repeat(rows * width, batch.count) + within
         self.stats.resumed_forwards += 1
         self.stats.resumed_tokens += int((levels > 0).sum())
 
+        steps = self.executor.steps
+        whole = (
+            steps is not None
+            and num_tokens <= steps.max_tokens
+            and batch.count.max() <= width
+            and batch.embeddings is None
+        )
+        hidden = (
+            self._run_steps(batch, starts, levels, states)
+            if whole
+            else self._run_segments(batch, starts, levels, states)
+        )
+        self.stats.verifying_seconds += time.perf_counter() - started
+        return hidden
+
+    def _run_steps(
+        self,
+        batch: ScheduledBatch,
+        starts: np.ndarray,
+        levels: np.ndarray,
+        states: np.ndarray,
+    ) -> torch.Tensor:
+        """Let hidden states flow through the pending states' buffer."""
+        steps = self.executor.steps
+        assert steps is not None, "asked by the caller"
+        hidden = None
+        for segment in range(self.executor.num_segments):
+            tokens = np.flatnonzero(levels <= segment)
+            if not len(tokens):
+                continue
+            token_ids = None
+            if segment == 0:
+                index = async_tensor_h2d(tokens, device=batch.token_ids.device)
+                token_ids = batch.token_ids.index_select(0, index)
+            hidden = steps.resume(
+                segment, _suffix(batch, starts, tokens), states[tokens], token_ids
+            )
+            self.stats.count_segment(segment, len(tokens))
+        assert hidden is not None, "the last segment runs every token"
+        return hidden
+
+    def _run_segments(
+        self,
+        batch: ScheduledBatch,
+        starts: np.ndarray,
+        levels: np.ndarray,
+        states: np.ndarray,
+    ) -> torch.Tensor:
+        """Carry hidden states from segment to segment; pending tokens join in."""
         hidden = residual = None
         previous = np.empty(0, np.int64)
         for segment in range(self.executor.num_segments):
@@ -93,7 +145,9 @@ class Resumer:
             if segment == 0:
                 hidden, residual = self._embed(batch, waiting), None
             elif len(waiting):
-                index = async_tensor_h2d(slots[waiting], device=device)
+                index = async_tensor_h2d(
+                    states[waiting], device=self.states.hidden.device
+                )
                 hidden, residual = self._merge(
                     tokens, previous, hidden, residual, waiting, index
                 )
@@ -104,7 +158,6 @@ class Resumer:
             previous = tokens
 
         assert hidden is not None, "the last segment runs every token"
-        self.stats.verifying_seconds += time.perf_counter() - started
         return hidden
 
     def _embed(self, batch: ScheduledBatch, tokens: np.ndarray) -> torch.Tensor:

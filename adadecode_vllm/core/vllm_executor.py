@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,13 +14,11 @@ from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 
 from adadecode_vllm.core.batch import AttentionBatcher
-from adadecode_vllm.core.executor import FrontTokens, TokenSubset
+from adadecode_vllm.core.executor import StepRunner, TokenSubset
 from adadecode_vllm.core.gate import Gate
 from adadecode_vllm.core.host_copy import HostCopy
 from adadecode_vllm.core.piecewise import PiecewiseInputs
 from adadecode_vllm.core.segments import Decoder
-
-Replay = Callable[[int, FrontTokens], tuple[np.ndarray, np.ndarray] | None]
 
 
 class VllmExecutor:
@@ -28,7 +26,7 @@ class VllmExecutor:
 
     Attributes:
         batcher: Builds attention metadata; None until the KV cache exists.
-        draft_graphs: Runs a whole draft step in a CUDA graph, where there are any.
+        steps: Runs whole steps in CUDA graphs, where there are any.
         piecewise: Inputs of the segments' piecewise CUDA graphs, where there are any.
     """
 
@@ -52,7 +50,7 @@ class VllmExecutor:
         self._gate = gate
         self.vllm_config = vllm_config
         self.batcher: AttentionBatcher | None = None
-        self.draft_graphs: Replay | None = None
+        self.steps: StepRunner | None = None
         self.piecewise: PiecewiseInputs | None = None
         self._whole_batch: torch.Tensor | None = None
         max_requests = vllm_config.scheduler_config.max_num_seqs
@@ -117,12 +115,6 @@ class VllmExecutor:
             hidden = hidden[:num_tokens]
             residual = None if residual is None else residual[:num_tokens]
         return hidden, residual
-
-    def replay(
-        self, segment: int, tokens: FrontTokens
-    ) -> tuple[np.ndarray, np.ndarray] | None:
-        """Do all of a draft step at once; see the protocol."""
-        return self.draft_graphs(segment, tokens) if self.draft_graphs else None
 
     def gate(
         self, exit_index: int, hidden: torch.Tensor, residual: torch.Tensor

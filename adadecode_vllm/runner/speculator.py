@@ -10,7 +10,10 @@ removed when a step starts.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,17 +28,21 @@ from adadecode_vllm.config import CONFIG_KEY, parse_config
 from adadecode_vllm.core.adadecode import AdaDecode
 from adadecode_vllm.core.batch import AttentionBatcher, KVGroup
 from adadecode_vllm.core.drafting import DraftRequests
-from adadecode_vllm.core.executor import FrontTokens
 from adadecode_vllm.core.host_copy import HostCopy
 from adadecode_vllm.core.ledger import Resumable
 from adadecode_vllm.core.piecewise import PiecewiseInputs
 from adadecode_vllm.core.resume import ScheduledBatch
-from adadecode_vllm.runner.draft_graphs import (
-    DraftBuffers,
-    SegmentGraphs,
-    supports_draft_graphs,
-)
 from adadecode_vllm.runner.limits import draft_limits, stop_token_ids
+from adadecode_vllm.runner.segment_graphs import (
+    MAX_TOKENS,
+    GraphedSteps,
+    SegmentGraphs,
+    StepKind,
+    Steps,
+    graph_support,
+    step_kinds,
+)
+from adadecode_vllm.runner.step_buffers import StepBuffers
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -91,7 +98,8 @@ class AdaDecodeSpeculator(BaseSpeculator):
         self._scheduled: SchedulerOutput | None = None
         self._empty: dict[str, int] = {}
         self._runner: AdaDecodeModelRunner | None = None
-        self._graph_names: list[str] = []
+        self._kinds: list[StepKind] = []
+        self._warming_up = False
         self._piecewise = False
 
     def load(self, target_model: nn.Module) -> None:
@@ -126,16 +134,13 @@ class AdaDecodeSpeculator(BaseSpeculator):
         """
         full = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
         self._piecewise = cudagraph_mode.has_piecewise_cudagraphs()
-        self._graph_names = [
-            f"segment_{segment}_graphs"
-            for segment in range(self.adadecode.executor.num_segments - 1)
-        ]
-        for segment, name in enumerate(self._graph_names):
-            graphs = SegmentGraphs(segment, self.vllm_config, self.device, full)
-            setattr(self, name, graphs)
         executor = self.adadecode.executor
-        executor.draft_graphs = None
+        executor.steps = None
         executor.piecewise = None
+        self._kinds = step_kinds(executor.num_segments, self.adadecode.states.window)
+        for kind in self._kinds:
+            graphs = SegmentGraphs(kind, self.vllm_config, self.device, full)
+            setattr(self, kind.name, graphs)
 
     @torch.inference_mode()
     def capture(self) -> None:
@@ -152,19 +157,47 @@ class AdaDecodeSpeculator(BaseSpeculator):
             )
             with graph_capture(device=self.device):
                 executor.capture_piecewise()
-        if not supports_draft_graphs(runner):
+        support = graph_support(runner)
+        kinds = [
+            kind
+            for kind in self._kinds
+            if (support == 2 or kind.max_query_len <= support)
+            and self._graphs(kind).largest
+        ]
+        if not kinds:
             return
-        buffers = DraftBuffers(runner, states)
-        for name in self._graph_names:
-            getattr(self, name).capture_steps(buffers, executor)
+        buffers = StepBuffers(
+            runner,
+            states,
+            max(runner.max_num_reqs, MAX_TOKENS),
+            executor.num_segments,
+        )
+        steps = Steps(buffers, executor)
+        for kind in kinds:
+            self._graphs(kind).capture_steps(steps)
+        # By name: vLLM drops the managers it profiled with, and these with them.
+        executor.steps = GraphedSteps(
+            buffers,
+            {kind: partial(self._graphs, kind) for kind in kinds},
+            states.window,
+        )
 
-        def replay(
-            segment: int, tokens: FrontTokens
-        ) -> tuple[np.ndarray, np.ndarray] | None:
-            graphs: SegmentGraphs = getattr(self, self._graph_names[segment])
-            return graphs.replay(buffers, tokens)
+    def _graphs(self, kind: StepKind) -> SegmentGraphs:
+        return getattr(self, kind.name)
 
-        executor.draft_graphs = replay
+    @contextmanager
+    def warming_up(self) -> Iterator[None]:
+        """While vLLM runs made-up requests, verify the drafts that it made up.
+
+        The kernels of verification would otherwise be compiled on the first request.
+        """
+        self._warming_up = True
+        try:
+            yield
+        finally:
+            self._warming_up = False
+            self.adadecode.stats.reset()
+            self.adadecode.ledger.dropped.clear()
 
     def start_step(self, scheduler_output: SchedulerOutput) -> SchedulerOutput:
         """Take a step's schedule in.
@@ -187,7 +220,10 @@ class AdaDecodeSpeculator(BaseSpeculator):
 
         self._empty = {}
         drafts: dict[str, list[int]] = {}
-        for request_id, room in scheduler_output.scheduled_spec_decode_tokens.items():
+        room_for = scheduler_output.scheduled_spec_decode_tokens
+        if self._warming_up:
+            room_for = {}
+        for request_id, room in room_for.items():
             predicted = self.drafts.get(request_id, ())
             filled = _agreeing(predicted, room)
             if filled:

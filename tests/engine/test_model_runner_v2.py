@@ -73,6 +73,27 @@ def test_thresholds_and_caps(
         assert sum(counted["rejected"]) > 5
 
 
+@pytest.mark.parametrize(("threshold", "cap"), [(0.0, 5), (0.5, 4), (0.75, 5)])
+def test_whole_steps(
+    engine: EngineProcess, some: Case, threshold: float, cap: int
+) -> None:
+    """What CUDA graphs hold gives the same texts, and pads without a trace."""
+    prompts, texts = some
+    engine.configure(threshold=threshold, max_early_predictions=cap)
+    engine.use_whole_steps(True)
+    try:
+        assert engine.generate(prompts) == texts
+        assert engine.generate(prompts[:1]) == texts[:1]
+        counted = engine.whole_steps()
+    finally:
+        engine.use_whole_steps(False)
+    assert counted["one"] > 0
+    assert counted["resumed"] > 0
+    # Deferred layers join in where a later exit is asked.
+    assert (counted["several"] > 0) is (threshold > 0.0)
+    assert sum(engine.stats()["accepted"]) > 0
+
+
 def test_one_at_a_time_and_prefix_cache(engine: EngineProcess, some: Case) -> None:
     prompts, texts = some
     engine.configure(threshold=0.5, max_early_predictions=5)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests import harness
 
@@ -105,6 +106,24 @@ class _Calls:
         outputs = self.llm.generate(prompts, params, use_tqdm=False)
         return [output.outputs[0].text for output in outputs]
 
+    @property
+    def _runner(self) -> Any:
+        worker = self.llm.llm_engine.model_executor.driver_worker.worker
+        return worker.model_runner
+
+    def use_whole_steps(self, use: bool) -> None:
+        """Run segments as CUDA graphs would, or as without them."""
+        from tests.interpreted.eager_steps import EagerSteps
+
+        executor = self._runner.adadecode.executor
+        with torch.inference_mode():
+            executor.steps = EagerSteps(self._runner) if use else None
+
+    def whole_steps(self) -> dict[str, int]:
+        """How many of them ran."""
+        steps = self._runner.adadecode.executor.steps
+        return {**steps.drafted, "resumed": steps.resumed}
+
     def configure(self, **options: Any) -> None:
         harness.configure(self.llm, **options)
 
@@ -116,12 +135,11 @@ class _Calls:
 
     def facts(self) -> dict[str, Any]:
         """Which parts of vLLM the engine was made of."""
-        worker = self.llm.llm_engine.model_executor.driver_worker.worker
         config = self.llm.llm_engine.vllm_config
         return {
             "v2": config.use_v2_model_runner,
             "async_scheduling": config.scheduler_config.async_scheduling,
-            "runner": type(worker.model_runner).__name__,
+            "runner": type(self._runner).__name__,
         }
 
 

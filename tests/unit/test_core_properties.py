@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections import Counter
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ class Scenario:
     stop_token_ids: frozenset[int] = frozenset()
     real_gate: bool = False
     guess_threshold: float = 1.0
+    step_tokens: int = 0
 
 
 @st.composite
@@ -76,6 +78,7 @@ def scenarios(draw: st.DrawFn) -> Scenario:
         seed=draw(st.integers(0, 1000)),
         stop_token_ids=frozenset(draw(st.sets(token, max_size=1))),
         real_gate=draw(st.booleans()),
+        step_tokens=draw(st.sampled_from([0, 1, 6, 64])),
     )
 
 
@@ -103,6 +106,7 @@ def random_scenario(seed: int) -> Scenario:
         block_size=3,
         events=[(draw.choice(EVENTS), draw.randrange(30)) for _ in range(25)],
         seed=seed,
+        step_tokens=draw.choice([0, 8, 64]),
     )
 
 
@@ -126,6 +130,7 @@ def run_scenario(scenario: Scenario) -> Engine:
         token_budget=scenario.token_budget,
         max_num_seqs=scenario.max_num_seqs,
         max_model_len=MAX_MODEL_LEN,
+        step_tokens=scenario.step_tokens,
     )
     expected = []
     for prompt, max_tokens in zip(scenario.prompts, scenario.max_tokens, strict=True):
@@ -191,6 +196,14 @@ def test_everything_happens() -> None:
     assert seen["aborted"] > 5
     for reason in ("skipped_step", "not_scheduled", "moved", "changed"):
         assert seen[reason] > 5, reason
+
+
+def test_whole_steps_are_used() -> None:
+    scenario = dataclasses.replace(random_scenario(3), step_tokens=64, real_gate=False)
+    steps = run_scenario(scenario).model.steps
+    assert steps is not None
+    assert steps.drafted > 0
+    assert steps.resumed > 0
 
 
 def test_without_mishaps_right_drafts_save_forwards() -> None:
