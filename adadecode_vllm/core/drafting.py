@@ -61,6 +61,104 @@ class DraftRequests:
         )
 
 
+class _Cycle:
+    """The windows of R requests while they grow.
+
+    By I1 the tokens of a window that stand at a level are next to each other, lower
+    levels further back, so their number per level says it all. Every round of a cycle
+    costs the host a fixed handful of array operations.
+
+    Attributes:
+        active: (R,) bool, whether the request goes on.
+        front_level: (R,) int64, level of the front token.
+    """
+
+    def __init__(self, requests: DraftRequests, width: int, num_segments: int) -> None:
+        self._requests = requests
+        self._width = width
+        size = len(requests.rows)
+        self._token_ids = np.zeros((size, width), np.int64)
+        self._token_ids[:, 0] = requests.token_ids
+        self._exits = np.full((size, width), -1, np.int8)
+        self._length = np.ones(size, np.int64)
+        self._count = np.zeros((num_segments, size), np.int64)
+        self._count[0] = 1
+        self._limit = requests.limits + 1
+        self._front = np.array(requests.token_ids, np.int64)
+        self.active = requests.limits > 0
+        self.front_level = np.zeros(size, np.int64)
+
+    def standing(
+        self, chosen: np.ndarray, level: int
+    ) -> tuple[TokenSubset, np.ndarray, np.ndarray]:
+        """The tokens of some requests at their front's level.
+
+        Args:
+            chosen: (r,) int64, the requests.
+            level: Where all their front tokens stand.
+
+        Returns:
+            The n tokens, where their states are kept (n,) and their ids (n,).
+        """
+        requests, width = self._requests, self._width
+        count, length = self._count[level][chosen], self._length[chosen]
+        offset = length - count
+        subset = TokenSubset(
+            requests.rows[chosen], requests.positions[chosen] + offset, count
+        )
+        states = chosen * width + offset
+        num_tokens = int(count.sum())
+        if num_tokens == len(chosen):
+            return subset, states, self._front[chosen]
+        skipped = states - np.cumsum(count) + count
+        states = np.repeat(skipped, count) + np.arange(num_tokens)
+        return subset, states, self._token_ids.ravel()[states]
+
+    def advance(self, chosen: np.ndarray, level: int) -> None:
+        """Note that these requests' tokens at a level have run its segment."""
+        self._count[level + 1][chosen] += self._count[level][chosen]
+        self._count[level][chosen] = 0
+        self.front_level[chosen] = level + 1
+
+    def predict(
+        self, chosen: np.ndarray, token_ids: np.ndarray, exit_index: int
+    ) -> None:
+        """Append early predictions; (r,) requests and tokens."""
+        length = self._length[chosen]
+        self._token_ids[chosen, length] = token_ids
+        self._exits[chosen, length] = exit_index
+        self._front[chosen] = token_ids
+        self.front_level[chosen] = 0
+        self._count[0][chosen] = 1
+        length += 1
+        self._length[chosen] = length
+        goes_on = self.active[chosen] & (length < self._limit[chosen])
+        stops = self._requests.stop_token_ids
+        for index, (request, token) in enumerate(
+            zip(chosen.tolist(), token_ids.tolist(), strict=True)
+        ):
+            if token in stops[request]:
+                goes_on[index] = False
+        self.active[chosen] = goes_on
+
+    def window(self) -> Window:
+        """The windows as they are now."""
+        used = np.arange(self._width) < self._length[:, None]
+        levels = np.zeros(used.shape, np.int8)
+        # The oldest tokens have come furthest.
+        descending = np.arange(len(self._count), dtype=np.int8)[::-1]
+        levels[used] = np.repeat(
+            np.tile(descending, len(self._length)), self._count[::-1].T.ravel()
+        )
+        return Window(
+            self._requests.positions,
+            self._length,
+            self._token_ids,
+            levels,
+            self._exits,
+        )
+
+
 class Drafter:
     """Runs front tokens from exit to exit and predicts where a head is confident."""
 
@@ -94,95 +192,56 @@ class Drafter:
         several tokens and requests share one pass over the weights.
 
         Args:
-            requests: The requests. Every limit must be positive.
+            requests: The requests. Those whose limit is 0 are left alone.
 
         Returns:
             Their windows; ``length - 1`` early predictions each.
         """
         started = time.perf_counter()
-        num_requests = len(requests.rows)
-        width = self.states.window
-        token_ids = np.zeros((num_requests, width), np.int64)
-        token_ids[:, 0] = requests.token_ids
-        levels = np.zeros((num_requests, width), np.int8)
-        exits = np.full((num_requests, width), -1, np.int8)
-        length = np.ones(num_requests, np.int64)
-        active = requests.limits > 0
-        everyone = np.arange(num_requests)
+        cycle = _Cycle(requests, self.states.window, self.executor.num_segments)
         last_exit = self.executor.num_segments - 2
-
-        while active.any():
-            front_level = levels[everyone, length - 1]
-            segment = int(front_level[active].min())
-            chosen = np.flatnonzero(active & (front_level == segment))
-            predicted, confidence = self._step(
-                requests, chosen, segment, token_ids, levels, length
-            )
+        while len(waiting := np.flatnonzero(cycle.active)):
+            front_level = cycle.front_level[waiting]
+            segment = int(front_level.min())
+            chosen = waiting[front_level == segment]
+            predicted, confidence = self._step(cycle, chosen, segment)
             confident = self.policy.confident(segment, confidence)
-
-            predicts = confident
             if segment == last_exit:
-                active[chosen[~confident]] = False
-                predicts = confident | self.policy.worth_a_guess(confidence)
-            moved = chosen[predicts]
-            token_ids[moved, length[moved]] = self.policy.spoil(
-                predicted[predicts], self._random
-            )
-            exits[moved, length[moved]] = segment
-            length[moved] += 1
-            self.stats.early_predictions[segment] += len(moved)
-            active[moved] &= length[moved] - 1 < requests.limits[moved]
-            for request in moved[active[moved]]:
-                token = int(token_ids[request, length[request] - 1])
-                active[request] = token not in requests.stop_token_ids[request]
-
+                cycle.active[chosen[~confident]] = False
+                confident |= self.policy.worth_a_guess(confidence)
+            if confident.any():
+                token_ids = self.policy.spoil(predicted[confident], self._random)
+                cycle.predict(chosen[confident], token_ids, segment)
+        window = cycle.window()
+        for exit_index in range(last_exit + 1):
+            predictions = np.count_nonzero(window.exits == exit_index)
+            self.stats.early_predictions[exit_index] += predictions
         self.stats.drafting_seconds += time.perf_counter() - started
-        return Window(requests.positions, length, token_ids, levels, exits)
+        return window
 
     def _step(
-        self,
-        requests: DraftRequests,
-        chosen: np.ndarray,
-        segment: int,
-        token_ids: np.ndarray,
-        levels: np.ndarray,
-        length: np.ndarray,
+        self, cycle: _Cycle, chosen: np.ndarray, segment: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Run a segment for all tokens of the chosen requests that stand at it.
-
-        Levels never increase with the position (I1), so these tokens are a suffix of
-        each window; ``levels`` is updated in place.
 
         Returns:
             The head's tokens (r,) int64 and their probabilities (r,) float32 for the
             chosen requests' front tokens.
         """
         started = time.perf_counter()
-        width = self.states.window
-        standing = levels[chosen] == segment
-        standing &= np.arange(width) < length[chosen, None]
-        count = standing.sum(1)
-        request, offset = np.nonzero(standing)
-        states = chosen[request] * width + offset
-        subset = TokenSubset(
-            rows=requests.rows[chosen],
-            first=requests.positions[chosen] + length[chosen] - count,
-            count=count,
-        )
-        ids = token_ids[chosen[request], offset]
+        subset, states, token_ids = cycle.standing(chosen, segment)
         steps = self.executor.steps
-        answer = steps.draft(segment, subset, states, ids) if steps else None
+        answer = steps.draft(segment, subset, states, token_ids) if steps else None
+        ended = time.perf_counter()
         if answer is None:
-            front_states = self._run_segment(segment, subset, states, ids)
-            gate_started = time.perf_counter()
-            self.stats.draft_segment_seconds[segment] += gate_started - started
+            front_states = self._run_segment(segment, subset, states, token_ids)
+            ended = time.perf_counter()
             answer = self.executor.gate(segment, *front_states)
-            self.stats.gate_seconds[segment] += time.perf_counter() - gate_started
-        else:
-            self.stats.draft_segment_seconds[segment] += time.perf_counter() - started
-        levels[chosen[request], offset] = segment + 1
+            self.stats.gate_seconds[segment] += time.perf_counter() - ended
+        self.stats.draft_segment_seconds[segment] += ended - started
         self.stats.count_segment(segment, len(states))
         self.stats.gates[segment] += len(chosen)
+        cycle.advance(chosen, segment)
         return answer
 
     def _run_segment(

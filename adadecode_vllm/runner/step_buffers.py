@@ -72,6 +72,7 @@ class StepBuffers:
             torch.zeros(size, dtype=torch.int64, pin_memory=device.type == "cuda")
             for _ in range(num_segments + 1)
         ]
+        self._arrays = [self._split(host.numpy()) for host in self._hosts]
         self._next = 0
         self._inputs = torch.zeros(size, dtype=torch.int64, device=device)
         (
@@ -131,10 +132,10 @@ class StepBuffers:
             padded_requests: Requests that the graph was captured for.
         """
         host = self._hosts[self._next]
+        ids, positions, kept, token_rows, rows, lengths, starts = self._arrays[
+            self._next
+        ]
         self._next = (self._next + 1) % len(self._hosts)
-        ids, positions, kept, token_rows, rows, lengths, starts = self._split(
-            host.numpy()
-        )
         count, requests = len(states), len(subset.rows)
         if count == requests:
             positions[:count] = subset.first
