@@ -97,6 +97,7 @@ def time_split(run: Run) -> dict[str, float] | None:
     Returns:
         ``segments`` while drafting, ``gates``, ``draft bookkeeping``, ``verification``
         (the resumed forwards) and ``rest``: sampling, scheduling, ordinary forwards.
+        On CUDA segments hold the gates and bookkeeping is all that is not the device's.
     """
     stats = run["stats"]
     if stats is None:
@@ -104,6 +105,10 @@ def time_split(run: Run) -> dict[str, float] | None:
     segments = sum(stats["draft_segment_seconds"])
     gates = sum(stats["gate_seconds"])
     drafting, verifying = stats["drafting_seconds"], stats["verifying_seconds"]
+    if device := stats.get("device_seconds"):
+        # Graphs hold segments and gates in one; the host does not wait for forwards.
+        segments, gates = device.get("draft steps", [segments])[0], 0.0
+        verifying = device.get("resumed forwards", [verifying])[0]
     return {
         "segments": segments,
         "gates": gates,
@@ -111,6 +116,20 @@ def time_split(run: Run) -> dict[str, float] | None:
         "verification": verifying,
         "rest": max(0.0, run["seconds"] - drafting - verifying),
     }
+
+
+def draft_step_overhead(run: Run) -> float | None:
+    """Seconds of a draft step in which the device ran neither layers nor a head.
+
+    Returns:
+        The mean; None where the device's time of some step was not measured: on CPUs,
+        and where a step did not run in one graph.
+    """
+    stats = run["stats"]
+    measured = ((stats or {}).get("device_seconds") or {}).get("draft steps")
+    if stats is None or measured is None or measured[1] != sum(stats["draft_steps"]):
+        return None
+    return (stats["drafting_seconds"] - measured[0]) / measured[1]
 
 
 def percentiles(runs: Sequence[Run], key: str) -> dict[str, float | None]:
@@ -147,7 +166,11 @@ def summarize(runs: Sequence[Run], reference: Sequence[Run]) -> dict[str, Any]:
         "acceptance": drafted_acceptance(runs[0]),
         "early_predictions": early_predictions(runs[0]),
         "time_split": time_split(runs[0]),
+        "draft_step_overhead_us": None,
     }
+    overheads = [draft_step_overhead(run) for run in runs]
+    if measured := [seconds for seconds in overheads if seconds is not None]:
+        figures["draft_step_overhead_us"] = 1e6 * statistics.median(measured)
     if parities:
         figures["texts"] = {
             name: sum(parity[name] for parity in parities)

@@ -19,6 +19,8 @@ ARMS: Mapping[str, str] = {
     "adadecode": "early predictions at the given threshold and cap",
     "threshold-1": "AdaDecode that never predicts early",
     "single-exit": "AdaDecode with one fixed exit: the first, or single-exit:LAYER",
+    "submit-all": "AdaDecode with one fixed exit that always predicts, as in "
+    "submit-all:8",
     "exits": "AdaDecode with some of the exits, as in exits:2+8",
     "t-identity": "AdaDecode with the model's own LM head at the exits (T = I)",
     "heads": "AdaDecode with other heads, as in heads:DIRECTORY",
@@ -38,6 +40,7 @@ _WITHOUT_PLUGIN = (REFERENCE, "installed", *_SPECULATIVE)
 # What stands behind the colon, as a message names it.
 _VALUES = {
     "single-exit": "a layer",
+    "submit-all": "a layer",
     "exits": "layers",
     "heads": "a directory",
     "draft-vocabulary": "a number of tokens",
@@ -140,6 +143,8 @@ def parse_arms(text: str) -> list[Arm]:
 def _value_fits(kind: str, value: str) -> bool:
     if kind == "single-exit":
         return not value or value.isdecimal()
+    if kind == "submit-all":
+        return value.isdecimal()
     if kind == "exits":
         return all(part.isdecimal() for part in value.split("+"))
     if kind == "heads":
@@ -226,6 +231,8 @@ def _adadecode(arm: Arm, settings: EngineSettings) -> dict[str, Any]:
     if arm.kind == "single-exit":
         first = load_heads_config(heads).exit_layers[0]
         options["exit_layers"] = [int(arm.value) if arm.value else first]
+    elif arm.kind == "submit-all":
+        options["exit_layers"] = [int(arm.value)]
     elif arm.kind == "exits":
         options["exit_layers"] = [int(layer) for layer in arm.value.split("+")]
     elif arm.kind == "heads":
@@ -240,9 +247,10 @@ def _adadecode(arm: Arm, settings: EngineSettings) -> dict[str, Any]:
         # Untrained heads have neither a ranking of tokens nor a calibration.
         options.pop("draft_vocabulary_size", None)
         options.pop("gate", None)
+    thresholds = {"threshold-1": 1.0, "submit-all": 0.0}
     return engine_args(
         heads,
-        threshold=1.0 if arm.kind == "threshold-1" else settings.threshold,
+        threshold=thresholds.get(arm.kind, settings.threshold),
         max_early_predictions=settings.max_early_predictions,
         **options,
     )

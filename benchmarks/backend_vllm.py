@@ -30,6 +30,8 @@ class VllmBackend:
         self._counts = arm.predicts_early
         self._llm = LLM(**llm_arguments(arm, settings))
         self._ids = count()
+        if self._counts:
+            self._llm.collective_rpc("adadecode_profile")
 
     def configure(self, **policy: Any) -> None:
         """Change threshold or cap; a no-op for arms that do not predict early."""

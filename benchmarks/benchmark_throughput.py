@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None) -> None:
         workload,
         batch_sizes=batch_sizes,
         ignore_eos=args.ignore_eos,
+        rounds=args.rounds,
         output=args.output_json,
         say=say,
     ) as session:

@@ -55,6 +55,12 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     group.add_argument(
         "--batch-sizes", default="1", help="Requests at a time, comma-separated"
     )
+    group.add_argument(
+        "--rounds",
+        type=int,
+        help="Prompts of a run, as a multiple of the requests at a time; default: all "
+        "prompts at every batch size",
+    )
     group.add_argument("--draft-model", help="Directory, for the arm draft-model")
     group.add_argument(
         "--kv-cache-gib", type=float, default=1.0, help="KV cache of each engine"

@@ -77,6 +77,7 @@ class Session:
         *,
         batch_sizes: Sequence[int] = (1,),
         ignore_eos: bool = False,
+        rounds: int | None = None,
         output: Path | None = None,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
@@ -88,6 +89,8 @@ class Session:
             workload: The prompts.
             batch_sizes: All that will be asked for.
             ignore_eos: Generate all tokens of every prompt.
+            rounds: Prompts of a run, as a multiple of the requests at a time; None for
+                all prompts, whatever their number at a time.
             output: Result file.
             say: Called with lines about the progress.
 
@@ -103,6 +106,7 @@ class Session:
         self.workload = workload
         self.batch_sizes = list(batch_sizes)
         self.ignore_eos = ignore_eos
+        self.rounds = rounds
         self._output = output
         self._say = say
         self._stack = ExitStack()
@@ -267,7 +271,7 @@ class Session:
             process.configure(**policy)
             self._policies[case.arm] = policy
         run = process.generate(
-            self.workload.prompts,
+            self._prompts(case),
             batch_size=case.batch_size,
             output_tokens=self.workload.output_tokens,
             ignore_eos=self.ignore_eos,
@@ -276,6 +280,12 @@ class Session:
         if run["stats"] is not None and case.batch_size == 1:
             run["predicted_speedup"] = predicted_speedup(run["stats"], self._cost(case))
         return run
+
+    def _prompts(self, case: Case) -> Sequence[Sequence[int]]:
+        prompts = self.workload.prompts
+        return (
+            prompts if self.rounds is None else prompts[: self.rounds * case.batch_size]
+        )
 
     def _arm(self, case: Case) -> Arm:
         return next(arm for arm in self.arms if arm.name == case.arm)
@@ -302,7 +312,7 @@ class Session:
     def _logits(self, reference: Case) -> dict[str, Any]:
         """The reference once more, untimed, with the logits that tell ties."""
         return self._processes[REFERENCE].generate(
-            self.workload.prompts,
+            self._prompts(reference),
             batch_size=reference.batch_size,
             output_tokens=self.workload.output_tokens,
             ignore_eos=self.ignore_eos,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 
 from adadecode_vllm.config import AdaDecodeConfig, parse_config
+from adadecode_vllm.core.device_timer import DeviceTimer
 from adadecode_vllm.core.drafting import Drafter, DraftRequests
 from adadecode_vllm.core.gate import Gate
 from adadecode_vllm.core.ledger import Ledger, Resumable
@@ -49,6 +51,7 @@ class AdaDecode:
         ledger: The pending tokens.
         policy: When to predict early.
         stats: Counters.
+        timer: Measures the device's time, where that was asked for.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class AdaDecode:
         )
         self._drafter = Drafter(self.executor, self.states, self.policy, self.stats)
         self._resumer = Resumer(self.executor, self.states, self.stats)
+        self.timer: DeviceTimer | None = None
         self._exits: dict[str, np.ndarray] = {}
         self._contradicted: set[str] = set()
 
@@ -134,8 +138,12 @@ class AdaDecode:
         Returns:
             (N, d) final hidden states.
         """
-        with self.executor.within_forward(positions):
+        with self.executor.within_forward(positions), self.measure("resumed forwards"):
             return self._resumer.forward(batch, resumable)
+
+    def measure(self, name: str) -> AbstractContextManager[None]:
+        """Let the device timer, where there is one, see a part of the cycle."""
+        return nullcontext() if self.timer is None else self.timer.measure(name)
 
     def count_verdicts(
         self, sampled: dict[str, int], scheduled: dict[str, int]

@@ -240,6 +240,7 @@ class Drafter:
             self.stats.gate_seconds[segment] += time.perf_counter() - ended
         self.stats.draft_segment_seconds[segment] += ended - started
         self.stats.count_segment(segment, len(states))
+        self.stats.draft_steps[segment] += 1
         self.stats.gates[segment] += len(chosen)
         cycle.advance(chosen, segment)
         return answer

@@ -25,6 +25,7 @@ class Stats:
         rejected: Of those, contradicted by the final layer.
         contradicted_requests: Requests with at least one rejected early prediction:
             without verification their text would be another.
+        draft_steps: Times each segment ran while drafting.
         gates: Times each exit head was asked, in tokens.
         segments_run: Calls of each segment, while drafting and in resumed forwards.
         token_layers: Tokens times layers run by each segment in those calls.
@@ -44,6 +45,7 @@ class Stats:
     accepted: np.ndarray = field(init=False)
     rejected: np.ndarray = field(init=False)
     contradicted_requests: int = field(init=False)
+    draft_steps: np.ndarray = field(init=False)
     gates: np.ndarray = field(init=False)
     segments_run: np.ndarray = field(init=False)
     token_layers: np.ndarray = field(init=False)
@@ -67,6 +69,7 @@ class Stats:
         self.accepted = np.zeros(exits, np.int64)
         self.rejected = np.zeros(exits, np.int64)
         self.contradicted_requests = 0
+        self.draft_steps = np.zeros(exits, np.int64)
         self.gates = np.zeros(exits, np.int64)
         self.segments_run = np.zeros(exits + 1, np.int64)
         self.token_layers = np.zeros(exits + 1, np.int64)

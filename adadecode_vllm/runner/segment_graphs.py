@@ -16,6 +16,7 @@ The last two are as wide as :data:`MAX_TOKENS`; larger batches run piecewise.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -290,6 +291,7 @@ class GraphedSteps:
         buffers: StepBuffers,
         graphs: Mapping[StepKind, Callable[[], SegmentGraphs]],
         window: int,
+        measure: Callable[[str], AbstractContextManager[None]],
     ) -> None:
         """Wire the graphs.
 
@@ -297,7 +299,9 @@ class GraphedSteps:
             buffers: As captured.
             graphs: Returns the captured graphs, by kind.
             window: Tokens of a request that may be pending, and one.
+            measure: Lets a timer see a named part of the cycle.
         """
+        self._measure = measure
         self._buffers = buffers
         self._graphs = graphs
         self._window = window
@@ -317,7 +321,11 @@ class GraphedSteps:
             StepKind(segment, True, 1 if single else self._window)
         )
         buffers = self._buffers
-        if graphs is None or not graphs().replay(buffers, subset, states, token_ids):
+        if graphs is None:
+            return None
+        with self._measure("draft steps"):
+            ran = graphs().replay(buffers, subset, states, token_ids)
+        if not ran:
             return None
         answer = buffers.to_host(buffers.answers[: len(states)])
         if not single:

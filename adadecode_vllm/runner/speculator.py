@@ -180,6 +180,7 @@ class AdaDecodeSpeculator(BaseSpeculator):
             buffers,
             {kind: partial(self._graphs, kind) for kind in kinds},
             states.window,
+            self.adadecode.measure,
         )
 
     def _graphs(self, kind: StepKind) -> SegmentGraphs:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from adadecode_vllm.core.adadecode import AdaDecode
+from adadecode_vllm.core.device_timer import DeviceTimer
 
 
 class AdaDecodeWorker:
@@ -26,17 +27,35 @@ class AdaDecodeWorker:
 
         Returns:
             :meth:`adadecode_vllm.core.stats.Stats.to_dict` and ``dropped``, requests
-            whose pending tokens were discarded, by reason.
+            whose pending tokens were discarded, by reason; after
+            :meth:`adadecode_profile` also ``device_seconds``, for each part of the
+            cycle its seconds and how often it was measured.
         """
         adadecode = self._adadecode
         answer = {
             **adadecode.stats.to_dict(),
             "dropped": dict(adadecode.ledger.dropped),
         }
+        if adadecode.timer is not None:
+            answer["device_seconds"] = adadecode.timer.read()
         if reset:
             adadecode.stats.reset()
             adadecode.ledger.dropped.clear()
+            if adadecode.timer is not None:
+                adadecode.timer.reset()
         return answer
+
+    def adadecode_profile(self) -> bool:
+        """From now on measure the device's time; reached through ``collective_rpc``.
+
+        Returns:
+            Whether the device can be measured apart from the host: not on CPUs.
+        """
+        adadecode = self._adadecode
+        if adadecode.states.hidden.device.type != "cuda":
+            return False
+        adadecode.timer = DeviceTimer()
+        return True
 
     def adadecode_configure(self, **options: Any) -> None:
         """Change when to predict early; reached through ``LLM.collective_rpc``.

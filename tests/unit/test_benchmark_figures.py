@@ -28,6 +28,7 @@ def stats(**changes: Any) -> dict[str, Any]:
         "accepted": [7, 1],
         "rejected": [0, 1],
         "contradicted_requests": 1,
+        "draft_steps": [10, 3],
         "gates": [10, 3],
         "segments_run": [13, 6, 3],
         "request_steps": 4,
@@ -152,6 +153,25 @@ def test_the_parts_of_the_time_add_up() -> None:
     assert sum(split.values()) == pytest.approx(1.0)
     assert split["draft bookkeeping"] == pytest.approx(0.1)
     assert split["rest"] == pytest.approx(0.2)
+
+
+def test_on_cuda_the_parts_are_the_devices() -> None:
+    device = {"draft steps": [0.4, 13], "resumed forwards": [0.35, 3]}
+    measured = run(1.0, stats=stats(device_seconds=device))
+    split = analysis.time_split(measured)
+    assert split is not None
+    assert sum(split.values()) == pytest.approx(1.0)
+    assert split["segments"] == 0.4
+    assert split["verification"] == 0.35
+    assert split["draft bookkeeping"] == pytest.approx(0.1)
+    assert analysis.draft_step_overhead(measured) == pytest.approx(0.1 / 13)
+
+
+def test_overhead_is_told_only_where_every_step_was_measured() -> None:
+    assert analysis.draft_step_overhead(run(1.0)) is None
+    assert analysis.draft_step_overhead(run(1.0, stats=stats())) is None
+    some = stats(device_seconds={"draft steps": [0.4, 12]})
+    assert analysis.draft_step_overhead(run(1.0, stats=some)) is None
 
 
 def test_latencies_leave_out_what_is_unknown() -> None:

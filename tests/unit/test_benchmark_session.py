@@ -35,11 +35,11 @@ def test_arms_are_read_in_order() -> None:
         Arm("single-exit:4", "single-exit", "4"),
         Arm("ngram", "ngram"),
     ]
-    valued = {"exits", "heads", "draft-vocabulary"}
+    valued = {"submit-all", "exits", "heads", "draft-vocabulary"}
     plain = [name for name in ARMS if name not in valued]
     assert [arm.kind for arm in parse_arms(",".join(plain))] == plain
-    text = "exits:2+8,heads:some/dir,draft-vocabulary:64"
-    assert [arm.value for arm in parse_arms(text)] == ["2+8", "some/dir", "64"]
+    text = "submit-all:4,exits:2+8,heads:some/dir,draft-vocabulary:64"
+    assert [arm.value for arm in parse_arms(text)] == ["4", "2+8", "some/dir", "64"]
 
 
 @pytest.mark.parametrize(
@@ -83,6 +83,9 @@ def test_each_arm_asks_for_its_own_engine() -> None:
     assert first["additional_config"]["adadecode"]["exit_layers"] == (2,)
     never = llm_arguments(Arm("threshold-1", "threshold-1"), SETTINGS)
     assert never["additional_config"]["adadecode"]["threshold"] == 1.0
+    always = llm_arguments(Arm("submit-all:4", "submit-all", "4"), SETTINGS)
+    assert always["additional_config"]["adadecode"]["threshold"] == 0.0
+    assert always["additional_config"]["adadecode"]["exit_layers"] == (4,)
 
 
 def test_a_users_engine_arguments_come_last() -> None:
@@ -133,6 +136,7 @@ class FakeProcess:
     """An arm without an engine: `log` says what was asked of all of them."""
 
     log: ClassVar[list[str]] = []
+    prompts: ClassVar[list[int]] = []
     broken: ClassVar[set[str]] = set()
     breaks_in_turn: ClassVar[dict[str, int]] = {}
 
@@ -159,6 +163,7 @@ class FakeProcess:
     def generate(self, prompts: Any, **options: Any) -> dict[str, Any]:
         if options["output_tokens"] != WORKLOAD.output_tokens:
             return {}
+        self.prompts.append(len(prompts))
         self.turn += 1
         if self.turn == self.breaks_in_turn.get(self.arm.name):
             raise ArmError("it ended")
@@ -191,6 +196,7 @@ class FakeProcess:
 def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeProcess]:
     monkeypatch.setattr(session_module, "ArmProcess", FakeProcess)
     monkeypatch.setattr(FakeProcess, "log", [])
+    monkeypatch.setattr(FakeProcess, "prompts", [])
     monkeypatch.setattr(FakeProcess, "broken", set())
     monkeypatch.setattr(FakeProcess, "breaks_in_turn", {})
     return FakeProcess
@@ -208,6 +214,17 @@ def measure(
     with Session(parsed, settings, WORKLOAD, output=output) as session:
         session.measure(cases or [Case(arm.name) for arm in parsed], repeats)
     return session.results
+
+
+@pytest.mark.parametrize(("rounds", "expected"), [(None, [2, 2]), (1, [1, 2])])
+def test_rounds_bound_the_prompts_of_a_run(
+    fake: type[FakeProcess], rounds: int | None, expected: list[int]
+) -> None:
+    cases = [Case("ordinary", size) for size in (1, 2)]
+    arms, sizes = parse_arms("ordinary"), [1, 2]
+    with Session(arms, SETTINGS, WORKLOAD, batch_sizes=sizes, rounds=rounds) as session:
+        session.measure(cases, 1)
+    assert fake.prompts == expected
 
 
 def labels(results: dict[str, Any]) -> list[str]:

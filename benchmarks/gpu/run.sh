@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# Self-check, parity and speed on a machine with one GPU and no network:
+#
+#   benchmarks/gpu/run.sh KIT OUT [STAGE...]
+#
+# KIT is a folder with vLLM 0.32 for such a machine (its parts, manifest and
+# install_kit.sh); - uses the vLLM that is installed. OUT receives the result files.
+# Stages, by default all of them, in 9 minutes on one H200:
+#
+#   check   vLLM itself on a tiny random model (part of the kit)
+#   parity  tests/gpu: texts equal ordinary vLLM's, float32 and bfloat16
+#   speed   the demo model widened to Llama 3.1 8B's shape: ordinary vLLM, AdaDecode,
+#           one fixed exit with every prediction submitted, never predicting, n-gram;
+#           1, 4, 16 and 64 requests at a time; one JSON
+#
+# SHAPE, ARMS, BATCHES, ROUNDS, TOKENS and REPEATS change what is measured, SIDE how many
+# engines are loaded beside ordinary vLLM (5 hold 100 GiB in Llama 3.1 8B's shape).
+set -euo pipefail
+kit=${1:?usage: run.sh KIT OUT [STAGE...]}
+out=${2:?usage: run.sh KIT OUT [STAGE...]}
+shift 2
+stages=${*:-check parity speed}
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+mkdir -p "$out" && out=$(cd "$out" && pwd)
+work=${WORK:-/tmp/adadecode-gpu}
+mkdir -p "$work"
+python=${PYTHON:-python3}
+
+say() { echo "=== $(date +%T) $*"; }
+wants() { [[ " $stages " == *" $1 "* ]]; }
+
+if [[ $kit != - ]]; then
+    say "vLLM from $kit"
+    if [[ ! -e $work/site/env.sh ]]; then
+        check=0
+        if wants check; then check=1; fi
+        CHECK=$check bash "$kit/install_kit.sh" "$kit" "$work/site" random
+    fi
+    # shellcheck disable=SC1091
+    . "$work/site/env.sh"
+fi
+
+say "this project"
+"$python" -m pip install --quiet --no-deps --no-build-isolation --upgrade \
+    --target "$work/project" "$root"
+export PYTHONPATH=$work/project${PYTHONPATH:+:$PYTHONPATH}
+cd "$root"
+
+if wants parity; then
+    say "parity"
+    "$python" -m pytest tests/gpu -m gpu -q --junitxml "$out/parity.xml"
+fi
+
+if wants speed; then
+    shape=${SHAPE:-llama-3.1-8b}
+    if [[ ! -e $work/$shape/widen.json ]]; then
+        say "the demo model in the shape of $shape"
+        "$python" benchmarks/widen.py examples/demo/model "$work/$shape" \
+            --heads examples/demo/heads --preset "$shape" --device cuda
+    fi
+    say "speed"
+    # The heads' exits 2, 4 and 8 of 16 layers are 4, 8 and 16 of 32.
+    "$python" benchmarks/benchmark_throughput.py \
+        --model "$work/$shape/model" --adadecode-heads "$work/$shape/heads" \
+        --dtype bfloat16 --max-model-len 1024 --max-num-seqs 64 \
+        --gpu-memory-utilization 0.1 --kv-cache-gib 4 --side-by-side "${SIDE:-5}" \
+        --arms "${ARMS:-ordinary,adadecode,submit-all:8,threshold-1,ngram}" \
+        --batch-sizes "${BATCHES:-1,4,16,64}" --num-prompts 64 \
+        --rounds "${ROUNDS:-2}" --output-len "${TOKENS:-192}" --ignore-eos \
+        --repeats "${REPEATS:-3}" \
+        --output-json "$out/gpu_$shape.json" | tee "$out/gpu_$shape.md"
+fi
+say "done"
