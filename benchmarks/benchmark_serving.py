@@ -29,7 +29,7 @@ from tempfile import TemporaryDirectory
 from types import FrameType, TracebackType
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from adadecode_vllm.errors import AdaDecodeError
 from benchmarks.analysis import percentiles, spread

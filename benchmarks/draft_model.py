@@ -33,7 +33,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.workloads import DEMO, demo_corpus
 

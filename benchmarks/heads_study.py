@@ -26,7 +26,7 @@ import typer
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from adadecode_vllm.cli import parse_layers
 from adadecode_vllm.evaluation.cost import CostModel

@@ -114,8 +114,10 @@ def settings_from(args: argparse.Namespace) -> EngineSettings:
         )
     config = parse_config(options)
     given = EngineArgs.from_cli_args(args)
-    # The parser's defaults differ from the dataclass's here and there.
-    defaults = EngineArgs.from_cli_args(make_parser("").parse_args([]))
+    # The parser's defaults differ from the dataclass's here and there. With the model
+    # that is asked for: offline vLLM looks for its default model, in vain.
+    plain = make_parser("").parse_args(["--model", args.model])
+    defaults = EngineArgs.from_cli_args(plain)
     arguments = {
         name: _plain(name, getattr(given, name))
         for name in (field.name for field in dataclasses.fields(EngineArgs))

@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from adadecode_vllm.errors import AdaDecodeError
 from benchmarks.result_files import read_results

@@ -45,7 +45,8 @@ fi
 say "this project"
 "$python" -m pip install --quiet --no-deps --no-build-isolation --upgrade \
     --target "$work/project" "$root"
-export PYTHONPATH=$work/project${PYTHONPATH:+:$PYTHONPATH}
+# The installed package first, then tests and benchmarks beside their sources.
+export PYTHONPATH=$work/project:${PYTHONPATH:+$PYTHONPATH:}$root PYTHONSAFEPATH=1
 cd "$root"
 
 if wants parity; then
