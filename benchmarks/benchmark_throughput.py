@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None) -> None:
         batch_sizes=batch_sizes,
         ignore_eos=args.ignore_eos,
         rounds=args.rounds,
+        start_together=args.start_together,
         output=args.output_json,
         say=say,
     ) as session:

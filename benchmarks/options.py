@@ -61,6 +61,12 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         help="Prompts of a run, as a multiple of the requests at a time; default: all "
         "prompts at every batch size",
     )
+    group.add_argument(
+        "--start-together",
+        type=int,
+        default=1,
+        help="Engines to start at a time; more where there are cores and memory for it",
+    )
     group.add_argument("--draft-model", help="Directory, for the arm draft-model")
     group.add_argument(
         "--kv-cache-gib", type=float, default=1.0, help="KV cache of each engine"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,6 +79,7 @@ class Session:
         batch_sizes: Sequence[int] = (1,),
         ignore_eos: bool = False,
         rounds: int | None = None,
+        start_together: int = 1,
         output: Path | None = None,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
@@ -91,6 +93,7 @@ class Session:
             ignore_eos: Generate all tokens of every prompt.
             rounds: Prompts of a run, as a multiple of the requests at a time; None for
                 all prompts, whatever their number at a time.
+            start_together: Engines to start at a time.
             output: Result file.
             say: Called with lines about the progress.
 
@@ -107,6 +110,7 @@ class Session:
         self.batch_sizes = list(batch_sizes)
         self.ignore_eos = ignore_eos
         self.rounds = rounds
+        self.start_together = start_together
         self._output = output
         self._say = say
         self._stack = ExitStack()
@@ -124,7 +128,7 @@ class Session:
             if any(arm.kind == "t-identity" for arm in self.arms):
                 directory = Path(stack.enter_context(TemporaryDirectory()))
                 self.settings = with_identity_heads(self.settings, directory / "heads")
-            self._start(Arm(REFERENCE, REFERENCE), stack)
+            self._start([Arm(REFERENCE, REFERENCE)], stack)
             self._stack = stack.pop_all()
         return self
 
@@ -163,8 +167,7 @@ class Session:
         groups = [wanted[first : first + size] for first in range(0, len(wanted), size)]
         for group in groups or [[]]:
             with ExitStack() as stack:
-                for arm in group:
-                    self._start(arm, stack)
+                self._start(group, stack)
                 for batch_size in dict.fromkeys(case.batch_size for case in cases):
                     self._measure(
                         batch_size,
@@ -216,24 +219,32 @@ class Session:
             self._measured[key] = (case, [])
         self._measured[key][1].append((run, base))
 
-    def _start(self, arm: Arm, stack: ExitStack) -> None:
-        reason = obstacle(arm, self.settings, self.batch_sizes)
-        if reason is not None:
-            self._drop(arm.name, "skipped", reason)
-            return
+    def _start(self, arms: Sequence[Arm], stack: ExitStack) -> None:
+        able = []
+        for arm in arms:
+            if reason := obstacle(arm, self.settings, self.batch_sizes):
+                self._drop(arm.name, "skipped", reason)
+            else:
+                able.append(arm)
+        with ThreadPoolExecutor(self.start_together) as pool:
+            for arm, process in zip(able, pool.map(self._process, able), strict=True):
+                if isinstance(process, ArmError):
+                    if arm.name == REFERENCE:
+                        raise process
+                    self._drop(arm.name, "failed", str(process))
+                    continue
+                self._processes[arm.name] = stack.enter_context(process)
+                self.results["arms"][arm.name] = {
+                    "status": "ran",
+                    "start_up_seconds": process.start_up_seconds,
+                }
+
+    def _process(self, arm: Arm) -> ArmProcess | ArmError:
         self._say(f"starting {arm.name}")
         try:
-            process = stack.enter_context(ArmProcess(arm, self.settings))
+            return ArmProcess(arm, self.settings)
         except ArmError as error:
-            if arm.name == REFERENCE:
-                raise
-            self._drop(arm.name, "failed", str(error))
-            return
-        self._processes[arm.name] = process
-        self.results["arms"][arm.name] = {
-            "status": "ran",
-            "start_up_seconds": process.start_up_seconds,
-        }
+            return error
 
     def _drop(self, arm: str, status: str, reason: str) -> None:
         self._say(f"{arm} {status}: {reason}")

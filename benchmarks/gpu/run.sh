@@ -51,7 +51,10 @@ cd "$root"
 
 if wants parity; then
     say "parity"
-    "$python" -m pytest tests/gpu -m gpu -q --junitxml "$out/parity.xml"
+    # Without the options of plugins that such a machine lacks, and without the sources
+    # before the installed package.
+    "$python" -m pytest tests/gpu -m gpu -q -o addopts=--import-mode=importlib \
+        -o pythonpath= --junitxml "$out/parity.xml"
 fi
 
 if wants speed; then
@@ -67,6 +70,7 @@ if wants speed; then
         --model "$work/$shape/model" --adadecode-heads "$work/$shape/heads" \
         --dtype bfloat16 --max-model-len 1024 --max-num-seqs 64 \
         --gpu-memory-utilization 0.1 --kv-cache-gib 4 --side-by-side "${SIDE:-5}" \
+        --start-together "${SIDE:-5}" \
         --arms "${ARMS:-ordinary,adadecode,submit-all:8,threshold-1,ngram}" \
         --batch-sizes "${BATCHES:-1,4,16,64}" --num-prompts 64 \
         --rounds "${ROUNDS:-2}" --output-len "${TOKENS:-192}" --ignore-eos \
