@@ -169,3 +169,21 @@ def test_chunked_prefill_and_preemption(some: Case, async_scheduling: bool) -> N
         llm.configure(threshold=0.0)
         assert llm.generate(prompts) == texts
         assert sum(llm.stats()["rejected"]) > 0
+
+
+def test_tensor_parallel_2(some: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every rank counts drafts and decides alike (I7), in processes of their own."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    prompts, texts = some
+    with start_engine(
+        **adadecode_options(threshold=0.3),
+        multiprocessing=True,
+        tensor_parallel_size=2,
+    ) as llm:
+        assert llm.generate(prompts) == texts
+        ranks = llm.ranks()
+    assert len(ranks) == 2
+    for counter in ("early_predictions", "accepted", "rejected", "resumed_tokens"):
+        assert ranks[0][counter] == ranks[1][counter]
+    assert sum(ranks[0]["accepted"]) > 0
+    assert sum(ranks[0]["rejected"]) > 0

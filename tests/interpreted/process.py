@@ -47,6 +47,8 @@ def start_engine(**options: Any) -> Iterator[EngineProcess]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+        # Inductor would ask the backend to compile.
+        patch.setenv("TORCHDYNAMO_DISABLE", "1")
         patch.setenv("PYTHONPATH", str(_SITE), prepend=os.pathsep)
         process.start()
     theirs.close()  # so that a child that dies ends our waiting
@@ -129,6 +131,10 @@ class _Calls:
 
     def stats(self) -> dict[str, Any]:
         return harness.stats(self.llm)
+
+    def ranks(self) -> list[dict[str, Any]]:
+        """The counters of all tensor-parallel ranks."""
+        return self.llm.collective_rpc("adadecode_stats")
 
     def metric(self, name: str) -> float:
         return harness.metric(self.llm, name)
