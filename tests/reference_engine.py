@@ -156,6 +156,7 @@ class WholeSteps:
         self.max_tokens = max_tokens
         self.resumed = 0
         self.drafted = 0
+        self.ran_ahead = 0
 
     def draft(
         self,
@@ -173,6 +174,14 @@ class WholeSteps:
         assert residual is not None
         front = np.cumsum(subset.count) - 1
         return self.model.gate(segment, hidden[front], residual[front])
+
+    def ahead(
+        self, subset: TokenSubset, states: np.ndarray, token_ids: np.ndarray
+    ) -> None:
+        """Run segment 0 of the last early predictions."""
+        assert len(states) == len(subset.rows) <= self.max_tokens
+        self.ran_ahead += len(states)
+        self._run(0, subset, states, torch.from_numpy(token_ids))
 
     def resume(
         self,
@@ -508,9 +517,13 @@ class Engine:
         rows = {request.number: row for row, request in enumerate(self.rows)}
         self.model.drafting = True
         self.model.views = {}
+        room = {}
         for request in requests:
             position = len(request.tokens) - 1
-            end = position + limits[request.number]
+            room[request.number] = self._owned(request) - position
+            # The last prediction may run ahead where there is a slot for it.
+            needed = limits[request.number] + 1
+            end = position + min(needed, room[request.number])
             self.model.views[rows[request.number]] = View(
                 request.number, request.blocks, list(request.tokens), (position, end)
             )
@@ -522,6 +535,7 @@ class Engine:
                 positions=np.array([len(r.tokens) - 1 for r in requests], np.int64),
                 limits=np.array([limits[number] for number in numbers], np.int64),
                 stop_token_ids=[request.stop_token_ids for request in requests],
+                room=np.array([room[number] for number in numbers], np.int64),
             )
         )
         self._check_window(window, [limits[number] for number in numbers])
@@ -542,11 +556,14 @@ class Engine:
             0,
             min(
                 self.cap,
-                len(request.blocks) * self.model.block_size - position,
+                self._owned(request) - position,
                 self.max_model_len - 2 - position,
                 request.max_tokens - len(request.generated) - 1,
             ),
         )
+
+    def _owned(self, request: Request) -> int:
+        return len(request.blocks) * self.model.block_size
 
     def _check_window(self, window: Window, limits: list[int]) -> None:
         for index, limit in enumerate(limits):

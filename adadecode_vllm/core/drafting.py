@@ -29,6 +29,9 @@ class DraftRequests:
         limits: (R,) int64, most early predictions each request may make: 0 .. cap.
             KV slots up to ``positions + limits - 1`` must belong to the request (I3).
         stop_token_ids: R collections of tokens after which nothing will be kept.
+        room: (R,) int64, KV slots that belong to the request from the newest token's
+            position on. With more than its early predictions need, the last of these
+            may run ahead of its verification; None for never.
     """
 
     rows: np.ndarray
@@ -36,6 +39,7 @@ class DraftRequests:
     positions: np.ndarray
     limits: np.ndarray
     stop_token_ids: list[Collection[int]]
+    room: np.ndarray | None = None
 
     def going_on(self) -> np.ndarray:
         """The requests, (r,) int64, that may predict and have not just ended."""
@@ -58,6 +62,7 @@ class DraftRequests:
             positions=self.positions[requests],
             limits=self.limits[requests],
             stop_token_ids=[self.stop_token_ids[request] for request in requests],
+            room=None if self.room is None else self.room[requests],
         )
 
 
@@ -141,6 +146,13 @@ class _Cycle:
                 goes_on[index] = False
         self.active[chosen] = goes_on
 
+    def fresh_predictions(self) -> np.ndarray:
+        """Requests whose newest prediction has not run and has a KV slot; (r,)."""
+        if self._requests.room is None:
+            return np.empty(0, np.int64)
+        fresh = (self.front_level == 0) & (self._length > 1)
+        return np.flatnonzero(fresh & (self._length <= self._requests.room))
+
     def window(self) -> Window:
         """The windows as they are now."""
         used = np.arange(self._width) < self._length[:, None]
@@ -212,12 +224,28 @@ class Drafter:
             if confident.any():
                 token_ids = self.policy.spoil(predicted[confident], self._random)
                 cycle.predict(chosen[confident], token_ids, segment)
+        self._run_ahead(cycle)
         window = cycle.window()
         for exit_index in range(last_exit + 1):
             predictions = np.count_nonzero(window.exits == exit_index)
             self.stats.early_predictions[exit_index] += predictions
         self.stats.drafting_seconds += time.perf_counter() - started
         return window
+
+    def _run_ahead(self, cycle: _Cycle) -> None:
+        """Start on the last early predictions while the host schedules the next step.
+
+        They will run the first segment in any case. Nothing waits for it, so on a
+        device that works on its own it fills the time until the next forward.
+        """
+        steps = self.executor.steps
+        if steps is None:
+            return
+        chosen = cycle.fresh_predictions()
+        if len(chosen) and len(chosen) <= steps.max_tokens:
+            steps.ahead(*cycle.standing(chosen, 0))
+            cycle.advance(chosen, 0)
+            self.stats.count_segment(0, len(chosen))
 
     def _step(
         self, cycle: _Cycle, chosen: np.ndarray, segment: int

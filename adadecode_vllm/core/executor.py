@@ -70,6 +70,17 @@ class StepRunner(Protocol):
             None for the caller to take the step apart.
         """
 
+    def ahead(
+        self, subset: TokenSubset, states: np.ndarray, token_ids: np.ndarray
+    ) -> None:
+        """Run segment 0 and ask nothing; nobody waits for it.
+
+        Args:
+            subset: The n tokens of n requests; n is at most :attr:`max_tokens`.
+            states: (n,) int64, where their hidden states are kept.
+            token_ids: (n,) int64.
+        """
+
     def resume(
         self,
         segment: int,

@@ -25,6 +25,7 @@ import torch
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.worker.gpu.cudagraph_utils import (
     BatchExecutionDescriptor,
@@ -331,6 +332,14 @@ class GraphedSteps:
         if not single:
             answer = answer[np.cumsum(subset.count) - 1]
         return answer[:, 0].astype(np.int64), answer[:, 1].astype(np.float32)
+
+    def ahead(
+        self, subset: TokenSubset, states: np.ndarray, token_ids: np.ndarray
+    ) -> None:
+        """Run segment 0 of the last early predictions; see the protocol."""
+        device = self._buffers.resumed_ids.device
+        with self._measure("steps ahead"):
+            self.resume(0, subset, states, async_tensor_h2d(token_ids, device=device))
 
     def resume(
         self,

@@ -443,6 +443,7 @@ class AdaDecodeSpeculator(BaseSpeculator):
         assert batcher is not None, "bound when the KV cache was initialized"
         if cap is None:
             cap = policy.max_early_predictions
+        owned_slots = batcher.owned_slots(rows)
         predicted = self.adadecode.draft(
             self.step,
             request_ids,
@@ -453,7 +454,7 @@ class AdaDecodeSpeculator(BaseSpeculator):
                 limits=draft_limits(
                     cap=min(policy.max_early_predictions, cap),
                     positions=positions,
-                    owned_slots=batcher.owned_slots(rows),
+                    owned_slots=owned_slots,
                     max_model_len=self._states.max_model_len,
                     remaining=self._states.max_seq_len[rows] - positions - 1,
                 ),
@@ -461,6 +462,7 @@ class AdaDecodeSpeculator(BaseSpeculator):
                     self._stops.get(request_id, frozenset())
                     for request_id in request_ids
                 ],
+                room=owned_slots - positions,
             ),
         )
         if not any(predicted):

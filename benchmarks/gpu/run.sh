@@ -43,6 +43,7 @@ if [[ $kit != - ]]; then
 fi
 
 say "this project"
+rm -rf "$root/build" # of an earlier state of the sources
 "$python" -m pip install --quiet --no-deps --no-build-isolation --upgrade \
     --target "$work/project" "$root"
 # The installed package first, then tests and benchmarks beside their sources.

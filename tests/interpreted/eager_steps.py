@@ -28,6 +28,7 @@ class EagerSteps:
     Attributes:
         drafted: Draft steps by number of tokens a request, one or several.
         resumed: Steps of resumed forwards.
+        ran_ahead: Early predictions that ran before the step that verifies them.
     """
 
     def __init__(self, runner: Any) -> None:
@@ -49,6 +50,7 @@ class EagerSteps:
         self.max_tokens = MAX_TOKENS
         self.drafted = {"one": 0, "several": 0}
         self.resumed = 0
+        self.ran_ahead = 0
 
     def draft(
         self,
@@ -67,6 +69,13 @@ class EagerSteps:
         answer = self._buffers.to_host(self._buffers.answers[: len(states)])
         answer = answer[np.cumsum(subset.count) - 1]
         return answer[:, 0].astype(np.int64), answer[:, 1].astype(np.float32)
+
+    def ahead(
+        self, subset: TokenSubset, states: np.ndarray, token_ids: np.ndarray
+    ) -> None:
+        """Run segment 0 of the last early predictions."""
+        self.ran_ahead += len(states)
+        self.resume(0, subset, states, torch.from_numpy(token_ids))
 
     def resume(
         self,

@@ -124,7 +124,11 @@ class _Calls:
     def whole_steps(self) -> dict[str, int]:
         """How many of them ran."""
         steps = self._runner.adadecode.executor.steps
-        return {**steps.drafted, "resumed": steps.resumed}
+        return {
+            **steps.drafted,
+            "resumed": steps.resumed,
+            "ahead": steps.ran_ahead,
+        }
 
     def configure(self, **options: Any) -> None:
         harness.configure(self.llm, **options)
