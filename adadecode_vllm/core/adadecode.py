@@ -125,10 +125,16 @@ class AdaDecode:
             self._exits[request_id] = window.exits[row, predicted]
         return drafts
 
+    def runs_in_steps(self, batch: ScheduledBatch) -> bool:
+        """Whether :meth:`forward` can run outside vLLM's forward context."""
+        return self._resumer.runs_in_steps(batch)
+
     def forward(
         self, batch: ScheduledBatch, resumable: Resumable, positions: torch.Tensor
     ) -> torch.Tensor:
-        """Run a batch with pending tokens, inside vLLM's own forward context.
+        """Run a batch with pending tokens.
+
+        Inside vLLM's own forward context, unless :meth:`runs_in_steps`.
 
         Args:
             batch: All scheduled tokens, N.

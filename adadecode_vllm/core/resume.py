@@ -86,20 +86,23 @@ class Resumer:
         self.stats.resumed_forwards += 1
         self.stats.resumed_tokens += int((levels > 0).sum())
 
-        steps = self.executor.steps
-        whole = (
-            steps is not None
-            and num_tokens <= steps.max_tokens
-            and batch.count.max() <= width
-            and batch.embeddings is None
-        )
         hidden = (
             self._run_steps(batch, starts, levels, states)
-            if whole
+            if self.runs_in_steps(batch)
             else self._run_segments(batch, starts, levels, states)
         )
         self.stats.verifying_seconds += time.perf_counter() - started
         return hidden
+
+    def runs_in_steps(self, batch: ScheduledBatch) -> bool:
+        """Whether a batch runs in whole steps, which need no forward context."""
+        steps = self.executor.steps
+        return (
+            steps is not None
+            and int(batch.count.sum()) <= steps.max_tokens
+            and int(batch.count.max()) <= self.states.window
+            and batch.embeddings is None
+        )
 
     def _run_steps(
         self,

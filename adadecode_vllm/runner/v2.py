@@ -40,6 +40,7 @@ class AdaDecodeModelRunner(GPUModelRunner):
             device: The device.
         """
         self._resume: tuple[ScheduledBatch, Resumable] | None = None
+        self._resumed: torch.Tensor | None = None
         self._batch_ids: list[str] = []
         with init_speculator.custom_class():
             super().__init__(vllm_config, device)
@@ -100,9 +101,20 @@ class AdaDecodeModelRunner(GPUModelRunner):
         self.proposer.add_requests(scheduler_output)
 
     def prepare_inputs(self, *args: Any, **kwargs: Any) -> InputBatch:
-        """Put the batch together and find out what of it can be resumed."""
+        """Put the batch together and find out what of it can be resumed.
+
+        What runs in CUDA graphs of its own is launched here: the device works on it
+        while vLLM prepares an attention that only its own forward would use.
+        """
         input_batch = super().prepare_inputs(*args, **kwargs)
         self._resume = self.proposer.resumable(input_batch)
+        self._resumed = None
+        if self._resume is not None and not self.uses_inputs_embeds:
+            batch, resumable = self._resume
+            if self.adadecode.runs_in_steps(batch):
+                self._resumed = self.adadecode.forward(
+                    batch, resumable, input_batch.positions
+                )
         return input_batch
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
@@ -141,6 +153,9 @@ class AdaDecodeModelRunner(GPUModelRunner):
             resume, self._resume = self._resume, None
             if resume is None:
                 return ordinary(*args, **kwargs)
+            resumed, self._resumed = self._resumed, None
+            if resumed is not None:
+                return resumed
             batch, resumable = resume
             embeddings = kwargs.get("inputs_embeds")
             if embeddings is not None:
