@@ -224,12 +224,13 @@ class Drafter:
             if confident.any():
                 token_ids = self.policy.spoil(predicted[confident], self._random)
                 cycle.predict(chosen[confident], token_ids, segment)
+        ended = time.perf_counter()
         self._run_ahead(cycle)
         window = cycle.window()
         for exit_index in range(last_exit + 1):
             predictions = np.count_nonzero(window.exits == exit_index)
             self.stats.early_predictions[exit_index] += predictions
-        self.stats.drafting_seconds += time.perf_counter() - started
+        self.stats.drafting_seconds += ended - started
         return window
 
     def _run_ahead(self, cycle: _Cycle) -> None:

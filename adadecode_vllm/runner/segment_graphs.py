@@ -25,7 +25,6 @@ import torch
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
-from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.worker.gpu.cudagraph_utils import (
     BatchExecutionDescriptor,
@@ -110,8 +109,7 @@ class Steps:
         states = buffers.states[:tokens]
         residual: torch.Tensor | None = None
         if kind.segment == 0:
-            ids = buffers.token_ids if kind.gated else buffers.resumed_ids
-            hidden = executor.embed(ids[:tokens])
+            hidden = executor.embed(buffers.token_ids[:tokens])
         else:
             hidden, residual = buffers.pending.read(states)
         hidden, residual = executor.call(
@@ -219,7 +217,7 @@ class SegmentGraphs(CudaGraphManager):
         buffers: StepBuffers,
         subset: TokenSubset,
         states: np.ndarray,
-        token_ids: np.ndarray | None,
+        token_ids: np.ndarray | torch.Tensor | None,
     ) -> bool:
         """Run a captured step, if there is one for the batch.
 
@@ -227,7 +225,7 @@ class SegmentGraphs(CudaGraphManager):
             buffers: As captured.
             subset: The n tokens of r requests.
             states: (n,) int64, where their states are kept.
-            token_ids: (n,) int64 for segment 0, where the host knows them.
+            token_ids: (n,) for segment 0, from the host or on the device.
 
         Returns:
             Whether it ran.
@@ -337,9 +335,8 @@ class GraphedSteps:
         self, subset: TokenSubset, states: np.ndarray, token_ids: np.ndarray
     ) -> None:
         """Run segment 0 of the last early predictions; see the protocol."""
-        device = self._buffers.resumed_ids.device
         with self._measure("steps ahead"):
-            self.resume(0, subset, states, async_tensor_h2d(token_ids, device=device))
+            self._resume(0, subset, states, token_ids)
 
     def resume(
         self,
@@ -349,9 +346,16 @@ class GraphedSteps:
         token_ids: torch.Tensor | None,
     ) -> torch.Tensor:
         """Run a step of a resumed forward; see the protocol."""
-        if token_ids is not None:
-            self._buffers.resumed_ids[: len(states)].copy_(token_ids)
-        graphs = self._graphs[StepKind(segment, False, self._window)]()
-        ran = graphs.replay(self._buffers, subset, states, None)
-        assert ran, "the caller keeps to max_tokens and to the window"
+        self._resume(segment, subset, states, token_ids)
         return self._buffers.normed[: len(states)]
+
+    def _resume(
+        self,
+        segment: int,
+        subset: TokenSubset,
+        states: np.ndarray,
+        token_ids: np.ndarray | torch.Tensor | None,
+    ) -> None:
+        graphs = self._graphs[StepKind(segment, False, self._window)]()
+        ran = graphs.replay(self._buffers, subset, states, token_ids)
+        assert ran, "the caller keeps to max_tokens and to the window"

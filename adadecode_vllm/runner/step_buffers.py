@@ -33,8 +33,7 @@ class StepBuffers:
     Steps run one after another, so the graphs of all segments share one set.
 
     Attributes:
-        token_ids: (T,) int64, from the host.
-        resumed_ids: (T,) int64, written on the device before a resumed forward.
+        token_ids: (T,) int64.
         positions: (T,) int64.
         states: (T,) int64, where the tokens' hidden states are kept.
         answers: (T, 2) float64, token and probability by an exit head.
@@ -84,7 +83,6 @@ class StepBuffers:
             self._lengths,
             self._starts,
         ) = self._split(self._inputs)
-        self.resumed_ids = torch.zeros(max_tokens, dtype=torch.int64, device=device)
         self._seq_lens = torch.zeros(requests, dtype=torch.int32, device=device)
         self._query_start = torch.zeros(requests + 1, dtype=torch.int32, device=device)
         tables = runner.block_tables
@@ -115,7 +113,7 @@ class StepBuffers:
         self,
         subset: TokenSubset,
         states: np.ndarray,
-        token_ids: np.ndarray | None,
+        token_ids: np.ndarray | torch.Tensor | None,
         padded_tokens: int,
         padded_requests: int,
     ) -> None:
@@ -127,7 +125,7 @@ class StepBuffers:
         Args:
             subset: The n tokens of r requests.
             states: (n,) int64, where their states are kept.
-            token_ids: (n,) int64 for segment 0, where the host knows them.
+            token_ids: (n,) for segment 0, from the host or on the device.
             padded_tokens: Tokens that the graph was captured for.
             padded_requests: Requests that the graph was captured for.
         """
@@ -147,7 +145,7 @@ class StepBuffers:
             offset = subset.first - starts[:requests]
             positions[:count] = np.repeat(offset, subset.count) + np.arange(count)
             token_rows[:count] = np.repeat(subset.rows, subset.count)
-        if token_ids is not None:
+        if isinstance(token_ids, np.ndarray):
             ids[:count] = token_ids
         kept[:count] = states
         rows[:requests] = np.maximum(subset.rows, 0)
@@ -162,6 +160,8 @@ class StepBuffers:
             lengths[requests:padded_requests] = 0
             starts[requests + 1 : padded_requests + 1] = count
         self._inputs.copy_(host, non_blocking=True)
+        if isinstance(token_ids, torch.Tensor):
+            self.token_ids[:count].copy_(token_ids)
 
     def refresh(self, tokens: int, requests: int) -> None:
         """Work out what attention needs; part of the graph."""

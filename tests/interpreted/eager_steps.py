@@ -75,7 +75,7 @@ class EagerSteps:
     ) -> None:
         """Run segment 0 of the last early predictions."""
         self.ran_ahead += len(states)
-        self.resume(0, subset, states, torch.from_numpy(token_ids))
+        self._run(StepKind(0, False, self._window), subset, states, token_ids)
 
     def resume(
         self,
@@ -86,9 +86,7 @@ class EagerSteps:
     ) -> torch.Tensor:
         """Run a step of a resumed forward."""
         self.resumed += 1
-        if token_ids is not None:
-            self._buffers.resumed_ids[: len(states)].copy_(token_ids)
-        self._run(StepKind(segment, False, self._window), subset, states, None)
+        self._run(StepKind(segment, False, self._window), subset, states, token_ids)
         return self._buffers.normed[: len(states)]
 
     def _run(
@@ -96,7 +94,7 @@ class EagerSteps:
         kind: StepKind,
         subset: TokenSubset,
         states: np.ndarray,
-        token_ids: np.ndarray | None,
+        token_ids: np.ndarray | torch.Tensor | None,
     ) -> None:
         buffers = self._buffers
         tokens = len(states) + _MORE_TOKENS
