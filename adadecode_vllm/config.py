@@ -65,6 +65,12 @@ class AdaDecodeConfig(BaseModel):
         description="Where no exit is confident, also submit the last exit's guess if "
         "it is probably worth its verification.",
     )
+    disable_by_batch_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="Predict nothing early in steps with more requests than this. "
+        "Default: no limit.",
+    )
     synthetic_acceptance_rate: float | None = Field(
         default=None,
         ge=0.0,

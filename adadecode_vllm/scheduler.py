@@ -9,6 +9,8 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from adadecode_vllm.config import CONFIG_KEY, parse_config
+
 UNUSED_DRAFTS = "adadecode_unused_drafts"
 """Attribute of a model runner's output: request id to draft slots that stayed empty."""
 
@@ -21,7 +23,25 @@ class AdaDecodeScheduler(Scheduler):
     ones. When blocks are short the reservation is dropped rather than a request
     preempted for it; the worker then predicts no further than the blocks that a request
     owns.
+
+    It also bounds early predictions by the load: at batch sizes where the model's
+    weights are no longer what a step waits for, they cannot save anything.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Read the options that start-up resolved; see vLLM."""
+        super().__init__(*args, **kwargs)
+        additional_config = self.vllm_config.additional_config
+        assert isinstance(additional_config, dict), "start-up wrote the options there"
+        config = parse_config(additional_config[CONFIG_KEY])
+        self._most_requests = config.disable_by_batch_size
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        """Say how many drafts the step may make, before vLLM makes room for them."""
+        requests = len(scheduler_output.num_scheduled_tokens)
+        if self._most_requests is not None and requests > self._most_requests:
+            scheduler_output.num_spec_tokens_to_schedule = 0
+        super()._update_after_schedule(scheduler_output)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule one step; see vLLM."""

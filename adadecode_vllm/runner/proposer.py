@@ -89,7 +89,7 @@ class AdaDecodeProposer:
         assert runner is not None, "bound when the KV cache was initialized"
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
         runner.count_verdicts(sampled_token_ids)
-        if not self.adadecode.policy.can_predict:
+        if not self.adadecode.policy.can_predict or not runner.most_drafts:
             return drafts
         rows = np.array(
             [row for row, tokens in enumerate(sampled_token_ids) if tokens], np.int64
@@ -110,7 +110,9 @@ class AdaDecodeProposer:
                 token_ids=token_ids_cpu[rows, positions].astype(np.int64),
                 positions=positions,
                 limits=draft_limits(
-                    cap=self.adadecode.policy.max_early_predictions,
+                    cap=min(
+                        self.adadecode.policy.max_early_predictions, runner.most_drafts
+                    ),
                     positions=positions,
                     owned_slots=batcher.owned_slots(rows),
                     max_model_len=self.vllm_config.model_config.max_model_len,

@@ -403,7 +403,11 @@ class AdaDecodeSpeculator(BaseSpeculator):
         if drafted is None:
             drafted = np.zeros(num_reqs, np.int64)
         reached = self._computed[rows] + input_batch.num_scheduled_tokens
-        can_predict = self.adadecode.policy.can_predict
+        policy = self.adadecode.policy
+        cap = policy.max_early_predictions
+        if num_speculative_tokens is not None:
+            cap = min(cap, num_speculative_tokens)
+        can_predict = policy.can_predict and cap > 0
         tokens = None
         if can_predict or input_batch.num_draft_tokens:
             outcome = torch.stack(
@@ -422,7 +426,7 @@ class AdaDecodeSpeculator(BaseSpeculator):
             self.drafts[request_id] = []
         if not can_predict or tokens is None:
             return self._draft_tokens[:num_reqs]
-        return self._predict(input_batch, rows, sampled, tokens, num_speculative_tokens)
+        return self._predict(input_batch, rows, sampled, tokens, cap)
 
     def _predict(
         self,
@@ -430,7 +434,7 @@ class AdaDecodeSpeculator(BaseSpeculator):
         rows: np.ndarray,
         sampled: np.ndarray,
         tokens: np.ndarray,
-        cap: int | None,
+        cap: int,
     ) -> torch.Tensor:
         active = np.flatnonzero(sampled > 0)
         answer = self._draft_tokens[: input_batch.num_reqs]
@@ -439,10 +443,8 @@ class AdaDecodeSpeculator(BaseSpeculator):
         rows = rows[active]
         positions = self._computed[rows]
         request_ids = [input_batch.req_ids[index] for index in active]
-        policy, batcher = self.adadecode.policy, self.adadecode.executor.batcher
+        batcher = self.adadecode.executor.batcher
         assert batcher is not None, "bound when the KV cache was initialized"
-        if cap is None:
-            cap = policy.max_early_predictions
         owned_slots = batcher.owned_slots(rows)
         predicted = self.adadecode.draft(
             self.step,
@@ -452,7 +454,7 @@ class AdaDecodeSpeculator(BaseSpeculator):
                 token_ids=tokens[active],
                 positions=positions,
                 limits=draft_limits(
-                    cap=min(policy.max_early_predictions, cap),
+                    cap=cap,
                     positions=positions,
                     owned_slots=owned_slots,
                     max_model_len=self._states.max_model_len,

@@ -59,6 +59,12 @@ class AdaDecodeCPUModelRunner(CPUModelRunner):
         """The method's parts; exist once the model is loaded."""
         return self.proposer.adadecode
 
+    @property
+    def most_drafts(self) -> int:
+        """Early predictions per request that the scheduler allows in this step."""
+        assert self._scheduled is not None, "called within a step"
+        return self._scheduled.num_spec_tokens_to_schedule
+
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         """Allocate the KV cache and tell the proposer about its groups."""
         super().initialize_kv_cache(*args, **kwargs)

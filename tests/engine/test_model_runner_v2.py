@@ -188,3 +188,16 @@ def test_tensor_parallel_2(some: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         assert ranks[0][counter] == ranks[1][counter]
     assert sum(ranks[0]["accepted"]) > 0
     assert sum(ranks[0]["rejected"]) > 0
+
+
+def test_drafting_stops_above_a_batch_size(some: Case) -> None:
+    """No room is scheduled then, and the host waits for no outcome."""
+    prompts, texts = some
+    options = adadecode_options(threshold=0.5, disable_by_batch_size=2)
+    with start_engine(**options) as llm:
+        assert llm.generate(prompts) == texts
+        assert llm.generate(prompts[:2]) == texts[:2]
+        assert sum(llm.stats()["accepted"]) > 0
+        llm.configure()
+        llm.generate(prompts[:3], max_tokens=8, ignore_eos=True)
+        assert sum(llm.stats()["early_predictions"]) == 0

@@ -74,6 +74,24 @@ def test_chunked_prefill_and_preemption(
         assert sum(stats(llm)["rejected"]) > 0
 
 
+def test_drafting_stops_above_a_batch_size(
+    prompts: list[str], reference: Reference
+) -> None:
+    options = adadecode_options(threshold=0.5, disable_by_batch_size=2)
+    with start_engine(**options) as llm:
+        # All at once: only the last requests that are left may draft.
+        assert generate(llm, prompts[:8]) == reference["texts"][:8]
+        crowded = stats(llm)["early_predictions"]
+        configure(llm)
+        for prompt, text in zip(prompts[:8], reference["texts"], strict=False):
+            assert generate(llm, [prompt]) == [text]
+        assert sum(crowded) < sum(stats(llm)["early_predictions"]) / 2
+        configure(llm)
+        # Texts of equal length, so that all end in the same step.
+        generate(llm, prompts[:3], max_tokens=8, ignore_eos=True)
+        assert sum(stats(llm)["early_predictions"]) == 0
+
+
 def test_compiled_as_vllm_does_by_default(
     prompts: list[str], reference: Reference
 ) -> None:

@@ -56,6 +56,7 @@ def test_defaults() -> None:
         "gate": "probability",
         "draft_vocabulary_size": None,
         "last_guess": True,
+        "disable_by_batch_size": None,
         "synthetic_acceptance_rate": None,
         "enabled": True,
     }
@@ -141,7 +142,8 @@ def test_unknown_option() -> None:
     assert refusal({"heads": "H", "treshold": 0.5}) == (
         "--adadecode-config: unknown option 'treshold'. Options are heads, "
         "exit_layers, threshold, max_early_predictions, gate, draft_vocabulary_size, "
-        "last_guess, synthetic_acceptance_rate, enabled; remove or correct it."
+        "last_guess, disable_by_batch_size, synthetic_acceptance_rate, enabled; "
+        "remove or correct it."
     )
 
 
