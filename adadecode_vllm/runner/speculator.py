@@ -22,6 +22,7 @@ from torch import nn
 from vllm.config import CUDAGraphMode
 from vllm.distributed.parallel_state import graph_capture
 from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.worker.gpu.cudagraph_utils import has_compiled_submodule
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from adadecode_vllm.config import CONFIG_KEY, parse_config
@@ -150,7 +151,7 @@ class AdaDecodeSpeculator(BaseSpeculator):
         runner = self._runner
         assert runner is not None, "bound when the KV cache was initialized"
         executor, states = self.adadecode.executor, self.adadecode.states
-        if self._piecewise:
+        if self._piecewise and all(map(has_compiled_submodule, executor.segments)):
             sizes = self.vllm_config.compilation_config.cudagraph_capture_sizes
             executor.piecewise = PiecewiseInputs(
                 sizes or (), states.hidden.shape[1], states.hidden.dtype, self.device
