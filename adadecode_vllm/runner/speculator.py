@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +32,7 @@ from adadecode_vllm.core.host_copy import HostCopy
 from adadecode_vllm.core.ledger import Resumable
 from adadecode_vllm.core.piecewise import PiecewiseInputs
 from adadecode_vllm.core.resume import ScheduledBatch
+from adadecode_vllm.runner.draft_room import fill_room, trim_grammar
 from adadecode_vllm.runner.limits import draft_limits, stop_token_ids
 from adadecode_vllm.runner.segment_graphs import (
     MAX_TOKENS,
@@ -221,27 +221,8 @@ class AdaDecodeSpeculator(BaseSpeculator):
         self.adadecode.forget(gone)
 
         self._empty = {}
-        drafts: dict[str, list[int]] = {}
-        room_for = scheduler_output.scheduled_spec_decode_tokens
-        if self._warming_up:
-            room_for = {}
-        for request_id, room in room_for.items():
-            predicted = self.drafts.get(request_id, ())
-            filled = _agreeing(predicted, room)
-            if filled:
-                drafts[request_id] = room[:filled]
-            if filled < len(room):
-                self._empty[request_id] = len(room) - filled
-        if self._empty:
-            counts = dict(scheduler_output.num_scheduled_tokens)
-            for request_id, empty in self._empty.items():
-                counts[request_id] -= empty
-            scheduler_output = replace(
-                scheduler_output,
-                num_scheduled_tokens=counts,
-                total_num_scheduled_tokens=sum(counts.values()),
-                scheduled_spec_decode_tokens=drafts,
-            )
+        if not self._warming_up:
+            scheduler_output, self._empty = fill_room(scheduler_output, self.drafts)
         self._scheduled = scheduler_output
         return scheduler_output
 
@@ -314,38 +295,11 @@ class AdaDecodeSpeculator(BaseSpeculator):
         return batch, resumable
 
     def trim_grammar(self, grammar_output: GrammarOutput | None) -> Any:
-        """Remove the grammar's rows for room that stayed empty.
-
-        Args:
-            grammar_output: One row of the bitmask per scheduled draft and one more, for
-                each structured request, as the scheduler made it.
-
-        Returns:
-            The same for the drafts that there are.
-        """
-        if grammar_output is None or grammar_output.grammar_bitmask is None:
-            return grammar_output
+        """Remove the grammar's rows for room that stayed empty in this step."""
         scheduled = self._scheduled
         assert scheduled is not None, "called within a step"
-        request_ids = grammar_output.structured_output_request_ids
-        if not any(request_id in self._empty for request_id in request_ids):
-            return grammar_output
-        keep: list[int] = []
-        first = 0
-        filled = []
-        for request_id in request_ids:
-            drafts = len(scheduled.scheduled_spec_decode_tokens.get(request_id, ()))
-            keep.extend(range(first, first + drafts + 1))
-            first += drafts + 1 + self._empty.get(request_id, 0)
-            filled.append(drafts)
-        acceptable = grammar_output.num_acceptable_drafts
-        if acceptable is not None:
-            acceptable = [min(*pair) for pair in zip(acceptable, filled, strict=True)]
-        return replace(
-            grammar_output,
-            grammar_bitmask=grammar_output.grammar_bitmask[keep],
-            num_acceptable_drafts=acceptable,
-        )
+        drafts = scheduled.scheduled_spec_decode_tokens
+        return trim_grammar(grammar_output, drafts, self._empty)
 
     @torch.inference_mode()
     def propose(
@@ -492,16 +446,6 @@ class AdaDecodeSpeculator(BaseSpeculator):
             },
             {request_id: len(tokens) for request_id, tokens in drafts.items()},
         )
-
-
-def _agreeing(predicted: Any, room: list[int]) -> int:
-    """Drafts that fit the room; -1 in it stands for whatever was predicted."""
-    filled = 0
-    for ours, theirs in zip(predicted, room, strict=False):
-        if theirs not in (-1, ours):
-            break
-        filled += 1
-    return filled
 
 
 def _kv_group(runner: AdaDecodeModelRunner, index: int) -> KVGroup:

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From room for drafts, which is what is scheduled ahead, to what there is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+
+
+def fill_room(
+    scheduler_output: SchedulerOutput, predicted: Mapping[str, Sequence[int]]
+) -> tuple[SchedulerOutput, dict[str, int]]:
+    """Remove the room that stayed empty.
+
+    Args:
+        scheduler_output: What the scheduler asks for; is left as it is. It reads off
+            its own what was rejected: empty room, and drafts that were wrong.
+        predicted: Request id to the early predictions that wait for verification.
+
+    Returns:
+        The same with no more drafts per request than there are and than the scheduler
+        agrees to, and request id to drafts removed.
+    """
+    empty: dict[str, int] = {}
+    drafts: dict[str, list[int]] = {}
+    for request_id, room in scheduler_output.scheduled_spec_decode_tokens.items():
+        filled = _agreeing(predicted.get(request_id, ()), room)
+        if filled:
+            drafts[request_id] = room[:filled]
+        if filled < len(room):
+            empty[request_id] = len(room) - filled
+    if not empty:
+        return scheduler_output, empty
+    counts = dict(scheduler_output.num_scheduled_tokens)
+    for request_id, removed in empty.items():
+        counts[request_id] -= removed
+    trimmed = replace(
+        scheduler_output,
+        num_scheduled_tokens=counts,
+        total_num_scheduled_tokens=sum(counts.values()),
+        scheduled_spec_decode_tokens=drafts,
+    )
+    return trimmed, empty
+
+
+def trim_grammar(
+    grammar_output: GrammarOutput | None,
+    drafts: Mapping[str, Sequence[int]],
+    empty: Mapping[str, int],
+) -> GrammarOutput | None:
+    """Remove the grammar's rows for room that stayed empty.
+
+    Args:
+        grammar_output: One row of the bitmask per scheduled draft and one more, for
+            each structured request, as the scheduler made it.
+        drafts: Request id to the step's drafts.
+        empty: Request id to drafts removed.
+
+    Returns:
+        The same for the drafts that there are.
+    """
+    if grammar_output is None or grammar_output.grammar_bitmask is None:
+        return grammar_output
+    request_ids = grammar_output.structured_output_request_ids
+    if not any(request_id in empty for request_id in request_ids):
+        return grammar_output
+    keep: list[int] = []
+    filled = []
+    first = 0
+    for request_id in request_ids:
+        filled.append(len(drafts.get(request_id, ())))
+        keep.extend(range(first, first + filled[-1] + 1))
+        first += filled[-1] + 1 + empty.get(request_id, 0)
+    acceptable = grammar_output.num_acceptable_drafts
+    if acceptable is not None:
+        acceptable = [min(*pair) for pair in zip(acceptable, filled, strict=True)]
+    return replace(
+        grammar_output,
+        grammar_bitmask=grammar_output.grammar_bitmask[keep],
+        num_acceptable_drafts=acceptable,
+    )
+
+
+def _agreeing(predicted: Sequence[int], room: Sequence[int]) -> int:
+    """Drafts that fit the room; -1 in it stands for whatever was predicted."""
+    filled = 0
+    for ours, theirs in zip(predicted, room, strict=False):
+        if theirs not in (-1, ours):
+            break
+        filled += 1
+    return filled
