@@ -7,7 +7,7 @@
 #
 # KIT is a folder with vLLM 0.32 for such a machine (its parts, manifest and
 # install_kit.sh); - uses the vLLM that is installed. OUT receives the result files.
-# Stages, by default all of them, in 9 minutes on one H200:
+# Stages, by default all of them; meant to fit in 9 minutes on one H200:
 #
 #   check   vLLM itself on a tiny random model (part of the kit)
 #   parity  tests/gpu: texts equal ordinary vLLM's, float32 and bfloat16
@@ -74,8 +74,8 @@ if wants speed; then
         --start-together "${SIDE:-5}" \
         --arms "${ARMS:-ordinary,adadecode,submit-all:8,threshold-1,ngram}" \
         --batch-sizes "${BATCHES:-1,4,16,64}" --num-prompts 64 \
-        --rounds "${ROUNDS:-2}" --output-len "${TOKENS:-192}" --ignore-eos \
-        --repeats "${REPEATS:-3}" \
+        --rounds "${ROUNDS:-2}" --output-len "${TOKENS:-128}" --ignore-eos \
+        --repeats "${REPEATS:-2}" \
         --output-json "$out/gpu_$shape.json" | tee "$out/gpu_$shape.md"
 fi
 say "done"

@@ -127,6 +127,7 @@ def test_resolved_options_are_part_of_the_configuration(
             "gate": "probability",
             "draft_vocabulary_size": 0,
             "last_guess": True,
+            "disable_by_batch_size": None,
             "synthetic_acceptance_rate": None,
             "enabled": True,
         }
@@ -312,6 +313,29 @@ def test_model_runner_v1_on_cuda(
     v1: Any = SimpleNamespace(use_v2_model_runner=False)
     with pytest.raises(AdaDecodeError, match=r"^the model runner: not with AdaDecode"):
         features._check_features(v1)
+
+
+@pytest.mark.parametrize("executor", ["mp", "ray"])
+def test_tensor_parallelism_is_for_both_executors(
+    model: Path, executor: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CUDA; vLLM itself refuses Ray on CPUs."""
+    monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
+    arguments = EngineArgs(
+        model=str(model),
+        tensor_parallel_size=2,
+        distributed_executor_backend=executor,
+    )
+    features.check_arguments(arguments)
+    ones = {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1}
+    config: Any = SimpleNamespace(
+        use_v2_model_runner=True,
+        compilation_config=SimpleNamespace(mode=CompilationMode.VLLM_COMPILE),
+        parallel_config=SimpleNamespace(**ones),
+        kv_transfer_config=None,
+        cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
+    )
+    features._check_features(config)
 
 
 def test_stock_torch_compile(model: Path, heads: Path) -> None:

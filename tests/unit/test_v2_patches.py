@@ -12,7 +12,11 @@ from vllm.config import VllmConfig
 from vllm.v1.worker.gpu import model_runner, spec_decode
 
 from adadecode_vllm.arguments import SPECULATOR
-from adadecode_vllm.patches import init_speculator, v2_custom_class
+from adadecode_vllm.patches import (
+    init_speculator,
+    v2_async_scheduling,
+    v2_custom_class,
+)
 
 _UNSUPPORTED = "speculative method 'custom_class'"
 
@@ -113,3 +117,60 @@ def test_a_replaced_function_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
         init_speculator.custom_class(),
     ):
         pass
+
+
+@pytest.fixture
+def validations(monkeypatch: pytest.MonkeyPatch) -> list[bool | None]:
+    """What vLLM's validation was shown of ``async_scheduling``, the patch installed."""
+    shown: list[bool | None] = []
+
+    def validate(self: Any) -> None:
+        shown.append(self.scheduler_config.async_scheduling)
+        self.scheduler_config.async_scheduling = False
+
+    monkeypatch.setattr(VllmConfig, "__post_init__", validate)
+    v2_async_scheduling.install()
+    v2_async_scheduling.install()
+    return shown
+
+
+@pytest.mark.parametrize(
+    ("model", "asked", "shown", "kept"),
+    [
+        (SPECULATOR, True, None, True),
+        (SPECULATOR, False, False, False),
+        (SPECULATOR, None, None, False),
+        ("some.other.Proposer", True, True, False),
+    ],
+)
+def test_only_our_speculator_keeps_asynchronous_scheduling(
+    validations: list[bool | None],
+    model: str,
+    asked: bool | None,
+    shown: bool | None,
+    kept: bool,
+) -> None:
+    scheduler = SimpleNamespace(async_scheduling=asked)
+    config: Any = SimpleNamespace(
+        speculative_config=SimpleNamespace(model=model), scheduler_config=scheduler
+    )
+    VllmConfig.__post_init__(config)
+    assert validations == [shown]
+    assert scheduler.async_scheduling is kept
+
+
+def test_engines_without_speculation_are_validated_as_they_are(
+    validations: list[bool | None],
+) -> None:
+    config: Any = SimpleNamespace(
+        speculative_config=None, scheduler_config=SimpleNamespace(async_scheduling=True)
+    )
+    VllmConfig.__post_init__(config)
+    assert validations == [True]
+
+
+def test_vllm_still_lists_the_methods_that_schedule_ahead() -> None:
+    """Fails once a method says so itself: then the patch can go."""
+    source = inspect.getsource(inspect.unwrap(VllmConfig.__post_init__))
+    assert "async scheduling is only supported" in source
+    assert "custom_class" not in source
