@@ -102,7 +102,10 @@ def _wrap_create(original: Any) -> Any:
                 return original(self, *args, **kwargs)
             # Heavy imports only for engines that use the plugin.
             from adadecode_vllm import features, plugin
+            from adadecode_vllm.patches import request_options
 
+            # This process, one of several API servers perhaps, takes requests in.
+            request_options.install()
             plugin.check_vllm_version()
             features.check_arguments(self)
             with arguments.prepared(self, config):

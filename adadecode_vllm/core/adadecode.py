@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.logger import init_logger
 
 from adadecode_vllm.config import AdaDecodeConfig, parse_config
 from adadecode_vllm.core.device_timer import DeviceTimer
@@ -32,6 +34,13 @@ from adadecode_vllm.heads import (
     load_draft_token_ids,
     load_heads_config,
 )
+from adadecode_vllm.request_options import (
+    ENGINES,
+    RequestOptions,
+    parse_request_options,
+)
+
+logger = init_logger("vllm.adadecode")
 
 # What the policy alone depends on; everything else is built at start-up.
 _CHANGEABLE = {
@@ -91,6 +100,7 @@ class AdaDecode:
         self._resumer = Resumer(self.executor, self.states, self.stats)
         self.timer: DeviceTimer | None = None
         self._exits: dict[str, np.ndarray] = {}
+        self._options: dict[str, RequestOptions] = {}
         self._contradicted: set[str] = set()
 
     @torch.inference_mode()
@@ -124,6 +134,67 @@ class AdaDecode:
             drafts[request] = window.token_ids[row, predicted].tolist()
             self._exits[request_id] = window.exits[row, predicted]
         return drafts
+
+    def request_options(
+        self, request_id: str, extra_args: Mapping[str, Any] | None
+    ) -> RequestOptions:
+        """What a request asks for; remembered until it is forgotten.
+
+        Args:
+            request_id: The request.
+            extra_args: Its ``SamplingParams.extra_args``, validated at the front door.
+        """
+        if not extra_args:
+            return ENGINES
+        found = self._options.get(request_id)
+        if found is None:
+            try:
+                found = parse_request_options(extra_args, self._config)
+            except AdaDecodeError as error:
+                # Only a front door without this plugin lets such a request in.
+                logger.warning("adadecode: request %s: %s", request_id, error)
+                found = ENGINES
+            self._options[request_id] = found
+        return found
+
+    def caps(self, options: Sequence[RequestOptions], most: int) -> np.ndarray:
+        """Most early predictions that requests ask for and the engine allows.
+
+        Args:
+            options: R requests' options.
+            most: The scheduler's bound for this step.
+
+        Returns:
+            (R,) int64.
+        """
+        cap = min(self.policy.max_early_predictions, most)
+        caps = np.zeros(len(options), np.int64)
+        for request, own in enumerate(options):
+            predicts = own.predicts
+            if self.policy.can_predict if predicts is None else predicts:
+                asked = own.max_early_predictions
+                caps[request] = cap if asked is None else min(cap, asked)
+        return caps
+
+    def thresholds(self, options: Sequence[RequestOptions]) -> np.ndarray | None:
+        """Requests' own thresholds on the exits' probabilities.
+
+        Args:
+            options: R requests' options.
+
+        Returns:
+            (R, K), or None if all leave it to the policy.
+        """
+        if all(own.threshold is None for own in options):
+            return None
+        return np.array(
+            [
+                self.policy.thresholds
+                if own.threshold is None
+                else _own_thresholds(self._config, own.threshold)
+                for own in options
+            ]
+        )
 
     def runs_in_steps(self, batch: ScheduledBatch) -> bool:
         """Whether :meth:`forward` can run outside vLLM's forward context."""
@@ -200,8 +271,9 @@ class AdaDecode:
 
     def forget(self, request_ids: set[str]) -> None:
         """Release what is remembered of finished requests."""
-        for request_id in request_ids & self._exits.keys():
-            del self._exits[request_id]
+        for request_id in request_ids:
+            self._exits.pop(request_id, None)
+            self._options.pop(request_id, None)
         self._contradicted -= request_ids
 
 
@@ -243,6 +315,11 @@ def _thresholds(config: AdaDecodeConfig) -> list[float]:
         )
     )
     return [by_layer[layer] for layer in config.exit_layers]
+
+
+@lru_cache(maxsize=1024)
+def _own_thresholds(config: AdaDecodeConfig, threshold: float) -> list[float]:
+    return _thresholds(config.model_copy(update={"threshold": threshold}))
 
 
 def _check_lm_head(

@@ -32,6 +32,8 @@ class DraftRequests:
         room: (R,) int64, KV slots that belong to the request from the newest token's
             position on. With more than its early predictions need, the last of these
             may run ahead of its verification; None for never.
+        thresholds: (R, K) the requests' own thresholds on the exits' probabilities;
+            None for the policy's.
     """
 
     rows: np.ndarray
@@ -40,6 +42,7 @@ class DraftRequests:
     limits: np.ndarray
     stop_token_ids: list[Collection[int]]
     room: np.ndarray | None = None
+    thresholds: np.ndarray | None = None
 
     def going_on(self) -> np.ndarray:
         """The requests, (r,) int64, that may predict and have not just ended."""
@@ -63,6 +66,7 @@ class DraftRequests:
             limits=self.limits[requests],
             stop_token_ids=[self.stop_token_ids[request] for request in requests],
             room=None if self.room is None else self.room[requests],
+            thresholds=None if self.thresholds is None else self.thresholds[requests],
         )
 
 
@@ -217,7 +221,10 @@ class Drafter:
             segment = int(front_level.min())
             chosen = waiting[front_level == segment]
             predicted, confidence = self._step(cycle, chosen, segment)
-            confident = self.policy.confident(segment, confidence)
+            own = requests.thresholds
+            confident = self.policy.confident(
+                segment, confidence, None if own is None else own[chosen, segment]
+            )
             if segment == last_exit:
                 cycle.active[chosen[~confident]] = False
                 confident |= self.policy.worth_a_guess(confidence)

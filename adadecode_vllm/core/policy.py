@@ -37,17 +37,23 @@ class ThresholdPolicy:
         """Whether any early prediction can happen at all."""
         return min(self.thresholds) < 1.0
 
-    def confident(self, exit_index: int, confidence: np.ndarray) -> np.ndarray:
+    def confident(
+        self,
+        exit_index: int,
+        confidence: np.ndarray,
+        own: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Decide for each request at an exit.
 
         Args:
             exit_index: Index of the exit, 0 .. K - 1.
             confidence: (n,) float32, top probability under the exit head.
+            own: (n,) the requests' own thresholds at this exit; None for the policy's.
 
         Returns:
             (n,) bool.
         """
-        return confidence > self.thresholds[exit_index]
+        return confidence > (self.thresholds[exit_index] if own is None else own)
 
     def spoil(self, token_ids: np.ndarray, random: np.random.Generator) -> np.ndarray:
         """Replace a share of early predictions by a neighbouring token id.

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def draft_limits(
     *,
-    cap: int,
+    cap: np.ndarray,
     positions: np.ndarray,
     owned_slots: np.ndarray,
     max_model_len: int,
@@ -26,7 +26,7 @@ def draft_limits(
     the request may still generate.
 
     Args:
-        cap: Most unverified tokens of a request.
+        cap: (R,) int64, most unverified tokens of each request.
         positions: (R,) int64, positions of the newest tokens.
         owned_slots: (R,) int64, positions below this may be written.
         max_model_len: The model's length.
@@ -36,7 +36,7 @@ def draft_limits(
         (R,) int64, 0 .. cap.
     """
     bounds = (
-        np.full(len(positions), cap),
+        cap,
         owned_slots - positions,
         max_model_len - 2 - positions,
         remaining - 1,

@@ -89,17 +89,20 @@ class AdaDecodeProposer:
         assert runner is not None, "bound when the KV cache was initialized"
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
         runner.count_verdicts(sampled_token_ids)
-        if not self.adadecode.policy.can_predict or not runner.most_drafts:
-            return drafts
         rows = np.array(
             [row for row, tokens in enumerate(sampled_token_ids) if tokens], np.int64
         )
-        if not len(rows):
+        request_ids = [runner.input_batch.req_ids[row] for row in rows]
+        states = [runner.requests[request_id] for request_id in request_ids]
+        options = [
+            self.adadecode.request_options(request_id, _extra_args(state))
+            for request_id, state in zip(request_ids, states, strict=True)
+        ]
+        caps = self.adadecode.caps(options, runner.most_drafts)
+        if not caps.any():
             return drafts
 
         positions = num_tokens_no_spec[rows].astype(np.int64) - 1
-        request_ids = [runner.input_batch.req_ids[row] for row in rows]
-        states = [runner.requests[request_id] for request_id in request_ids]
         batcher = self.adadecode.executor.batcher
         assert batcher is not None, "bound when the KV cache was initialized"
         predicted = self.adadecode.draft(
@@ -110,9 +113,7 @@ class AdaDecodeProposer:
                 token_ids=token_ids_cpu[rows, positions].astype(np.int64),
                 positions=positions,
                 limits=draft_limits(
-                    cap=min(
-                        self.adadecode.policy.max_early_predictions, runner.most_drafts
-                    ),
+                    cap=caps,
                     positions=positions,
                     owned_slots=batcher.owned_slots(rows),
                     max_model_len=self.vllm_config.model_config.max_model_len,
@@ -121,11 +122,17 @@ class AdaDecodeProposer:
                 stop_token_ids=[
                     stop_token_ids(state.sampling_params) for state in states
                 ],
+                thresholds=self.adadecode.thresholds(options),
             ),
         )
         for row, early in zip(rows, predicted, strict=True):
             drafts[row] = early
         return drafts
+
+
+def _extra_args(state: CachedRequestState) -> dict[str, Any] | None:
+    params = state.sampling_params
+    return None if params is None else params.extra_args
 
 
 def _remaining_tokens(state: CachedRequestState) -> int:

@@ -32,6 +32,7 @@ from adadecode_vllm.core.host_copy import HostCopy
 from adadecode_vllm.core.ledger import Resumable
 from adadecode_vllm.core.piecewise import PiecewiseInputs
 from adadecode_vllm.core.resume import ScheduledBatch
+from adadecode_vllm.request_options import RequestOptions
 from adadecode_vllm.runner.draft_room import fill_room, trim_grammar
 from adadecode_vllm.runner.limits import draft_limits, stop_token_ids
 from adadecode_vllm.runner.segment_graphs import (
@@ -91,6 +92,7 @@ class AdaDecodeSpeculator(BaseSpeculator):
         self._async = bool(vllm_config.scheduler_config.async_scheduling)
         self._states = req_states
         self._stops: dict[str, frozenset[int]] = {}
+        self._extra_args: dict[str, dict[str, Any]] = {}
         # Verified tokens with KV, by row: exact, where vLLM's host copy is an upper
         # bound under asynchronous scheduling.
         self._computed = np.zeros(req_states.max_num_reqs, np.int64)
@@ -218,6 +220,7 @@ class AdaDecodeSpeculator(BaseSpeculator):
         for request_id in gone | new:
             self.drafts.pop(request_id, None)
             self._stops.pop(request_id, None)
+            self._extra_args.pop(request_id, None)
         self.adadecode.forget(gone)
 
         self._empty = {}
@@ -236,7 +239,10 @@ class AdaDecodeSpeculator(BaseSpeculator):
         for request in scheduler_output.scheduled_new_reqs:
             row = self._states.req_id_to_index[request.req_id]
             self._computed[row] = request.num_computed_tokens
-            self._stops[request.req_id] = stop_token_ids(request.sampling_params)
+            params = request.sampling_params
+            self._stops[request.req_id] = stop_token_ids(params)
+            if params is not None and params.extra_args:
+                self._extra_args[request.req_id] = params.extra_args
 
     def may_resume(self, scheduler_output: SchedulerOutput) -> bool:
         """Whether the step has a request with pending tokens."""
@@ -358,11 +364,15 @@ class AdaDecodeSpeculator(BaseSpeculator):
         if drafted is None:
             drafted = np.zeros(num_reqs, np.int64)
         reached = self._computed[rows] + input_batch.num_scheduled_tokens
-        policy = self.adadecode.policy
-        cap = policy.max_early_predictions
+        options = [
+            self.adadecode.request_options(request_id, self._extra_args.get(request_id))
+            for request_id in input_batch.req_ids
+        ]
+        most = self._draft_tokens.shape[1]
         if num_speculative_tokens is not None:
-            cap = min(cap, num_speculative_tokens)
-        can_predict = policy.can_predict and cap > 0
+            most = min(most, num_speculative_tokens)
+        caps = self.adadecode.caps(options, most)
+        can_predict = bool(caps.any())
         tokens = None
         if can_predict or input_batch.num_draft_tokens:
             outcome = torch.stack(
@@ -381,7 +391,7 @@ class AdaDecodeSpeculator(BaseSpeculator):
             self.drafts[request_id] = []
         if not can_predict or tokens is None:
             return self._draft_tokens[:num_reqs]
-        return self._predict(input_batch, rows, sampled, tokens, cap)
+        return self._predict(input_batch, rows, sampled, tokens, caps, options)
 
     def _predict(
         self,
@@ -389,7 +399,8 @@ class AdaDecodeSpeculator(BaseSpeculator):
         rows: np.ndarray,
         sampled: np.ndarray,
         tokens: np.ndarray,
-        cap: int,
+        caps: np.ndarray,
+        options: list[RequestOptions],
     ) -> torch.Tensor:
         active = np.flatnonzero(sampled > 0)
         answer = self._draft_tokens[: input_batch.num_reqs]
@@ -409,7 +420,7 @@ class AdaDecodeSpeculator(BaseSpeculator):
                 token_ids=tokens[active],
                 positions=positions,
                 limits=draft_limits(
-                    cap=cap,
+                    cap=caps[active],
                     positions=positions,
                     owned_slots=owned_slots,
                     max_model_len=self._states.max_model_len,
@@ -420,6 +431,9 @@ class AdaDecodeSpeculator(BaseSpeculator):
                     for request_id in request_ids
                 ],
                 room=owned_slots - positions,
+                thresholds=self.adadecode.thresholds(
+                    [options[index] for index in active]
+                ),
             ),
         )
         if not any(predicted):

@@ -141,6 +141,18 @@ def test_seeded_sampling_repeats_and_follows_the_seed(
     assert engine.sample(some[0][:3], seed=2, **options) != once
 
 
+def test_options_of_a_request(engine: EngineProcess, some: Case) -> None:
+    prompts, texts = some
+    engine.configure(threshold=0.5, max_early_predictions=5)
+    for off in ({"adadecode_enabled": False}, {"adadecode_threshold": 1}):
+        assert engine.generate(prompts[:2], extra_args=off) == texts[:2]
+        assert sum(engine.stats()["early_predictions"]) == 0
+    engine.configure(threshold=1.0)
+    asks = {"adadecode_threshold": 0.0, "adadecode_max_early_predictions": 2}
+    assert engine.generate(prompts[:2], extra_args=asks) == texts[:2]
+    assert sum(engine.stats()["accepted"]) > 0
+
+
 def test_structured_output(engine: EngineProcess, some: Case) -> None:
     """The grammar sees the drafts that there are; what it forbids is not resumed."""
     engine.configure(threshold=1.0)

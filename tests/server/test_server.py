@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
 
 from tests.harness import HEADS, MODEL, demo_corpus
 
@@ -163,6 +163,26 @@ def test_chat(server: Server) -> None:
         max_tokens=24,
     )
     assert answer.choices[0].message.content
+
+
+def test_options_of_a_request(
+    server: Server, prompts: list[str], expected: list[str]
+) -> None:
+    """Honoured per request; a bad one is answered 400 and touches no other."""
+    accepted = "vllm:spec_decode_num_accepted_tokens_total"
+    before = server.metric(accepted)
+    off = {"vllm_xargs": {"adadecode_enabled": "false"}}
+    assert _complete(server.client, prompts[0], extra_body=off) == expected[0]
+    assert server.metric(accepted) == before
+    with ThreadPoolExecutor(4) as pool:
+        good = [pool.submit(_complete, server.client, p) for p in prompts[1:4]]
+        bad = {"vllm_xargs": {"adadecode_threshold": 1.5}}
+        with pytest.raises(BadRequestError) as caught:
+            _complete(server.client, prompts[0], extra_body=bad)
+        assert [future.result() for future in good] == expected[1:4]
+    assert caught.value.status_code == 400
+    assert "adadecode_threshold = 1.5 is refused" in str(caught.value)
+    assert server.metric(accepted) > before
 
 
 def test_aborted_streams_disturb_nobody(

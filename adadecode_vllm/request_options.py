@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a single request may ask: ``extra_args``, or ``vllm_xargs`` over HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from adadecode_vllm.config import AdaDecodeConfig
+from adadecode_vllm.errors import AdaDecodeError
+
+PREFIX = "adadecode_"
+
+
+class RequestOptions(BaseModel):
+    """Options of one request; what is not given is the engine's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    enabled: bool = Field(
+        default=True, description="False decodes this request as ordinary vLLM does."
+    )
+    threshold: float | None = Field(
+        default=None,
+        ge=0.0,
+        le=1.0,
+        description="Predict early above this; at 1 nothing is predicted early.",
+    )
+    max_early_predictions: int | None = Field(
+        default=None, ge=0, description="Most unverified tokens, up to the engine's."
+    )
+
+    @property
+    def predicts(self) -> bool | None:
+        """Whether the request predicts early; None if that is up to the engine."""
+        if not self.enabled or self.max_early_predictions == 0:
+            return False
+        return None if self.threshold is None else self.threshold < 1.0
+
+
+ENGINES = RequestOptions()
+"""A request that asks for nothing."""
+
+
+def parse_request_options(
+    extra_args: Mapping[str, Any] | None, config: AdaDecodeConfig
+) -> RequestOptions:
+    """Read a request's options.
+
+    Args:
+        extra_args: ``SamplingParams.extra_args``; names without the prefix are others'.
+        config: The engine's options.
+
+    Returns:
+        The options.
+
+    Raises:
+        AdaDecodeError: With one sentence for every option that is wrong; vLLM's server
+            answers HTTP 400.
+    """
+    options = {
+        name.removeprefix(PREFIX): value
+        for name, value in (extra_args or {}).items()
+        if name.startswith(PREFIX)
+    }
+    if not options:
+        return ENGINES
+    try:
+        found = RequestOptions(**options)
+    except ValidationError as error:
+        raise AdaDecodeError(
+            " ".join(_sentence(detail) for detail in error.errors())
+        ) from None
+    cap = found.max_early_predictions
+    if cap is not None and cap > config.max_early_predictions:
+        raise AdaDecodeError(
+            f"{PREFIX}max_early_predictions = {cap} is refused: this engine reserves "
+            f"room for {config.max_early_predictions}. Ask for at most that, or start "
+            "it with more in --adadecode-config."
+        )
+    return found
+
+
+def _sentence(detail: Any) -> str:
+    name = str(detail["loc"][0])
+    if detail["type"] == "extra_forbidden":
+        known = ", ".join(PREFIX + field for field in RequestOptions.model_fields)
+        return (
+            f"{PREFIX}{name}: unknown option. A request may give {known}; remove or "
+            "correct it."
+        )
+    meaning = (RequestOptions.model_fields[name].description or "").rstrip(".")
+    return (
+        f"{PREFIX}{name} = {detail.get('input')!r} is refused: {detail['msg']}. Give a "
+        f"valid value ({meaning}), or leave it out."
+    )

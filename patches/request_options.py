@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``InputProcessor`` refuses bad per-request options before the engine sees them.
+
+Symptom without it: a wrong ``adadecode_threshold`` in ``vllm_xargs`` would be met by
+the worker, in the middle of a batch, where the only ways out are to ignore it or to end
+the engine. vLLM validates ``extra_args`` through custom logits processors only, which
+it refuses together with any speculative method.
+
+Upstream: ``_validate_params`` in
+https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/v1/engine/input_processor.py
+The change to propose there: let the speculative method validate a request's parameters,
+as logits processors do.
+
+Can go when vLLM does. Requests of engines without AdaDecode are not looked at.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+_MARK = "_adadecode_original"
+
+
+def install() -> None:
+    """Wrap ``InputProcessor._validate_params``; a second call does nothing.
+
+    Raises:
+        RuntimeError: If vLLM's class does not look as in 0.32.
+    """
+    from vllm.logger import init_logger
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    original = vars(InputProcessor).get("_validate_params")
+    if original is None:
+        raise RuntimeError(
+            "adadecode: vllm.v1.engine.input_processor.InputProcessor has no "
+            "_validate_params; this plugin was written for vLLM 0.32. Install it."
+        )
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def _validate_params(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        from adadecode_vllm.config import CONFIG_KEY, parse_config
+        from adadecode_vllm.request_options import parse_request_options
+
+        additional_config = self.vllm_config.additional_config
+        options = (
+            additional_config.get(CONFIG_KEY)
+            if isinstance(additional_config, dict)
+            else None
+        )
+        extra_args = getattr(params, "extra_args", None)
+        if options is not None and extra_args:
+            config = parse_config(options)
+            if config.enabled:
+                parse_request_options(extra_args, config)
+        return original(self, params, *args, **kwargs)
+
+    setattr(_validate_params, _MARK, original)
+    InputProcessor._validate_params = _validate_params
+    init_logger("vllm.adadecode").debug("InputProcessor validates adadecode_ options")

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options of a single request, and who refuses the bad ones."""
+
+from __future__ import annotations
+
+import inspect
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from vllm.v1.engine.input_processor import InputProcessor
+
+from adadecode_vllm.config import parse_config
+from adadecode_vllm.core.adadecode import AdaDecode
+from adadecode_vllm.core.policy import ThresholdPolicy
+from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.patches import request_options as patch
+from adadecode_vllm.request_options import (
+    ENGINES,
+    RequestOptions,
+    parse_request_options,
+)
+from tests.harness import HEADS
+
+CONFIG = parse_config({"heads": "H", "max_early_predictions": 4})
+
+
+def parse(**options: Any) -> RequestOptions:
+    return parse_request_options(
+        {f"adadecode_{name}": value for name, value in options.items()}, CONFIG
+    )
+
+
+@pytest.mark.parametrize("extra_args", [None, {}, {"other": 1, "ada": 2}])
+def test_requests_that_ask_for_nothing(extra_args: Any) -> None:
+    assert parse_request_options(extra_args, CONFIG) is ENGINES
+
+
+def test_what_is_given_is_read() -> None:
+    found = parse(threshold=0.3, max_early_predictions=2, enabled=True)
+    assert found == RequestOptions(threshold=0.3, max_early_predictions=2)
+
+
+@pytest.mark.parametrize("value", [False, 0, "false", "0"])
+def test_http_knows_no_booleans(value: Any) -> None:
+    """vLLM's `vllm_xargs` are strings and numbers."""
+    assert parse(enabled=value).enabled is False
+
+
+@pytest.mark.parametrize(
+    ("options", "predicts"),
+    [
+        ({}, None),
+        ({"enabled": False}, False),
+        ({"enabled": False, "threshold": 0.5}, False),
+        ({"max_early_predictions": 0}, False),
+        ({"max_early_predictions": 3}, None),
+        ({"threshold": 1}, False),
+        ({"threshold": 0.5}, True),
+    ],
+)
+def test_whether_a_request_predicts(
+    options: dict[str, Any], predicts: bool | None
+) -> None:
+    assert parse(**options).predicts is predicts
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"threshold": 1.5}, "adadecode_threshold = 1.5 is refused: Input should be"),
+        ({"threshold": "high"}, "adadecode_threshold = 'high' is refused"),
+        ({"threshold": float("nan")}, "adadecode_threshold = nan is refused"),
+        ({"threshold": [0.5]}, "adadecode_threshold = [0.5] is refused"),
+        ({"max_early_predictions": -1}, "adadecode_max_early_predictions = -1"),
+        ({"max_early_predictions": 2.5}, "adadecode_max_early_predictions = 2.5"),
+        ({"max_early_predictions": 5}, "this engine reserves room for 4. Ask for"),
+        ({"enabled": "perhaps"}, "adadecode_enabled = 'perhaps' is refused"),
+        ({"treshold": 0.5}, "adadecode_treshold: unknown option. A request may give"),
+        ({"heads": "H"}, "adadecode_heads: unknown option"),
+    ],
+)
+def test_bad_options_are_named_with_reason_and_remedy(
+    options: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(AdaDecodeError) as caught:
+        parse(**options)
+    assert sentence in str(caught.value)
+    assert str(caught.value).endswith(".")
+
+
+_TEXT = st.text("true01.-e", max_size=6)
+_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | _TEXT,
+    lambda children: (
+        st.lists(children, max_size=3) | st.dictionaries(_TEXT, children, max_size=3)
+    ),
+    max_leaves=6,
+)
+_NAMES = st.sampled_from(["enabled", "threshold", "max_early_predictions", "", "x"])
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.dictionaries(_NAMES, _VALUES, max_size=3))
+def test_anything_is_read_or_refused(options: dict[str, Any]) -> None:
+    try:
+        found = parse(**options)
+    except AdaDecodeError:
+        return
+    assert found.threshold is None or 0 <= found.threshold <= 1
+    cap = found.max_early_predictions
+    assert cap is None or 0 <= cap <= CONFIG.max_early_predictions
+
+
+def front_door(options: dict[str, Any] | None) -> Any:
+    additional = {} if options is None else {"adadecode": options}
+    return SimpleNamespace(vllm_config=SimpleNamespace(additional_config=additional))
+
+
+@pytest.fixture
+def validate(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """vLLM's validation with the patch, which then accepts everything."""
+    monkeypatch.setattr(InputProcessor, "_validate_params", lambda *arguments: "vLLM's")
+    patch.install()
+    patch.install()
+    return InputProcessor._validate_params
+
+
+def test_the_front_door_refuses(validate: Any) -> None:
+    bad = SimpleNamespace(extra_args={"adadecode_threshold": 2})
+    with pytest.raises(ValueError, match="adadecode_threshold = 2 is refused"):
+        validate(front_door({"heads": "H"}), bad, ())
+    good = SimpleNamespace(extra_args={"adadecode_threshold": 0.2})
+    assert validate(front_door({"heads": "H"}), good, ()) == "vLLM's"
+    assert validate(front_door({"heads": "H"}), SimpleNamespace(), ()) == "vLLM's"
+
+
+@pytest.mark.parametrize("options", [None, {"heads": "H", "enabled": False}])
+def test_other_engines_are_none_of_its_business(
+    validate: Any, options: dict[str, Any] | None
+) -> None:
+    odd = SimpleNamespace(extra_args={"adadecode_threshold": 2})
+    assert validate(front_door(options), odd, ()) == "vLLM's"
+
+
+def test_another_vllm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(InputProcessor, "_validate_params")
+    with pytest.raises(RuntimeError, match="has no _validate_params"):
+        patch.install()
+
+
+def test_vllm_still_validates_through_logits_processors_only() -> None:
+    """Fails once a speculative method can validate: then the patch can go."""
+    source = inspect.getsource(inspect.unwrap(InputProcessor._validate_params))
+    assert "validate_logits_processors_params" in source
+    assert "validate_speculative" not in source
+
+
+def make_adadecode(threshold: float = 0.75) -> Any:
+    options = {"heads": HEADS, "threshold": threshold, "exit_layers": [2, 4, 8]}
+    adadecode = AdaDecode.__new__(AdaDecode)
+    adadecode._config = parse_config(options)
+    adadecode._options = {}
+    adadecode._exits = {}
+    adadecode._contradicted = set()
+    adadecode.policy = ThresholdPolicy([threshold] * 3, 5)
+    return adadecode
+
+
+def test_caps_of_a_mixed_batch() -> None:
+    batch = [
+        ENGINES,
+        parse(enabled=False),
+        parse(threshold=1),
+        parse(threshold=0.5),
+        parse(max_early_predictions=2),
+    ]
+    assert make_adadecode().caps(batch, 5).tolist() == [5, 0, 0, 5, 2]
+    # The scheduler's bound holds for all, and an engine that never predicts does for
+    # those that ask.
+    assert make_adadecode().caps(batch, 1).tolist() == [1, 0, 0, 1, 1]
+    assert make_adadecode(1.0).caps(batch, 5).tolist() == [0, 0, 0, 5, 0]
+
+
+def test_thresholds_of_a_mixed_batch() -> None:
+    adadecode = make_adadecode()
+    assert adadecode.thresholds([ENGINES, parse(enabled=False)]) is None
+    found = adadecode.thresholds([ENGINES, parse(threshold=0.5)])
+    assert np.array_equal(found, [[0.75] * 3, [0.5] * 3])
+
+
+def test_options_are_forgotten_with_the_request() -> None:
+    adadecode = make_adadecode()
+    asks = {"adadecode_threshold": 0.5}
+    assert adadecode.request_options("a", None) is ENGINES
+    assert adadecode.request_options("a", asks).threshold == 0.5
+    assert adadecode.request_options("a", asks) is adadecode.request_options("a", asks)
+    adadecode.forget({"a"})
+    assert adadecode._options == {}
+    # A front door without the plugin may let anything in.
+    assert adadecode.request_options("b", {"adadecode_threshold": 9}) is ENGINES
