@@ -42,7 +42,10 @@ def install() -> None:
 
     @functools.wraps(original)
     def _validate_params(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        from vllm.exceptions import VLLMValidationError
+
         from adadecode_vllm.config import CONFIG_KEY, parse_config
+        from adadecode_vllm.errors import AdaDecodeError
         from adadecode_vllm.request_options import parse_request_options
 
         additional_config = self.vllm_config.additional_config
@@ -55,7 +58,11 @@ def install() -> None:
         if options is not None and extra_args:
             config = parse_config(options)
             if config.enabled:
-                parse_request_options(extra_args, config)
+                try:
+                    parse_request_options(extra_args, config)
+                except AdaDecodeError as error:
+                    # What vLLM's server answers 400 to; other errors are its own.
+                    raise VLLMValidationError(str(error)) from None
         return original(self, params, *args, **kwargs)
 
     setattr(_validate_params, _MARK, original)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from vllm.exceptions import VLLMValidationError
 
 from tests.harness import (
     OUTPUT_TOKENS,
@@ -89,6 +90,6 @@ def test_a_request_may_ask_an_engine_that_never_predicts(
 def test_a_bad_option_is_refused_before_the_engine(
     engine: Any, prompts: list[str]
 ) -> None:
-    with pytest.raises(ValueError, match="adadecode_threshold = 7 is refused"):
+    with pytest.raises(VLLMValidationError, match="adadecode_threshold = 7 is refused"):
         generate(engine, prompts[:1], extra_args={"adadecode_threshold": 7})
     assert len(generate(engine, prompts[:1])) == 1

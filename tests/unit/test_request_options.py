@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.input_processor import InputProcessor
 
 from adadecode_vllm.config import parse_config
@@ -131,7 +132,7 @@ def validate(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_the_front_door_refuses(validate: Any) -> None:
     bad = SimpleNamespace(extra_args={"adadecode_threshold": 2})
-    with pytest.raises(ValueError, match="adadecode_threshold = 2 is refused"):
+    with pytest.raises(VLLMValidationError, match="adadecode_threshold = 2 is refused"):
         validate(front_door({"heads": "H"}), bad, ())
     good = SimpleNamespace(extra_args={"adadecode_threshold": 0.2})
     assert validate(front_door({"heads": "H"}), good, ()) == "vLLM's"
