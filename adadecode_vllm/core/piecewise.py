@@ -12,7 +12,7 @@ from vllm.config import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor
 
 # Larger batches keep the device busy longer than the host needs to launch them.
-_MAX_TOKENS = 256
+_MAX_TOKENS = 512
 
 
 class PiecewiseInputs:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.adadecode")
 
-MAX_TOKENS = 64
+MAX_TOKENS = 128
 """Most tokens of a graph that takes several tokens a request."""
 
 

@@ -11,7 +11,7 @@ from adadecode_vllm.core.piecewise import PiecewiseInputs
 from adadecode_vllm.runner.segment_graphs import StepKind, step_kinds
 
 
-def make_inputs(sizes: tuple[int, ...] = (8, 1, 4, 512)) -> PiecewiseInputs:
+def make_inputs(sizes: tuple[int, ...] = (8, 1, 4, 1024)) -> PiecewiseInputs:
     return PiecewiseInputs(sizes, 2, torch.float32, torch.device("cpu"))
 
 
