@@ -4,87 +4,18 @@
 from __future__ import annotations
 
 import os
-import re
-import socket
 import subprocess
-import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
 
 import pytest
 from openai import BadRequestError, OpenAI
 
 from tests.harness import HEADS, MODEL, demo_corpus
-
-VLLM = str(Path(sys.executable).with_name("vllm"))
-PLUGIN = ["--plugin", "adadecode", "--adadecode-heads", HEADS]
-ENGINE = [
-    "--dtype=float32",
-    "--enforce-eager",
-    "--max-model-len=256",
-    "--kv-cache-memory-bytes=67108864",
-]
+from tests.server_process import ENGINE, PLUGIN, VLLM, Server, complete, serve
 
 pytestmark = pytest.mark.server
-
-
-class Server:
-    """`vllm serve` on a free port of this machine."""
-
-    def __init__(self, log: Path, *arguments: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        self.log = log
-        with log.open("w") as file:
-            self.process = subprocess.Popen(
-                [
-                    VLLM,
-                    "serve",
-                    MODEL,
-                    *ENGINE,
-                    *arguments,
-                    "--host=127.0.0.1",
-                    f"--port={port}",
-                ],
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "VLLM_LOGGING_LEVEL": "INFO"},
-            )
-        self.client = OpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=120)
-
-    def wait(self, seconds: float = 240) -> None:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            if self.process.poll() is not None:
-                pytest.fail(f"the server ended:\n{self.log.read_text()[-4000:]}")
-            try:
-                urllib.request.urlopen(f"{self.url}/health", timeout=5)
-            except OSError:
-                time.sleep(0.5)
-            else:
-                return
-        pytest.fail(f"the server did not start:\n{self.log.read_text()[-4000:]}")
-
-    def metric(self, name: str) -> float:
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as answer:
-            text = answer.read().decode()
-        values = re.findall(rf"^{re.escape(name)}\{{.*\}} (\S+)$", text, re.MULTILINE)
-        assert values, f"{name} is not among the metrics"
-        return sum(map(float, values))
-
-    def stop(self) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -92,43 +23,28 @@ def prompts() -> list[str]:
     return demo_corpus().heldout_problems(16)
 
 
-def _complete(client: OpenAI, prompt: str, **options: Any) -> str:
-    answer = client.completions.create(
-        model=MODEL, prompt=prompt, temperature=0, max_tokens=64, **options
-    )
-    return answer.choices[0].text
-
-
 def _complete_all(client: OpenAI, prompts: list[str]) -> list[str]:
     with ThreadPoolExecutor(len(prompts)) as pool:
-        return list(pool.map(lambda prompt: _complete(client, prompt), prompts))
+        return list(pool.map(lambda prompt: complete(client, prompt), prompts))
 
 
 @pytest.fixture(scope="module")
 def expected(prompts: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Texts of an ordinary server: the plugin is installed but not asked for."""
-    server = Server(tmp_path_factory.mktemp("ordinary") / "log")
-    try:
-        server.wait()
+    with serve(tmp_path_factory.mktemp("ordinary") / "log") as server:
         return _complete_all(server.client, prompts)
-    finally:
-        server.stop()
 
 
 @pytest.fixture(scope="module")
 def server(
     expected: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    server = Server(
+    with serve(
         tmp_path_factory.mktemp("adadecode") / "log",
         *PLUGIN,
         '--adadecode-config={"threshold": 0.5}',
-    )
-    try:
-        server.wait()
+    ) as server:
         yield server
-    finally:
-        server.stop()
 
 
 def test_sixteen_concurrent_clients_get_ordinary_texts(
@@ -172,13 +88,13 @@ def test_options_of_a_request(
     accepted = "vllm:spec_decode_num_accepted_tokens_total"
     before = server.metric(accepted)
     off = {"vllm_xargs": {"adadecode_enabled": "false"}}
-    assert _complete(server.client, prompts[0], extra_body=off) == expected[0]
+    assert complete(server.client, prompts[0], extra_body=off) == expected[0]
     assert server.metric(accepted) == before
     with ThreadPoolExecutor(4) as pool:
-        good = [pool.submit(_complete, server.client, p) for p in prompts[1:4]]
+        good = [pool.submit(complete, server.client, p) for p in prompts[1:4]]
         bad = {"vllm_xargs": {"adadecode_threshold": 1.5}}
         with pytest.raises(BadRequestError) as caught:
-            _complete(server.client, prompts[0], extra_body=bad)
+            complete(server.client, prompts[0], extra_body=bad)
         assert [future.result() for future in good] == expected[1:4]
     assert caught.value.status_code == 400
     assert "adadecode_threshold = 1.5 is refused" in str(caught.value)
@@ -203,7 +119,7 @@ def test_aborted_streams_disturb_nobody(
     with ThreadPoolExecutor(16) as pool:
         aborted = [pool.submit(abort, prompt) for prompt in prompts[8:]]
         texts = list(
-            pool.map(lambda prompt: _complete(server.client, prompt), prompts[:8])
+            pool.map(lambda prompt: complete(server.client, prompt), prompts[:8])
         )
         for future in aborted:
             future.result()
@@ -212,7 +128,7 @@ def test_aborted_streams_disturb_nobody(
     while server.metric("vllm:num_requests_running") > 0:
         assert time.monotonic() < end, "aborted requests go on running"
         time.sleep(0.2)
-    assert _complete(server.client, prompts[9]) == expected[9]
+    assert complete(server.client, prompts[9]) == expected[9]
 
 
 def test_bench_throughput() -> None:
