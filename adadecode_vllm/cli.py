@@ -151,11 +151,13 @@ def _register_commands() -> None:
     """Add the commands that live with what they run; they import it when called."""
     from adadecode_vllm.data.command import data_command
     from adadecode_vllm.evaluation.command import eval_command
+    from adadecode_vllm.metrics.command import stats_command
     from adadecode_vllm.training.command import train_command
 
     app.command("data")(data_command)
     app.command("train")(train_command)
     app.command("eval")(eval_command)
+    app.command("stats")(stats_command)
 
 
 _register_commands()

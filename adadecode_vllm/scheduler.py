@@ -8,11 +8,16 @@ from typing import Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.stats import SchedulerStats
 
 from adadecode_vllm.config import CONFIG_KEY, parse_config
+from adadecode_vllm.metrics.report import CounterReport
 
 UNUSED_DRAFTS = "adadecode_unused_drafts"
 """Attribute of a model runner's output: request id to draft slots that stayed empty."""
+
+COUNTERS = "adadecode_counters"
+"""Attribute of a model runner's output: the worker's counters after the step."""
 
 
 class AdaDecodeScheduler(Scheduler):
@@ -35,6 +40,7 @@ class AdaDecodeScheduler(Scheduler):
         assert isinstance(additional_config, dict), "start-up wrote the options there"
         config = parse_config(additional_config[CONFIG_KEY])
         self._most_requests = config.disable_by_batch_size
+        self._report = CounterReport()
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         """Say how many drafts the step may make, before vLLM makes room for them."""
@@ -47,6 +53,20 @@ class AdaDecodeScheduler(Scheduler):
         """Schedule one step; see vLLM."""
         self.num_lookahead_tokens = self._affordable_lookahead()
         return super().schedule(*args, **kwargs)
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: Any
+    ) -> Any:
+        """Take a step's outcome in, and the worker's counters with it."""
+        self._report.update(getattr(model_runner_output, COUNTERS, None))
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """A step's statistics, with what the worker counted since the last ones."""
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None and (added := self._report.take()) is not None:
+            stats.ec_connector_stats = {CONFIG_KEY: added}
+        return stats
 
     def _affordable_lookahead(self) -> int:
         """The cap, or 0 if reserving might take a block that a request needs.

@@ -102,10 +102,12 @@ def _wrap_create(original: Any) -> Any:
                 return original(self, *args, **kwargs)
             # Heavy imports only for engines that use the plugin.
             from adadecode_vllm import features, plugin
-            from adadecode_vllm.patches import request_options
+            from adadecode_vllm.patches import request_options, stat_loggers
 
-            # This process, one of several API servers perhaps, takes requests in.
+            # This process, one of several API servers perhaps, takes requests in and
+            # shows metrics.
             request_options.install()
+            stat_loggers.install()
             plugin.check_vllm_version()
             features.check_arguments(self)
             with arguments.prepared(self, config):

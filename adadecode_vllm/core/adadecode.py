@@ -19,7 +19,7 @@ from adadecode_vllm.config import AdaDecodeConfig, parse_config
 from adadecode_vllm.core.device_timer import DeviceTimer
 from adadecode_vllm.core.drafting import Drafter, DraftRequests
 from adadecode_vllm.core.gate import Gate
-from adadecode_vllm.core.ledger import Ledger, Resumable
+from adadecode_vllm.core.ledger import REASONS, Ledger, Resumable
 from adadecode_vllm.core.policy import ThresholdPolicy
 from adadecode_vllm.core.resume import Resumer, ScheduledBatch
 from adadecode_vllm.core.segments import Decoder, build_segments, find_decoder
@@ -242,6 +242,25 @@ class AdaDecode:
                 if tokens <= num_drafts and request_id not in self._contradicted:
                     self._contradicted.add(request_id)
                     self.stats.contradicted_requests += 1
+
+    def counters(self) -> np.ndarray:
+        """What the server's metrics show, since the start or the last reset; float64.
+
+        Returns:
+            :meth:`Stats.reported`, then the dropped tokens for each of
+            :data:`adadecode_vllm.core.ledger.REASONS`.
+        """
+        dropped = self.ledger.dropped_tokens
+        return np.concatenate(
+            [self.stats.reported(), [dropped[reason] for reason in REASONS]]
+        )
+
+    def reset_counters(self) -> None:
+        """Set all counters to zero."""
+        self.stats.reset()
+        self.ledger.reset_counts()
+        if self.timer is not None:
+            self.timer.reset()
 
     def configure(self, options: Mapping[str, Any]) -> None:
         """Change when to predict early, for studies on a running engine.

@@ -16,6 +16,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
+REASONS = (
+    "skipped_step",
+    "not_scheduled",
+    "moved",
+    "truncated",
+    "changed",
+    "weights_reloaded",
+    "weights_updated",
+)
+"""Why pending tokens are dropped."""
+
 
 @dataclass(frozen=True)
 class Window:
@@ -25,7 +36,7 @@ class Window:
         first_position: (R,) int64, position of the newest sampled token.
         length: (R,) int64, 1 + number of early predictions.
         token_ids: (R, W) int64; columns at and beyond ``length`` are undefined.
-        levels: (R, W) int8, segments run per token.
+        levels: (R, W) int8, segments run per token; undefined as ``token_ids``.
         exits: (R, W) int8, the exit that predicted the token; -1 for column 0.
     """
 
@@ -34,6 +45,12 @@ class Window:
     token_ids: np.ndarray
     levels: np.ndarray
     exits: np.ndarray
+
+    @property
+    def begun(self) -> np.ndarray:
+        """(R, W) bool, tokens that some segment has run for."""
+        columns = np.arange(self.levels.shape[1])
+        return (columns < self.length[:, None]) & (self.levels > 0)
 
 
 @dataclass(frozen=True)
@@ -55,12 +72,15 @@ class Ledger:
     """Pending tokens of one drafting cycle.
 
     Attributes:
-        dropped: Requests whose pending tokens were discarded, by reason.
+        dropped: Requests whose pending tokens were discarded, by reason: one of
+            :data:`REASONS`.
+        dropped_tokens: Those tokens, by reason.
     """
 
     def __init__(self) -> None:
         """Start with nothing pending."""
         self.dropped: Counter[str] = Counter()
+        self.dropped_tokens: Counter[str] = Counter()
         self._request_ids: list[str] = []
         self._window: Window | None = None
         self._step = -1
@@ -92,10 +112,16 @@ class Ledger:
         Args:
             reason: Key under which the drop is counted.
         """
-        if self._request_ids:
-            self.dropped[reason] += len(self._request_ids)
+        window = self._window
+        if window is not None:
+            self._count(reason, window.begun)
         self._request_ids = []
         self._window = None
+
+    def reset_counts(self) -> None:
+        """Start counting drops from zero."""
+        self.dropped.clear()
+        self.dropped_tokens.clear()
 
     def take(
         self,
@@ -136,16 +162,20 @@ class Ledger:
         scheduled = rows >= 0
         slots = np.flatnonzero(scheduled)
         rows = rows[slots]
-        self._count("not_scheduled", len(request_ids) - len(slots))
+        begun = window.begun
+        self._count("not_scheduled", begun[~scheduled])
 
         aligned = first_position[rows] == window.first_position[slots]
-        self._count("moved", int((~aligned).sum()))
+        self._count("moved", begun[slots[~aligned]])
         rows, slots = rows[aligned], slots[aligned]
         if not len(rows):
             return None
 
         offsets = np.arange(window.token_ids.shape[1])
-        prefix = (offsets < window.length[slots, None]) & (offsets < count[rows, None])
+        within = offsets < count[rows, None]
+        past = begun[slots] & ~within
+        self._count("truncated", past[past.any(axis=1)])
+        prefix = (offsets < window.length[slots, None]) & within
         if token_ids is not None:
             positions = window.first_position[slots, None] + offsets
             # Columns past the table's end are past the scheduled tokens as well.
@@ -153,7 +183,8 @@ class Ledger:
             scheduled_ids = token_ids[rows[:, None], positions]
             valid, agrees = prefix, prefix & (scheduled_ids == window.token_ids[slots])
             prefix = np.logical_and.accumulate(agrees, axis=1)
-            self._count("changed", int((prefix.sum(1) < valid.sum(1)).sum()))
+            cut = prefix.sum(1) < valid.sum(1)
+            self._count("changed", (begun[slots] & valid & ~prefix)[cut])
 
         levels = np.where(prefix, window.levels[slots], 0).astype(np.int8)
         useful = levels[:, 0] > 0
@@ -161,6 +192,8 @@ class Ledger:
             return None
         return Resumable(rows[useful], slots[useful], levels[useful])
 
-    def _count(self, reason: str, requests: int) -> None:
-        if requests:
-            self.dropped[reason] += requests
+    def _count(self, reason: str, lost: np.ndarray) -> None:
+        """Count what is dropped: (r, W) bool, the tokens whose work is lost."""
+        if len(lost):
+            self.dropped[reason] += len(lost)
+            self.dropped_tokens[reason] += int(np.count_nonzero(lost))

@@ -8,6 +8,17 @@ from typing import Any
 
 import numpy as np
 
+REPORTED_PER_EXIT = ("early_predictions", "accepted", "rejected", "gates")
+REPORTED = (
+    "request_steps",
+    "generated_tokens",
+    "resumed_tokens",
+    "resumed_forwards",
+    "drafting_seconds",
+    "verifying_seconds",
+)
+"""The counters that a server's metrics show, in the order of ``reported``."""
+
 
 @dataclass
 class Stats:
@@ -98,6 +109,19 @@ class Stats:
         np.add.at(self.accepted, exits[:accepted], 1)
         if accepted < len(exits):
             self.rejected[exits[accepted]] += 1
+
+    def reported(self) -> np.ndarray:
+        """The counters of :data:`REPORTED_PER_EXIT` and :data:`REPORTED`; float64.
+
+        Returns:
+            (4 K + 6,): K numbers for each counter per exit, then the others.
+        """
+        return np.concatenate(
+            [
+                *(getattr(self, name) for name in REPORTED_PER_EXIT),
+                [getattr(self, name) for name in REPORTED],
+            ]
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """All counters as plain numbers and lists, e.g. for JSON."""

@@ -200,8 +200,7 @@ class AdaDecodeSpeculator(BaseSpeculator):
             yield
         finally:
             self._warming_up = False
-            self.adadecode.stats.reset()
-            self.adadecode.ledger.dropped.clear()
+            self.adadecode.reset_counters()
 
     def start_step(self, scheduler_output: SchedulerOutput) -> SchedulerOutput:
         """Take a step's schedule in.

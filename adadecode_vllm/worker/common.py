@@ -5,8 +5,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
+
 from adadecode_vllm.core.adadecode import AdaDecode
 from adadecode_vllm.core.device_timer import DeviceTimer
+from adadecode_vllm.scheduler import COUNTERS
 
 
 class AdaDecodeWorker:
@@ -19,6 +22,18 @@ class AdaDecodeWorker:
         self._adadecode.ledger.clear("weights_updated")
         super().update_weights(*args, **kwargs)  # type: ignore[misc]
 
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """Sample, verify and draft; the counters travel with the outcome."""
+        output = super().sample_tokens(*args, **kwargs)  # type: ignore[misc]
+        # With asynchronous scheduling the outcome is wrapped in a copy under way.
+        found = getattr(output, "model_runner_output", output)
+        if (
+            isinstance(found, ModelRunnerOutput)
+            and found is not EMPTY_MODEL_RUNNER_OUTPUT
+        ):
+            setattr(found, COUNTERS, self._adadecode.counters())
+        return output
+
     def adadecode_stats(self, reset: bool = False) -> dict[str, Any]:
         """Counters of this worker; reached through ``LLM.collective_rpc``.
 
@@ -26,23 +41,21 @@ class AdaDecodeWorker:
             reset: Start again from zero afterwards.
 
         Returns:
-            :meth:`adadecode_vllm.core.stats.Stats.to_dict` and ``dropped``, requests
-            whose pending tokens were discarded, by reason; after
-            :meth:`adadecode_profile` also ``device_seconds``, for each part of the
-            cycle its seconds and how often it was measured.
+            :meth:`adadecode_vllm.core.stats.Stats.to_dict`, ``dropped``, requests
+            whose pending tokens were discarded, by reason, and ``dropped_tokens``,
+            those tokens; after :meth:`adadecode_profile` also ``device_seconds``, for
+            each part of the cycle its seconds and how often it was measured.
         """
         adadecode = self._adadecode
         answer = {
             **adadecode.stats.to_dict(),
             "dropped": dict(adadecode.ledger.dropped),
+            "dropped_tokens": dict(adadecode.ledger.dropped_tokens),
         }
         if adadecode.timer is not None:
             answer["device_seconds"] = adadecode.timer.read()
         if reset:
-            adadecode.stats.reset()
-            adadecode.ledger.dropped.clear()
-            if adadecode.timer is not None:
-                adadecode.timer.reset()
+            adadecode.reset_counters()
         return answer
 
     def adadecode_profile(self) -> bool:

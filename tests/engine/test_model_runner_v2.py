@@ -121,6 +121,23 @@ def test_the_metrics_count_real_drafts(engine: EngineProcess, some: Case) -> Non
     assert 0 < accepted <= sum(counted["accepted"])
 
 
+def test_the_metrics_show_the_counters(engine: EngineProcess, some: Case) -> None:
+    engine.configure(threshold=0.5)
+    engine.generate(some[0][:1], max_tokens=1)  # takes the counters' reset in
+    names = {
+        "early_predictions": "early_predictions",
+        "accepted": "accepted_tokens",
+        "rejected": "rejected_tokens",
+    }
+    earlier = engine.stats()
+    before = [engine.metric(f"vllm:adadecode_{name}") for name in names.values()]
+    engine.generate(some[0])
+    counted = engine.stats()
+    after = [engine.metric(f"vllm:adadecode_{name}") for name in names.values()]
+    for name, old, new in zip(names, before, after, strict=True):
+        assert new - old == sum(counted[name]) - sum(earlier[name]) > 0
+
+
 def test_requests_that_end_at_max_model_len(
     engine: EngineProcess, prompts: list[str], reference: Reference
 ) -> None:

@@ -4,15 +4,19 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from openai import BadRequestError, OpenAI
 
-from tests.harness import HEADS, MODEL, demo_corpus
+from tests.harness import HEADS, MODEL, ROOT, demo_corpus
 from tests.server_process import ENGINE, PLUGIN, VLLM, Server, complete, serve
 
 pytestmark = pytest.mark.server
@@ -61,6 +65,57 @@ def test_sixteen_concurrent_clients_get_ordinary_texts(
     assert all(new > old for new, old in zip(after, before, strict=True))
     accepted, drafted = after[2] - before[2], after[1] - before[1]
     assert accepted < drafted, "no early prediction was rejected"
+
+
+def test_metrics_by_exit(server: Server, prompts: list[str]) -> None:
+    """The server's own `/metrics` tells the exits apart, and agrees with vLLM's."""
+    ours = [
+        f"vllm:adadecode_{name}_total"
+        for name in ("accepted_tokens", "rejected_tokens")
+    ]
+    theirs = "vllm:spec_decode_num_accepted_tokens_total"
+    before = [server.metric(name) for name in (*ours, theirs)]
+    _complete_all(server.client, prompts)
+    accepted, rejected, counted = (
+        server.metric(name) - value
+        for name, value in zip((*ours, theirs), before, strict=True)
+    )
+    assert rejected > 0
+    # vLLM does not count what follows the end of a text.
+    assert 0 < counted <= accepted < 1.1 * counted
+    for layer in ("2", "4", "8"):
+        assert server.metric("vllm:adadecode_gate_checks_total", exit_layer=layer) > 0
+    forwards = server.metric("vllm:adadecode_target_forwards_total")
+    assert server.metric("vllm:adadecode_generated_tokens_total") > 1.5 * forwards
+    assert server.metric("vllm:adadecode_draft_seconds_total") > 0
+    assert server.metric("vllm:adadecode_config_info", threshold="0.5") == 1
+
+
+def test_the_dashboard_finds_all_its_metrics(server: Server) -> None:
+    dashboard = (ROOT / "examples" / "grafana" / "adadecode.json").read_text()
+    asked = set(re.findall(r"vllm:\w+", dashboard))
+    assert len(asked) > 10
+    for name in asked:
+        server.metric(name)  # fails where there is none
+
+
+def test_stats_in_the_terminal(server: Server) -> None:
+    command = [Path(sys.executable).with_name("adadecode"), "stats", server.url]
+    shown = subprocess.run(
+        [*command, "--once"], capture_output=True, text=True, timeout=60, check=True
+    ).stdout
+    assert "threshold 0.5, max_early_predictions 5" in shown
+    accepted = server.metric("vllm:adadecode_accepted_tokens_total", exit_layer="2")
+    assert re.search(rf"2 │.* {int(accepted):,} │", shown), shown
+    ours, theirs = os.openpty()
+    live = subprocess.Popen([*command, "--interval=0.2"], stdout=theirs)
+    os.close(theirs)
+    seen = b""
+    while b"last 0." not in seen:  # the second reading
+        seen += os.read(ours, 1 << 16)
+    live.send_signal(signal.SIGINT)
+    assert live.wait(timeout=30) == 0
+    os.close(ours)
 
 
 def test_streaming(server: Server, prompts: list[str], expected: list[str]) -> None:

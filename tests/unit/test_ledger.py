@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from adadecode_vllm.core.ledger import Ledger, Resumable, Window
+from adadecode_vllm.core.ledger import REASONS, Ledger, Resumable, Window
 
 WIDTH = 4
 STEP = 7
@@ -101,6 +101,7 @@ def test_only_the_next_step_may_resume(step: int) -> None:
     ledger = two_requests()
     assert take(ledger, step=step) is None
     assert ledger.dropped == {"skipped_step": 2}
+    assert ledger.dropped_tokens == {"skipped_step": 4}
     assert len(ledger) == 0
     # Not even afterwards.
     assert take(ledger) is None
@@ -125,6 +126,7 @@ def test_not_scheduled(rows: dict[str, int], left: list[int]) -> None:
     resumable = take(ledger, rows)
     assert ([] if resumable is None else resumable.slots.tolist()) == left
     assert ledger.dropped == {"not_scheduled": 2 - len(left)}
+    assert ledger.dropped_tokens == {"not_scheduled": 2 * (2 - len(left))}
 
 
 @pytest.mark.parametrize("first", [4, 6, 0])
@@ -171,14 +173,18 @@ def test_nothing_agrees() -> None:
     assert ledger.dropped == {"changed": 1}
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_truncated_drafts_are_no_change(count: int) -> None:
-    """What is not scheduled is not resumed, even where old ids are in the table."""
+@pytest.mark.parametrize(("count", "lost"), [(1, 1), (2, 0)])
+def test_truncated_drafts(count: int, lost: int) -> None:
+    """What is not scheduled is not resumed, even where old ids are in the table.
+
+    The third token had done no work, so none is lost with it.
+    """
     ledger = two_requests()
     resumable = take(ledger, count=(count, 2))
     assert resumable is not None
     assert resumable.levels[0].tolist() == [2] * count + [0] * (4 - count)
-    assert not ledger.dropped
+    assert ledger.dropped == ({"truncated": 1} if lost else {})
+    assert ledger.dropped_tokens["truncated"] == lost
 
 
 def test_more_scheduled_than_drafted() -> None:
@@ -235,6 +241,10 @@ def test_clear_counts_requests() -> None:
     assert len(ledger) == 0
     assert take(ledger) is None
     assert ledger.dropped == {"weights_reloaded": 2}
+    assert ledger.dropped_tokens == {"weights_reloaded": 4}
+    ledger.reset_counts()
+    assert not ledger.dropped
+    assert not ledger.dropped_tokens
 
 
 def test_several_reasons_in_one_step() -> None:
@@ -250,3 +260,6 @@ def test_several_reasons_in_one_step() -> None:
     assert resumable.slots.tolist() == [2, 3]
     assert resumable.levels.tolist() == [[1, 0, 0, 0], [1, 1, 0, 0]]
     assert ledger.dropped == {"not_scheduled": 1, "moved": 1, "changed": 1}
+    # Of the changed request the first token agrees and goes on.
+    assert ledger.dropped_tokens == {"not_scheduled": 2, "moved": 2, "changed": 1}
+    assert set(ledger.dropped) < set(REASONS)

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names of the metrics, with vLLM's prefix: ``LLM.get_metrics`` shows what has it."""
+
+from __future__ import annotations
+
+PREFIX = "vllm:adadecode_"
+
+# Name and help of each counter of `Stats.reported`; Prometheus adds `_total`.
+PER_EXIT = {
+    "early_predictions": (
+        "early_predictions",
+        "Tokens predicted early at an exit.",
+    ),
+    "accepted": (
+        "accepted_tokens",
+        "Early predictions of an exit that the final layer confirmed.",
+    ),
+    "rejected": (
+        "rejected_tokens",
+        "Early predictions of an exit that the final layer contradicted. What follows "
+        "a contradicted one is neither accepted nor rejected.",
+    ),
+    "gates": ("gate_checks", "Tokens for which an exit's head was asked."),
+}
+TOTALS = {
+    "request_steps": (
+        "target_forwards",
+        "Forwards of the whole model, counted per request that got tokens from it.",
+    ),
+    "generated_tokens": (
+        "generated_tokens",
+        "Tokens that those forwards yielded; by them, tokens per target forward.",
+    ),
+    "resumed_tokens": (
+        "resumed_tokens",
+        "Tokens that entered a forward with layers already done.",
+    ),
+    "resumed_forwards": (
+        "resumed_forwards",
+        "Forwards with at least one such token.",
+    ),
+    "drafting_seconds": ("draft_seconds", "Wall time that the host spent drafting."),
+    "verifying_seconds": (
+        "verify_seconds",
+        "Wall time that the host spent in forwards with resumed tokens.",
+    ),
+}
+CONFIG_INFO = ("config_info", "The engine's options, as labels.")
+DROPPED = (
+    "dropped_tokens",
+    "Pending tokens whose work was discarded and done again, by reason.",
+)

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's loggers of metrics show the method's counters.
+
+Symptom without it: ``/metrics`` and the periodic log know how many drafts were
+accepted, not at which exit, nor what drafting cost. ``SchedulerStats``, which carries a
+step's statistics to the API server, has no field for a speculative method's own. A
+logger of ``vllm.stat_logger_plugins`` would see no more than that, is not loaded by
+``LLM``, and switches statistics on for every server of the environment, also where
+``--disable-log-stats`` was asked for.
+
+``ec_connector_stats`` is a free dictionary that goes all the way. It belongs to
+encoder-cache connectors, which serve multimodal models; AdaDecode refuses both. Its
+readers are replaced by ones that know our key and leave everything else to vLLM's.
+
+Upstream: ``SchedulerStats`` and ``LoggingStatLogger.__init__`` in
+https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/v1/metrics/loggers.py
+The change to propose there: a dictionary of a speculative method's own statistics.
+
+Can go when vLLM has such a field.
+"""
+
+from __future__ import annotations
+
+
+def install() -> None:
+    """Replace the two readers; a second call does nothing.
+
+    Raises:
+        RuntimeError: If vLLM's loggers do not look as in 0.32.
+    """
+    from vllm.logger import init_logger
+    from vllm.v1.metrics import loggers
+
+    from adadecode_vllm.metrics.loggers import AdaDecodeLogging, AdaDecodeProm
+
+    prometheus = loggers.PrometheusStatLogger
+    ours = (AdaDecodeLogging, AdaDecodeProm)
+    found = (
+        getattr(loggers, "ECConnectorLogging", None),
+        vars(prometheus).get("_ec_connector_cls"),
+    )
+    if found == ours:
+        return
+    if found != tuple(cls.__base__ for cls in ours):
+        raise RuntimeError(
+            "adadecode: vllm.v1.metrics.loggers does not read ec_connector_stats as "
+            "in vLLM 0.32, for which this plugin was written. Install it."
+        )
+    loggers.ECConnectorLogging = AdaDecodeLogging  # type: ignore[misc]
+    prometheus._ec_connector_cls = AdaDecodeProm
+    init_logger("vllm.adadecode").debug("vLLM's metrics show adadecode's counters")

@@ -1,0 +1,359 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Counters from the worker to `/metrics`, the log, the terminal and the documents."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from prometheus_client import REGISTRY, generate_latest
+from vllm.distributed.ec_transfer.ec_connector.metrics import (
+    ECConnectorLogging,
+    ECConnectorProm,
+)
+from vllm.v1.metrics import loggers
+from vllm.v1.metrics.prometheus import unregister_vllm_metrics
+
+from adadecode_vllm.cli import main
+from adadecode_vllm.config import CONFIG_KEY
+from adadecode_vllm.core.ledger import REASONS
+from adadecode_vllm.core.stats import REPORTED, REPORTED_PER_EXIT, Stats
+from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.metrics.loggers import AdaDecodeLogging, AdaDecodeProm
+from adadecode_vllm.metrics.names import CONFIG_INFO, DROPPED, PER_EXIT, PREFIX, TOTALS
+from adadecode_vllm.metrics.report import CounterReport, split_counters
+from adadecode_vllm.metrics.snapshot import metrics_url, parse
+from adadecode_vllm.patches import stat_loggers
+
+ROOT = Path(__file__).parents[2]
+EXITS = (2, 4)
+NUMBERS = 2 * len(REPORTED_PER_EXIT) + len(REPORTED) + len(REASONS)
+
+
+def _config(options: dict[str, Any] | None) -> Any:
+    additional_config = {} if options is None else {CONFIG_KEY: options}
+    return SimpleNamespace(additional_config=additional_config, ec_transfer_config=None)
+
+
+@pytest.fixture
+def prom() -> Iterator[Callable[..., AdaDecodeProm]]:
+    """Makes readers of an engine's counters; vLLM unregisters what they registered."""
+
+    def make(options: dict[str, Any] | None, engines: int = 1) -> AdaDecodeProm:
+        values: dict[int, list[object]] = {i: ["m", str(i)] for i in range(engines)}
+        return AdaDecodeProm(_config(options), ["model_name", "engine"], values)
+
+    unregister_vllm_metrics()
+    yield make
+    unregister_vllm_metrics()
+    assert PREFIX not in generate_latest(REGISTRY).decode()
+
+
+OPTIONS = {"heads": "some/heads", "exit_layers": list(EXITS), "threshold": 0.5}
+
+
+def _values() -> str:
+    return generate_latest(REGISTRY).decode()
+
+
+def test_the_order_of_a_report() -> None:
+    stats = Stats(EXITS, 8)
+    for number, name in enumerate(REPORTED_PER_EXIT):
+        getattr(stats, name)[:] = [10 * number + 1, 10 * number + 2]
+    for number, name in enumerate(REPORTED):
+        setattr(stats, name, 100 + number)
+    dropped = np.arange(len(REASONS)) + 200
+    per_exit, totals, reasons = split_counters([*stats.reported(), *dropped])
+    assert per_exit == {
+        name: [10 * number + 1, 10 * number + 2]
+        for number, name in enumerate(REPORTED_PER_EXIT)
+    }
+    assert totals == {name: 100 + number for number, name in enumerate(REPORTED)}
+    assert reasons == {name: 200 + number for number, name in enumerate(REASONS)}
+
+
+def test_every_reported_counter_has_a_name_and_every_name_a_counter() -> None:
+    assert tuple(PER_EXIT) == REPORTED_PER_EXIT
+    assert tuple(TOTALS) == REPORTED
+
+
+def test_only_what_was_added_is_sent() -> None:
+    report = CounterReport()
+    assert report.take() is None
+    report.update(np.array([1.0, 2.0]))
+    assert report.take() == [1.0, 2.0]
+    assert report.take() is None
+    report.update(None)  # a step without counters
+    assert report.take() is None
+    report.update(np.array([1.0, 2.0]))  # a step that counted nothing
+    assert report.take() is None
+    report.update(np.array([2.0, 2.0]))
+    report.update(np.array([4.0, 7.0]))
+    assert report.take() == [3.0, 5.0]
+
+
+def test_counting_from_zero_again_loses_nothing() -> None:
+    report = CounterReport()
+    report.update(np.array([5.0, 2.0]))
+    report.take()
+    report.update(np.array([1.0, 2.0]))
+    assert report.take() == [1.0, 2.0]
+
+
+def test_prometheus_adds_up_by_engine(prom: Callable[..., AdaDecodeProm]) -> None:
+    reader = prom(OPTIONS, engines=2)
+    added = [float(number) for number in range(NUMBERS)]
+    reader.observe({CONFIG_KEY: added}, 0)
+    reader.observe({CONFIG_KEY: added}, 1)
+    reader.observe({CONFIG_KEY: added}, 1)
+    snapshot = parse(_values(), 0.0, "here")
+    per_exit, totals, dropped = split_counters(added)
+    assert snapshot.per_exit == {
+        layer: {name: 3 * per_exit[name][index] for name in per_exit}
+        for index, layer in enumerate(EXITS)
+    }
+    assert snapshot.totals == {name: 3 * value for name, value in totals.items()}
+    assert snapshot.dropped == {name: 3 * value for name, value in dropped.items()}
+    assert snapshot.options["threshold"] == "0.5"
+    assert snapshot.options["exit_layers"] == "2,4"
+    line = 'accepted_tokens_total{engine="1",exit_layer="4",model_name="m"} '
+    assert f"{PREFIX}{line}{2 * per_exit['accepted'][1]}" in _values()
+
+
+@pytest.mark.parametrize("options", [None, {**OPTIONS, "enabled": False}])
+def test_other_engines_have_none_of_it(
+    prom: Callable[..., AdaDecodeProm], options: dict[str, Any] | None
+) -> None:
+    reader = prom(options)
+    assert PREFIX not in _values()
+    reader.observe({"bytes": 3})  # what vLLM's own connectors would send
+    with pytest.raises(AdaDecodeError, match="AdaDecode's metrics are not there"):
+        parse(_values(), 0.0, "here")
+
+
+def test_the_log_sums_up_an_interval() -> None:
+    lines: list[str] = []
+
+    def log(text: str, *values: Any) -> None:
+        lines.append(text % values)
+
+    reader = AdaDecodeLogging(None)
+    reader.log(log)
+    assert not lines
+    stats = Stats(EXITS, 8)
+    stats.early_predictions[:] = [6, 4]
+    stats.accepted[:] = [5, 3]
+    stats.rejected[:] = [1, 0]
+    stats.request_steps, stats.generated_tokens = 4, 12
+    added = [*stats.reported().tolist(), *[1.0] * len(REASONS)]
+    reader.observe({CONFIG_KEY: added})
+    reader.observe({CONFIG_KEY: added})
+    reader.log(log)
+    (line,) = lines
+    assert "Tokens per target forward: 3.00" in line
+    assert "Early predictions: 20 tokens, Accepted: 16 tokens, Rejected: 2" in line
+    assert f"Dropped while pending: {2 * len(REASONS)} tokens" in line
+    reader.log(log)
+    assert len(lines) == 1
+
+
+def test_the_patch(monkeypatch: pytest.MonkeyPatch) -> None:
+    logger = loggers.PrometheusStatLogger
+    monkeypatch.setattr(loggers, "ECConnectorLogging", ECConnectorLogging)
+    monkeypatch.setattr(logger, "_ec_connector_cls", ECConnectorProm)
+    stat_loggers.install()
+    stat_loggers.install()
+    assert loggers.ECConnectorLogging is AdaDecodeLogging
+    assert logger._ec_connector_cls is AdaDecodeProm
+    monkeypatch.setattr(loggers, "ECConnectorLogging", object)
+    with pytest.raises(RuntimeError, match="ec_connector_stats as in vLLM"):
+        stat_loggers.install()
+
+
+def test_vllm_still_has_no_field_for_a_methods_statistics() -> None:
+    """Once it has, `patches/stat_loggers.py` can go."""
+    fields = set(loggers.SchedulerStats.__dataclass_fields__)
+    free = {name for name in fields if name.endswith("_stats")}
+    assert free == {
+        "prefix_cache_stats",
+        "connector_prefix_cache_stats",
+        "spec_decoding_stats",
+        "kv_connector_stats",
+        "ec_connector_stats",
+        "cudagraph_stats",
+        "perf_stats",
+    }
+
+
+# Documents
+
+
+def _documented() -> set[str]:
+    names = {name for name, _ in [*PER_EXIT.values(), *TOTALS.values(), DROPPED]}
+    return {f"{PREFIX}{name}_total" for name in names} | {PREFIX + CONFIG_INFO[0]}
+
+
+def test_the_document_has_every_metric_with_its_help() -> None:
+    text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(vllm:\S+)` \|.*\| (.+) \|$", text, re.MULTILINE))
+    helps = [*PER_EXIT.values(), *TOTALS.values(), DROPPED]
+    assert rows == {f"{PREFIX}{name}_total": text for name, text in helps} | {
+        PREFIX + CONFIG_INFO[0]: CONFIG_INFO[1]
+    }
+    reasons = text.split("Reasons of a drop:")[1].split("Dropping is")[0]
+    assert set(re.findall("`([a-z_]+)`", reasons)) == set(REASONS)
+
+
+def test_the_dashboard_asks_for_metrics_that_exist() -> None:
+    path = ROOT / "examples" / "grafana" / "adadecode.json"
+    dashboard = json.loads(path.read_text(encoding="utf-8"))
+    panels = dashboard["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels) >= 8
+    asked: set[str] = set()
+    for panel in panels:
+        assert panel["title"]
+        assert panel["description"]
+        for target in panel["targets"]:
+            asked.update(re.findall(r"vllm:\w+", target["expr"]))
+    ours = {name for name in asked if name.startswith(PREFIX)}
+    assert ours <= _documented()
+    # All but how often pending tokens are resumed.
+    resumed = {f"{PREFIX}resumed_tokens_total", f"{PREFIX}resumed_forwards_total"}
+    assert ours == _documented() - resumed
+    known = Path(loggers.__file__).read_text(encoding="utf-8")
+    for name in asked - ours:
+        family = re.sub("_(total|bucket)$", "", name)
+        assert f'"{family}"' in known, name
+
+
+# `adadecode stats`
+
+
+@pytest.mark.parametrize(
+    ("given", "address"),
+    [
+        ("localhost:8000", "http://localhost:8000/metrics"),
+        ("http://localhost:8000/", "http://localhost:8000/metrics"),
+        ("http://localhost:8000/metrics", "http://localhost:8000/metrics"),
+        ("https://host/behind/v1", "https://host/behind/metrics"),
+        ("http://[::1]:80/?q=1#f", "http://[::1]:80/metrics"),
+    ],
+)
+def test_addresses(given: str, address: str) -> None:
+    assert metrics_url(given) == address
+
+
+@pytest.mark.parametrize("given", ["", "file:///etc/passwd", "ftp://host", "http://"])
+def test_no_addresses(given: str) -> None:
+    with pytest.raises(AdaDecodeError, match="not the address of a server"):
+        metrics_url(given)
+
+
+@pytest.fixture
+def answering() -> Iterator[Callable[[int, str], str]]:
+    """Start a server that always answers the same; returns its address."""
+    servers: list[HTTPServer] = []
+
+    def start(status: int, text: str) -> str:
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+            def log_message(self, *args: Any) -> None:
+                pass
+
+        server = HTTPServer(("127.0.0.1", 0), Handler)
+        servers.append(server)
+        Thread(target=server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def _run(*argv: str) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main(["stats", *argv])
+    assert isinstance(caught.value.code, int)
+    return caught.value.code
+
+
+def test_stats_once(
+    prom: Callable[..., AdaDecodeProm],
+    answering: Callable[[int, str], str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    reader = prom({**OPTIONS, "max_early_predictions": 4})
+    stats = Stats(EXITS, 8)
+    stats.gates[:] = [2000, 500]
+    stats.early_predictions[:] = [1500, 100]
+    stats.accepted[:] = [1330, 50]
+    stats.rejected[:] = [70, 50]
+    stats.request_steps, stats.generated_tokens = 1000, 2380
+    stats.drafting_seconds = 1.25
+    dropped = [12.0 if reason == "not_scheduled" else 0.0 for reason in REASONS]
+    reader.observe({CONFIG_KEY: [*stats.reported().tolist(), *dropped]})
+    assert _run(answering(200, _values()), "--once") == 0
+    shown = capsys.readouterr().out
+    rows = [re.findall(r"[\d.,]+(?: %)?", line) for line in shown.splitlines()]
+    assert ["2", "2,000", "1,500", "75.0 %", "1,330", "70", "95.0 %"] in rows
+    assert ["4", "500", "100", "20.0 %", "50", "50", "50.0 %"] in rows
+    assert "threshold 0.5, max_early_predictions 4" in shown
+    assert re.search(r"tokens per target forward +2\.38", shown)
+    assert re.search(r"drafting +1\.2 s", shown)
+    assert re.search(r"dropped, not scheduled +12 tokens", shown)
+    assert "skipped step" not in shown
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "sentence"),
+    [
+        (404, "", "the server answers 404"),
+        (200, "# HELP x y\nx 1\n", "AdaDecode's metrics are not there"),
+        (200, "<html>hello</html>", "not in Prometheus's text format"),
+    ],
+)
+def test_stats_of_something_else(
+    answering: Callable[[int, str], str],
+    capsys: pytest.CaptureFixture[str],
+    status: int,
+    text: str,
+    sentence: str,
+) -> None:
+    assert _run(answering(status, text), "--once") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: URL http://127.0.0.1:")
+    assert sentence in error
+    assert error.count("\n") == 1
+
+
+def test_stats_without_a_server(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run("http://127.0.0.1:9", "--once") == 2
+    assert "no answer" in capsys.readouterr().err
+
+
+def test_a_server_that_restarted_is_noticed() -> None:
+    def snapshot(time: float, steps: float) -> Any:
+        text = (
+            f'{PREFIX}accepted_tokens_total{{exit_layer="2"}} {steps}\n'
+            f"{PREFIX}target_forwards_total {steps}\n"
+        )
+        return parse(text, time, "here")
+
+    lately = snapshot(5.0, 8.0).since(snapshot(3.0, 6.0))
+    assert (lately.time, lately.totals["request_steps"]) == (2.0, 2.0)
+    assert lately.per_exit[2]["accepted"] == 2.0
+    assert not lately.restarted
+    assert snapshot(5.0, 1.0).since(snapshot(3.0, 6.0)).restarted
