@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
@@ -135,20 +135,33 @@ class AdaDecode:
             self._exits[request_id] = window.exits[row, predicted]
         return drafts
 
-    def request_options(
-        self, request_id: str, extra_args: Mapping[str, Any] | None
-    ) -> RequestOptions:
-        """What a request asks for; remembered until it is forgotten.
+    def options(
+        self, asked: Iterable[tuple[str, Mapping[str, Any] | None]]
+    ) -> list[RequestOptions] | None:
+        """What requests ask for.
 
         Args:
-            request_id: The request.
-            extra_args: Its ``SamplingParams.extra_args``, validated at the front door.
+            asked: R request ids, each with its ``SamplingParams.extra_args``.
+
+        Returns:
+            R requests' options; None if all leave everything to the engine, which is
+            what a step should find out quickly.
         """
+        asked = list(asked)
+        if not any(extra_args for _, extra_args in asked):
+            return None
+        return [self._request_options(*request) for request in asked]
+
+    def _request_options(
+        self, request_id: str, extra_args: Mapping[str, Any] | None
+    ) -> RequestOptions:
+        """What a request asks for; remembered until it is forgotten."""
         if not extra_args:
             return ENGINES
         found = self._options.get(request_id)
         if found is None:
             try:
+                # Validated at the front door.
                 found = parse_request_options(extra_args, self._config)
             except AdaDecodeError as error:
                 # Only a front door without this plugin lets such a request in.
@@ -157,35 +170,42 @@ class AdaDecode:
             self._options[request_id] = found
         return found
 
-    def caps(self, options: Sequence[RequestOptions], most: int) -> np.ndarray:
+    def caps(
+        self, options: Sequence[RequestOptions] | None, requests: int, most: int
+    ) -> np.ndarray | None:
         """Most early predictions that requests ask for and the engine allows.
 
         Args:
-            options: R requests' options.
+            options: R requests' options, or None for the engine's.
+            requests: R.
             most: The scheduler's bound for this step.
 
         Returns:
-            (R,) int64.
+            (R,) int64, or None if nothing may be predicted early.
         """
         cap = min(self.policy.max_early_predictions, most)
-        caps = np.zeros(len(options), np.int64)
-        for request, own in enumerate(options):
-            predicts = own.predicts
-            if self.policy.can_predict if predicts is None else predicts:
-                asked = own.max_early_predictions
-                caps[request] = cap if asked is None else min(cap, asked)
-        return caps
+        if options is None:
+            caps = np.full(requests, cap if self.policy.can_predict else 0, np.int64)
+        else:
+            caps = np.array([self._cap(own, cap) for own in options], np.int64)
+        return caps if caps.any() else None
 
-    def thresholds(self, options: Sequence[RequestOptions]) -> np.ndarray | None:
+    def _cap(self, own: RequestOptions, cap: int) -> int:
+        if not (self.policy.can_predict if own.predicts is None else own.predicts):
+            return 0
+        asked = own.max_early_predictions
+        return cap if asked is None else min(cap, asked)
+
+    def thresholds(self, options: Sequence[RequestOptions] | None) -> np.ndarray | None:
         """Requests' own thresholds on the exits' probabilities.
 
         Args:
-            options: R requests' options.
+            options: R requests' options, or None for the engine's.
 
         Returns:
             (R, K), or None if all leave it to the policy.
         """
-        if all(own.threshold is None for own in options):
+        if options is None or all(own.threshold is None for own in options):
             return None
         return np.array(
             [

@@ -94,12 +94,11 @@ class AdaDecodeProposer:
         )
         request_ids = [runner.input_batch.req_ids[row] for row in rows]
         states = [runner.requests[request_id] for request_id in request_ids]
-        options = [
-            self.adadecode.request_options(request_id, _extra_args(state))
-            for request_id, state in zip(request_ids, states, strict=True)
-        ]
-        caps = self.adadecode.caps(options, runner.most_drafts)
-        if not caps.any():
+        options = self.adadecode.options(
+            zip(request_ids, map(_extra_args, states), strict=True)
+        )
+        caps = self.adadecode.caps(options, len(rows), runner.most_drafts)
+        if caps is None:
             return drafts
 
         positions = num_tokens_no_spec[rows].astype(np.int64) - 1

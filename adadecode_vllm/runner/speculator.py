@@ -99,6 +99,7 @@ class AdaDecodeSpeculator(BaseSpeculator):
         self._draft_tokens = torch.zeros_like(req_states.draft_tokens)
         self._outcome = HostCopy(2 * req_states.max_num_reqs, torch.int64, device)
         self._scheduled: SchedulerOutput | None = None
+        self._new: set[str] = set()
         self._empty: dict[str, int] = {}
         self._runner: AdaDecodeModelRunner | None = None
         self._kinds: list[StepKind] = []
@@ -215,8 +216,8 @@ class AdaDecodeSpeculator(BaseSpeculator):
         gone = scheduler_output.finished_req_ids | (
             scheduler_output.preempted_req_ids or set()
         )
-        new = {request.req_id for request in scheduler_output.scheduled_new_reqs}
-        for request_id in gone | new:
+        self._new = {request.req_id for request in scheduler_output.scheduled_new_reqs}
+        for request_id in gone | self._new:
             self.drafts.pop(request_id, None)
             self._stops.pop(request_id, None)
             self._extra_args.pop(request_id, None)
@@ -268,7 +269,6 @@ class AdaDecodeSpeculator(BaseSpeculator):
         scheduled = self._scheduled
         if scheduled is None or not len(self.adadecode.ledger):
             return None
-        new = {request.req_id for request in scheduled.scheduled_new_reqs}
         rows = input_batch.idx_mapping_np.astype(np.int64)
         count = input_batch.num_scheduled_tokens.astype(np.int64)
         # Without asynchronous scheduling the scheduler's own count is exact, and
@@ -283,7 +283,7 @@ class AdaDecodeSpeculator(BaseSpeculator):
             {
                 request_id: index
                 for index, request_id in enumerate(input_batch.req_ids)
-                if request_id not in new
+                if request_id not in self._new
             },
             first,
             count,
@@ -363,17 +363,19 @@ class AdaDecodeSpeculator(BaseSpeculator):
         if drafted is None:
             drafted = np.zeros(num_reqs, np.int64)
         reached = self._computed[rows] + input_batch.num_scheduled_tokens
-        options = [
-            self.adadecode.request_options(request_id, self._extra_args.get(request_id))
-            for request_id in input_batch.req_ids
-        ]
+        # Most steps have no request that asks for anything.
+        options = None
+        if self._extra_args:  # most steps have no request that asks for anything
+            options = self.adadecode.options(
+                (request_id, self._extra_args.get(request_id))
+                for request_id in input_batch.req_ids
+            )
         most = self._draft_tokens.shape[1]
         if num_speculative_tokens is not None:
             most = min(most, num_speculative_tokens)
-        caps = self.adadecode.caps(options, most)
-        can_predict = bool(caps.any())
+        caps = self.adadecode.caps(options, num_reqs, most)
         tokens = None
-        if can_predict or input_batch.num_draft_tokens:
+        if caps is not None or input_batch.num_draft_tokens:
             outcome = torch.stack(
                 (
                     num_sampled[:num_reqs].to(torch.int64),
@@ -388,7 +390,7 @@ class AdaDecodeSpeculator(BaseSpeculator):
         self._count_verdicts(input_batch.req_ids, sampled)
         for request_id in input_batch.req_ids:
             self.drafts[request_id] = []
-        if not can_predict or tokens is None:
+        if caps is None or tokens is None:
             return self._draft_tokens[:num_reqs]
         return self._predict(input_batch, rows, sampled, tokens, caps, options)
 
@@ -399,7 +401,7 @@ class AdaDecodeSpeculator(BaseSpeculator):
         sampled: np.ndarray,
         tokens: np.ndarray,
         caps: np.ndarray,
-        options: list[RequestOptions],
+        options: list[RequestOptions] | None,
     ) -> torch.Tensor:
         active = np.flatnonzero(sampled > 0)
         answer = self._draft_tokens[: input_batch.num_reqs]
@@ -431,7 +433,7 @@ class AdaDecodeSpeculator(BaseSpeculator):
                 ],
                 room=owned_slots - positions,
                 thresholds=self.adadecode.thresholds(
-                    [options[index] for index in active]
+                    options and [options[index] for index in active]
                 ),
             ),
         )

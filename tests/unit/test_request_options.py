@@ -179,15 +179,30 @@ def test_caps_of_a_mixed_batch() -> None:
         parse(threshold=0.5),
         parse(max_early_predictions=2),
     ]
-    assert make_adadecode().caps(batch, 5).tolist() == [5, 0, 0, 5, 2]
+
+    def caps(threshold: float, most: int) -> Any:
+        found = make_adadecode(threshold).caps(batch, len(batch), most)
+        return None if found is None else found.tolist()
+
+    assert caps(0.75, 5) == [5, 0, 0, 5, 2]
     # The scheduler's bound holds for all, and an engine that never predicts does for
     # those that ask.
-    assert make_adadecode().caps(batch, 1).tolist() == [1, 0, 0, 1, 1]
-    assert make_adadecode(1.0).caps(batch, 5).tolist() == [0, 0, 0, 5, 0]
+    assert caps(0.75, 1) == [1, 0, 0, 1, 1]
+    assert caps(1.0, 5) == [0, 0, 0, 5, 0]
+    assert caps(0.75, 0) is None
+
+
+def test_caps_where_nobody_asks() -> None:
+    caps = make_adadecode().caps(None, 3, 2)
+    assert caps is not None
+    assert caps.tolist() == [2, 2, 2]
+    assert make_adadecode().caps(None, 3, 0) is None
+    assert make_adadecode(1.0).caps(None, 3, 5) is None
 
 
 def test_thresholds_of_a_mixed_batch() -> None:
     adadecode = make_adadecode()
+    assert adadecode.thresholds(None) is None
     assert adadecode.thresholds([ENGINES, parse(enabled=False)]) is None
     found = adadecode.thresholds([ENGINES, parse(threshold=0.5)])
     assert np.array_equal(found, [[0.75] * 3, [0.5] * 3])
@@ -196,10 +211,15 @@ def test_thresholds_of_a_mixed_batch() -> None:
 def test_options_are_forgotten_with_the_request() -> None:
     adadecode = make_adadecode()
     asks = {"adadecode_threshold": 0.5}
-    assert adadecode.request_options("a", None) is ENGINES
-    assert adadecode.request_options("a", asks).threshold == 0.5
-    assert adadecode.request_options("a", asks) is adadecode.request_options("a", asks)
+    assert adadecode.options([("a", None), ("b", {})]) is None
+    first = adadecode.options([("a", asks), ("b", None)])
+    assert first is not None
+    assert first[0].threshold == 0.5
+    assert first[1] is ENGINES
+    again = adadecode.options([("b", None), ("a", asks)])
+    assert again is not None
+    assert again[1] is first[0]
     adadecode.forget({"a"})
     assert adadecode._options == {}
     # A front door without the plugin may let anything in.
-    assert adadecode.request_options("b", {"adadecode_threshold": 9}) is ENGINES
+    assert adadecode.options([("b", {"adadecode_threshold": 9})]) == [ENGINES]
