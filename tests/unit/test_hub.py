@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sharing heads: the card, the local directory, downloads and uploads.
+"""Sharing heads: downloads and uploads.
 
 Downloads run huggingface_hub itself against a local server that speaks the Hub's
 protocol; uploads stop at its `HfApi`.
@@ -8,7 +8,6 @@ protocol; uploads stop at its `HfApi`.
 import hashlib
 import json
 import os
-import shlex
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,55 +23,24 @@ from huggingface_hub import ModelCard
 from adadecode_vllm import __version__
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.heads import (
-    ExitHeadsConfig,
     load_exit_weights,
     load_heads_config,
 )
-from adadecode_vllm.heads.card import is_hub_id, render_card, write_card
 from adadecode_vllm.heads.hub import (
     from_pretrained,
-    make_speculators_config,
     push_to_hub,
     resolve_heads,
     save_pretrained,
 )
-from tests.tiny import FINGERPRINT
-from tests.unit.test_report import make_evaluation
-
-D = 8
-BASE = "meta-llama/Llama-3.1-8B-Instruct"
-FILES = ["README.md", "config.json", "model.safetensors"]
-TRAINING = {
-    "argv": ["/home/ann/.venv/bin/adadecode", "train", BASE, "--data", "/data/x y/gsm"],
-    "license": "llama3.1",
-    "datasets": ["openai/gsm8k", "my texts"],
-    "settings": {"objective": "kl", "epochs": 100, "max_length": None},
-    "calibration": {"1": {"slope": 1.25}},
-    "held_out": {
-        "epoch": 7,
-        "loss": {"1": 0.4567, "3": 0.1},
-        "agreement": {"1": 0.8123, "3": 0.9},
-    },
-    "data": {"path": "/data/runs/gsm8k", "url": "https://example.org/a/b"},
-    "note": "a | b\n<b>bold</b>",
-}
-
-
-def make_config(**values: Any) -> ExitHeadsConfig:
-    defaults: dict[str, Any] = {
-        "exit_layers": [1, 3],
-        "hidden_size": D,
-        "vocab_size": 32,
-        "num_hidden_layers": 4,
-        "base_model": BASE,
-        "lm_head_fingerprint": FINGERPRINT,
-    }
-    return ExitHeadsConfig(**defaults | values)
-
-
-def make_weights() -> dict[int, torch.Tensor]:
-    torch.manual_seed(0)
-    return {layer: torch.randn(D, D) for layer in (1, 3)}
+from tests.published_heads import (
+    BASE,
+    FILES,
+    TRAINING,
+    argument,
+    make_config,
+    make_weights,
+    serve_words,
+)
 
 
 @pytest.fixture
@@ -80,194 +48,6 @@ def heads(tmp_path: Path) -> Path:
     directory = tmp_path / "heads"
     save_pretrained(directory, make_weights(), make_config(), training=TRAINING)
     return directory
-
-
-def serve_words(card: str) -> list[str]:
-    """Read the serve command as a shell would."""
-    start = card.index("vllm serve")
-    command = card[start : card.index("```", start)]
-    return shlex.split(command.replace("\\\n", ""))
-
-
-def argument(words: list[str], flag: str) -> str:
-    return words[words.index(flag) + 1]
-
-
-# save_pretrained
-
-
-def test_save_pretrained(heads: Path) -> None:
-    config = load_heads_config(heads)
-    assert sorted(os.listdir(heads)) == FILES
-    assert config == make_config(speculators_config=make_speculators_config(BASE))
-    weights = load_exit_weights(heads, config)
-    for layer, weight in make_weights().items():
-        assert torch.equal(weights[layer], weight)
-
-
-def test_speculators_config(tmp_path: Path) -> None:
-    written = save_pretrained(
-        tmp_path, make_weights(), make_config(), architectures=["LlamaForCausalLM"]
-    )
-    on_disk = json.loads((tmp_path / "config.json").read_text())["speculators_config"]
-    assert on_disk == written.speculators_config
-    assert on_disk == {
-        "algorithm": "adadecode",
-        "proposal_methods": [
-            {
-                "proposal_type": "greedy",
-                "speculative_tokens": 5,
-                "verifier_accept_k": 1,
-                "accept_tolerance": 0.0,
-            }
-        ],
-        "default_proposal_method": "greedy",
-        "verifier": {"name_or_path": BASE, "architectures": ["LlamaForCausalLM"]},
-    }
-
-
-def test_speculators_config_is_kept(tmp_path: Path) -> None:
-    block = make_speculators_config("other", ["A"], speculative_tokens=2)
-    save_pretrained(tmp_path, make_weights(), make_config(speculators_config=block))
-    assert load_heads_config(tmp_path).speculators_config == block
-
-
-def test_heads_without_speculators_config_still_load(heads: Path) -> None:
-    values = json.loads((heads / "config.json").read_text())
-    del values["speculators_config"]
-    (heads / "config.json").write_text(json.dumps(values))
-    assert load_heads_config(heads).speculators_config is None
-
-
-@pytest.mark.parametrize(
-    ("weights", "evaluation", "error"),
-    [
-        (make_weights(), {"model": "m"}, AdaDecodeError),
-        ({1: torch.eye(D)}, None, ValueError),
-    ],
-    ids=["evaluation", "weights"],
-)
-def test_failed_save_keeps_what_was_there(
-    heads: Path, weights: Any, evaluation: Any, error: type[Exception]
-) -> None:
-    before = {name: (heads / name).read_bytes() for name in FILES}
-    with pytest.raises(error):
-        save_pretrained(
-            heads, weights, make_config(base_model="new"), evaluation=evaluation
-        )
-    assert {name: (heads / name).read_bytes() for name in os.listdir(heads)} == before
-
-
-# The card
-
-
-def test_card_metadata(heads: Path) -> None:
-    data = ModelCard.load(heads / "README.md").data.to_dict()
-    assert data == {
-        "base_model": BASE,
-        "base_model_relation": "adapter",
-        "datasets": ["openai/gsm8k"],
-        "library_name": "adadecode-vllm",
-        "license": "llama3.1",
-        "tags": ["adadecode", "vllm", "speculative-decoding", "early-exit"],
-    }
-
-
-@pytest.mark.parametrize("base_model", ["examples/demo/model", "/models/x", "model"])
-def test_a_local_base_model_is_not_metadata(base_model: str) -> None:
-    card = ModelCard(render_card(make_config(base_model=base_model), "heads"))
-    assert set(card.data.to_dict()) == {"library_name", "tags"}
-    assert f"Exit heads for {base_model}" in card.text
-
-
-def test_card_of_unknown_training() -> None:
-    card = render_card(make_config(), "heads")
-    assert "How these heads were made was not recorded." in card
-    assert "## Figures" not in card
-    assert serve_words(card) == [
-        *("vllm", "serve", BASE, "--plugin", "adadecode"),
-        *("--adadecode-heads", "heads"),
-    ]
-
-
-def test_serve_command_survives_any_path() -> None:
-    card = render_card(make_config(base_model="my models/it's"), "/tmp/a b/$HOME")
-    words = serve_words(card)
-    assert words[2] == "my models/it's"
-    assert argument(words, "--adadecode-heads") == "/tmp/a b/$HOME"
-
-
-def test_card_with_figures() -> None:
-    card = render_card(make_config(), "heads", evaluation=make_evaluation())
-    options = json.loads(argument(serve_words(card), "--adadecode-config"))
-    assert options == {"threshold": 0.6, "max_early_predictions": 8}
-    assert "Predicted speedup with this setting: 1.52x." in card
-    assert "On 13,047 held-out tokens (held-out)" in card
-    assert "| 4 | 90.3 % | 0.123 | 0.6 | 63.2 % | 92.0 % |" in card
-    assert "LM head takes 7.1 % of an ordinary step" in card
-
-
-def test_card_names_the_other_gate() -> None:
-    evaluation = make_evaluation()
-    evaluation["simulation"]["gate"] = "acceptance"
-    words = serve_words(render_card(make_config(), "heads", evaluation=evaluation))
-    assert json.loads(argument(words, "--adadecode-config"))["gate"] == "acceptance"
-
-
-def test_card_recommends_nothing_that_is_slower() -> None:
-    evaluation = make_evaluation(best={"threshold": 0.9, "cap": 1, "speedup": 0.97})
-    card = render_card(make_config(), "heads", evaluation=evaluation)
-    assert "--adadecode-config" not in card
-    assert "No setting is predicted to be faster" in card
-
-
-def test_card_of_training(heads: Path) -> None:
-    text = (heads / "README.md").read_text()
-    assert "| settings.objective | kl |" in text
-    assert "| settings.epochs | 100 |" in text
-    assert "max_length" not in text
-    assert "calibration" not in text
-    assert "| 1 | 0.457 | 81.2 % |" in text
-    assert f"```sh\nadadecode train {BASE} --data gsm\n```" in text
-    assert "| data.url | https://example.org/a/b |" in text
-    assert "| note | a \\| b &lt;b>bold&lt;/b> |" in text
-
-
-def test_card_tells_nothing_of_the_machine(heads: Path) -> None:
-    text = (heads / "README.md").read_text()
-    body = text.replace(str(heads), "")  # the serve command names the directory
-    assert "/data/" not in body
-    assert "/home/" not in body
-    assert "| data.path | gsm8k |" in text
-
-
-def test_write_card(heads: Path) -> None:
-    path = write_card(heads, make_config(), repo_id="ann/heads")
-    assert path == heads / "README.md"
-    words = serve_words(path.read_text())
-    assert argument(words, "--adadecode-heads") == "ann/heads"
-    assert sorted(os.listdir(heads)) == FILES
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        (BASE, True),
-        ("ann/heads_1.0", True),
-        ("gpt2", False),
-        ("examples/demo/model", False),
-        ("/models/heads", False),
-        ("/heads", False),
-        ("./heads", False),
-        ("../heads", False),
-        ("~/heads", False),
-        ("heads/", False),
-        ("my heads/x", False),
-        ("", False),
-    ],
-)
-def test_is_hub_id(name: str, expected: bool) -> None:
-    assert is_hub_id(name) is expected
 
 
 # Downloads

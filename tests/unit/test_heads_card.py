@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The local directory of heads and their card."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.heads import (
+    load_exit_weights,
+    load_heads_config,
+)
+from adadecode_vllm.heads.card import is_hub_id, render_card, write_card
+from adadecode_vllm.heads.hub import (
+    make_speculators_config,
+    save_pretrained,
+)
+from tests.published_heads import (
+    BASE,
+    FILES,
+    TRAINING,
+    D,
+    argument,
+    make_config,
+    make_weights,
+    serve_words,
+)
+from tests.unit.test_report import make_evaluation
+
+
+@pytest.fixture
+def heads(tmp_path: Path) -> Path:
+    directory = tmp_path / "heads"
+    save_pretrained(directory, make_weights(), make_config(), training=TRAINING)
+    return directory
+
+
+# save_pretrained
+
+
+def test_save_pretrained(heads: Path) -> None:
+    config = load_heads_config(heads)
+    assert sorted(os.listdir(heads)) == FILES
+    assert config == make_config(speculators_config=make_speculators_config(BASE))
+    weights = load_exit_weights(heads, config)
+    for layer, weight in make_weights().items():
+        assert torch.equal(weights[layer], weight)
+
+
+def test_speculators_config(tmp_path: Path) -> None:
+    written = save_pretrained(
+        tmp_path, make_weights(), make_config(), architectures=["LlamaForCausalLM"]
+    )
+    on_disk = json.loads((tmp_path / "config.json").read_text())["speculators_config"]
+    assert on_disk == written.speculators_config
+    assert on_disk == {
+        "algorithm": "adadecode",
+        "proposal_methods": [
+            {
+                "proposal_type": "greedy",
+                "speculative_tokens": 5,
+                "verifier_accept_k": 1,
+                "accept_tolerance": 0.0,
+            }
+        ],
+        "default_proposal_method": "greedy",
+        "verifier": {"name_or_path": BASE, "architectures": ["LlamaForCausalLM"]},
+    }
+
+
+def test_speculators_config_is_kept(tmp_path: Path) -> None:
+    block = make_speculators_config("other", ["A"], speculative_tokens=2)
+    save_pretrained(tmp_path, make_weights(), make_config(speculators_config=block))
+    assert load_heads_config(tmp_path).speculators_config == block
+
+
+def test_heads_without_speculators_config_still_load(heads: Path) -> None:
+    values = json.loads((heads / "config.json").read_text())
+    del values["speculators_config"]
+    (heads / "config.json").write_text(json.dumps(values))
+    assert load_heads_config(heads).speculators_config is None
+
+
+@pytest.mark.parametrize(
+    ("weights", "evaluation", "error"),
+    [
+        (make_weights(), {"model": "m"}, AdaDecodeError),
+        ({1: torch.eye(D)}, None, ValueError),
+    ],
+    ids=["evaluation", "weights"],
+)
+def test_failed_save_keeps_what_was_there(
+    heads: Path, weights: Any, evaluation: Any, error: type[Exception]
+) -> None:
+    before = {name: (heads / name).read_bytes() for name in FILES}
+    with pytest.raises(error):
+        save_pretrained(
+            heads, weights, make_config(base_model="new"), evaluation=evaluation
+        )
+    assert {name: (heads / name).read_bytes() for name in os.listdir(heads)} == before
+
+
+# The card
+
+
+def test_card_metadata(heads: Path) -> None:
+    data = ModelCard.load(heads / "README.md").data.to_dict()
+    assert data == {
+        "base_model": BASE,
+        "base_model_relation": "adapter",
+        "datasets": ["openai/gsm8k"],
+        "library_name": "adadecode-vllm",
+        "license": "llama3.1",
+        "tags": ["adadecode", "vllm", "speculative-decoding", "early-exit"],
+    }
+
+
+@pytest.mark.parametrize("base_model", ["examples/demo/model", "/models/x", "model"])
+def test_a_local_base_model_is_not_metadata(base_model: str) -> None:
+    card = ModelCard(render_card(make_config(base_model=base_model), "heads"))
+    assert set(card.data.to_dict()) == {"library_name", "tags"}
+    assert f"Exit heads for {base_model}" in card.text
+
+
+def test_card_of_unknown_training() -> None:
+    card = render_card(make_config(), "heads")
+    assert "How these heads were made was not recorded." in card
+    assert "## Figures" not in card
+    assert serve_words(card) == [
+        *("vllm", "serve", BASE, "--plugin", "adadecode"),
+        *("--adadecode-heads", "heads"),
+    ]
+
+
+def test_serve_command_survives_any_path() -> None:
+    card = render_card(make_config(base_model="my models/it's"), "/tmp/a b/$HOME")
+    words = serve_words(card)
+    assert words[2] == "my models/it's"
+    assert argument(words, "--adadecode-heads") == "/tmp/a b/$HOME"
+
+
+def test_card_with_figures() -> None:
+    card = render_card(make_config(), "heads", evaluation=make_evaluation())
+    options = json.loads(argument(serve_words(card), "--adadecode-config"))
+    assert options == {"threshold": 0.6, "max_early_predictions": 8}
+    assert "Predicted speedup with this setting: 1.52x." in card
+    assert "On 13,047 held-out tokens (held-out)" in card
+    assert "| 4 | 90.3 % | 0.123 | 0.6 | 63.2 % | 92.0 % |" in card
+    assert "LM head takes 7.1 % of an ordinary step" in card
+
+
+def test_card_names_the_other_gate() -> None:
+    evaluation = make_evaluation()
+    evaluation["simulation"]["gate"] = "acceptance"
+    words = serve_words(render_card(make_config(), "heads", evaluation=evaluation))
+    assert json.loads(argument(words, "--adadecode-config"))["gate"] == "acceptance"
+
+
+def test_card_recommends_nothing_that_is_slower() -> None:
+    evaluation = make_evaluation(best={"threshold": 0.9, "cap": 1, "speedup": 0.97})
+    card = render_card(make_config(), "heads", evaluation=evaluation)
+    assert "--adadecode-config" not in card
+    assert "No setting is predicted to be faster" in card
+
+
+def test_card_of_training(heads: Path) -> None:
+    text = (heads / "README.md").read_text()
+    assert "| settings.objective | kl |" in text
+    assert "| settings.epochs | 100 |" in text
+    assert "max_length" not in text
+    assert "calibration" not in text
+    assert "| 1 | 0.457 | 81.2 % |" in text
+    assert f"```sh\nadadecode train {BASE} --data gsm\n```" in text
+    assert "| data.url | https://example.org/a/b |" in text
+    assert "| note | a \\| b &lt;b>bold&lt;/b> |" in text
+
+
+def test_card_tells_nothing_of_the_machine(heads: Path) -> None:
+    text = (heads / "README.md").read_text()
+    body = text.replace(str(heads), "")  # the serve command names the directory
+    assert "/data/" not in body
+    assert "/home/" not in body
+    assert "| data.path | gsm8k |" in text
+
+
+def test_write_card(heads: Path) -> None:
+    path = write_card(heads, make_config(), repo_id="ann/heads")
+    assert path == heads / "README.md"
+    words = serve_words(path.read_text())
+    assert argument(words, "--adadecode-heads") == "ann/heads"
+    assert sorted(os.listdir(heads)) == FILES
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (BASE, True),
+        ("ann/heads_1.0", True),
+        ("gpt2", False),
+        ("examples/demo/model", False),
+        ("/models/heads", False),
+        ("/heads", False),
+        ("./heads", False),
+        ("../heads", False),
+        ("~/heads", False),
+        ("heads/", False),
+        ("my heads/x", False),
+        ("", False),
+    ],
+)
+def test_is_hub_id(name: str, expected: bool) -> None:
+    assert is_hub_id(name) is expected
