@@ -24,11 +24,22 @@ if TYPE_CHECKING:
 # `core.segments.find_decoder` checks the loaded model itself.
 SUPPORTED_ARCHITECTURES = frozenset(
     {
+        "Cohere2ForCausalLM",
+        "CohereForCausalLM",
+        "Gemma2ForCausalLM",
+        "Gemma3ForCausalLM",
+        "GemmaForCausalLM",
+        "Glm4ForCausalLM",
         "LlamaForCausalLM",
         "MistralForCausalLM",
+        "MixtralForCausalLM",
+        "NemotronForCausalLM",
+        "OlmoeForCausalLM",
         "Phi3ForCausalLM",
         "Qwen2ForCausalLM",
+        "Qwen2MoeForCausalLM",
         "Qwen3ForCausalLM",
+        "Qwen3MoeForCausalLM",
     }
 )
 
@@ -80,7 +91,31 @@ def check_arguments(args: EngineArgs) -> None:
             "AdaDecode brings its own scheduler",
             "Remove --scheduler-cls",
         )
+    _check_experts(args)
     _check_runner(args)
+
+
+def _check_experts(args: EngineArgs) -> None:
+    if args.enable_eplb:
+        raise _refusal(
+            "--enable-eplb",
+            "moving experts counts on one forward in every engine step, and early "
+            "predictions run further ones",
+            "Remove --enable-eplb",
+        )
+    if args.enable_expert_parallel:
+        raise _refusal(
+            "--enable-expert-parallel",
+            "it has not been tested with steps that run a part of the layers",
+            "Use --tensor-parallel-size, which splits every expert",
+        )
+    if args.enable_return_routed_experts:
+        raise _refusal(
+            "--enable-return-routed-experts",
+            "a token's experts are collected in one forward, and pending tokens pass "
+            "their layers in several",
+            "Remove --enable-return-routed-experts",
+        )
 
 
 def _check_runner(args: EngineArgs) -> None:
@@ -135,6 +170,7 @@ def check_engine(vllm_config: VllmConfig, config: AdaDecodeConfig) -> None:
         )
     _check_model(vllm_config.model_config)
     _check_features(vllm_config)
+    _check_mixture_of_experts(vllm_config)
     from adadecode_vllm.heads import load_heads_config, resolve_heads
 
     directory = resolve_heads(config.heads)
@@ -333,10 +369,36 @@ def _check_features(vllm_config: VllmConfig) -> None:
             "a connector would save KV of layers that have not run yet",
             "Remove it, or start without --plugin adadecode",
         )
+    if vllm_config.ec_transfer_config is not None:
+        raise _refusal(
+            "--ec-transfer-config",
+            "an encoder cache belongs to a multimodal model, and those are not served",
+            "Remove it, or start without --plugin adadecode",
+        )
     if vllm_config.cache_config.kv_sharing_fast_prefill:
         raise _refusal(
             "--kv-sharing-fast-prefill",
             "it skips layers of prompt tokens on its own terms",
+            "Remove it",
+        )
+
+
+def _check_mixture_of_experts(vllm_config: VllmConfig) -> None:
+    if not vllm_config.model_config.is_moe:
+        return
+    ranks = vllm_config.parallel_config.data_parallel_size
+    if ranks > 1:
+        raise _refusal(
+            f"--data-parallel-size {ranks} with a mixture of experts",
+            "its ranks run every forward together, and each predicts early on its own",
+            "Start engines of their own behind a load balancer, or use "
+            "--tensor-parallel-size",
+        )
+    if vllm_config.compilation_config.fast_moe_cold_start:
+        raise _refusal(
+            "--compilation-config fast_moe_cold_start",
+            "it finds a layer's experts by counting the layers of a whole forward, and "
+            "early predictions run a part of them",
             "Remove it",
         )
 

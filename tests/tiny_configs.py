@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configurations, without weights, of architectures that are refused."""
+"""Configurations, without weights, of architectures that are refused in some way."""
 
 import json
 from pathlib import Path
@@ -49,7 +49,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "n_head": 2,
         "vocab_size": 96,
     },
-    "Gemma2ForCausalLM": {**_TEXT, "model_type": "gemma2"},
+    # Its layers carry one tensor; the residual stream is inside of it.
+    "GraniteForCausalLM": {**_TEXT, "model_type": "granite"},
+    # Served by vLLM through Transformers' own implementation.
+    "Olmo2ForCausalLM": {**_TEXT, "model_type": "olmo2"},
+    "MixtralForCausalLM": {
+        **_TEXT,
+        "model_type": "mixtral",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
 }
 
 

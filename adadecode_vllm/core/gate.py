@@ -20,6 +20,9 @@ from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.heads import ExitHeads
 from adadecode_vllm.heads.module import PackedLinear
 
+# A quantized LM head has none of these; float8 counts as floating point in torch.
+_PLAIN = (torch.float32, torch.bfloat16, torch.float16)
+
 
 class DraftVocabulary(nn.Module):
     """The LM head's rows of some tokens, so that a gate reads fewer weights.
@@ -46,7 +49,7 @@ class DraftVocabulary(nn.Module):
         super().__init__()
         head: Any = decoder.lm_head
         weight = getattr(head, "weight", None)
-        if weight is None or weight.ndim != 2 or not weight.is_floating_point():
+        if weight is None or weight.ndim != 2 or weight.dtype not in _PLAIN:
             raise AdaDecodeError(
                 "--adadecode-config: draft_vocabulary_size is refused, because the "
                 "model's LM head is quantized and has no rows to choose from. Remove "

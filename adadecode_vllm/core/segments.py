@@ -21,17 +21,43 @@ from adadecode_vllm.features import SUPPORTED_ARCHITECTURES
 
 _LAYER_PARAMETERS = ("positions", "hidden_states", "residual")
 
+# Classes of vLLM whose ``forward`` is the shared loop and nothing else:
+#
+#     hidden, residual = embed_input_ids(token_ids), None
+#     for layer in layers:
+#         hidden, residual = layer(positions, hidden, residual)
+#     hidden, _ = norm(hidden, residual)
+#
+# By name, so that no family is imported but the served one.
+SHARED_LOOPS = frozenset(
+    f"vllm.model_executor.models.{name}"
+    for name in (
+        "commandr.CohereModel",
+        "gemma.GemmaModel",
+        "gemma2.Gemma2Model",
+        "gemma3.Gemma3Model",
+        "llama.LlamaModel",
+        "mistral.MistralModel",
+        "mixtral.MixtralModel",
+        "nemotron.NemotronModel",
+        "olmoe.OlmoeModel",
+        "qwen2.Qwen2Model",
+        "qwen2_moe.Qwen2MoeModel",
+        "qwen3_moe.Qwen3MoeModel",
+    )
+)
+
 
 @dataclass(frozen=True)
 class Decoder:
     """The parts of a loaded model that segments are made of.
 
     Attributes:
-        embed: (n,) token ids to (n, d) hidden states.
+        embed: (n,) token ids to (n, d) hidden states, scaled where the model does so.
         layers: All L decoder layers.
         norm: The final norm, ``norm(hidden, residual) -> (normed, sum)``.
         compute_logits: (n, d) normed hidden states to (n, V) logits, on every rank.
-        lm_head: The model's own LM head.
+        lm_head: The model's own LM head; the embedding where it is that.
         logits_processor: What ``compute_logits`` applies to the LM head's output.
         hidden_size: d.
         dtype: The model's dtype.
@@ -62,7 +88,7 @@ def find_decoder(model: nn.Module) -> Decoder:
         AdaDecodeError: If the model does not run the shared layer loop.
     """
     inner = getattr(model, "model", None)
-    if inner is None or type(inner).forward not in _shared_loops():
+    if inner is None or not runs_shared_loop(type(inner)):
         raise AdaDecodeError(
             f"--plugin adadecode: {type(model).__name__} does not run the layer loop "
             "`hidden, residual = layer(positions, hidden, residual)` that early "
@@ -85,7 +111,8 @@ def find_decoder(model: nn.Module) -> Decoder:
         layers=layers,
         norm=inner.norm,
         compute_logits=causal_lm.compute_logits,
-        lm_head=causal_lm.lm_head,
+        # Gemma 2 and Cohere have no LM head but their embedding.
+        lm_head=getattr(causal_lm, "lm_head", None) or inner.embed_tokens,
         logits_processor=causal_lm.logits_processor,
         hidden_size=inner.config.hidden_size,
         dtype=inner.norm.weight.dtype,
@@ -93,13 +120,17 @@ def find_decoder(model: nn.Module) -> Decoder:
     )
 
 
-def _shared_loops() -> set[Callable[..., Any]]:
-    """The ``forward`` functions known to be the shared loop and nothing else."""
-    from vllm.model_executor.models.llama import LlamaModel
-    from vllm.model_executor.models.mistral import MistralModel
-    from vllm.model_executor.models.qwen2 import Qwen2Model
+def runs_shared_loop(cls: type) -> bool:
+    """Whether a decoder's class runs one of :data:`SHARED_LOOPS`, perhaps inherited.
 
-    return {LlamaModel.forward, MistralModel.forward, Qwen2Model.forward}
+    Args:
+        cls: The class of a loaded model's decoder.
+
+    Returns:
+        False also for subclasses with a ``forward`` of their own.
+    """
+    owner = next((base for base in cls.__mro__ if "forward" in vars(base)), cls)
+    return f"{owner.__module__}.{owner.__qualname__}" in SHARED_LOOPS
 
 
 def build_segments(

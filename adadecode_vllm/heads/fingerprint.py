@@ -77,13 +77,14 @@ def check_fingerprint(
 
     Args:
         fingerprint: The heads' fingerprint.
-        weight_shard: Shape (rows, d), unquantized.
+        weight_shard: Shape (rows, d).
         first_row: The shard's first row in the whole LM head.
         vocab_size: Rows V of the whole LM head without padding.
 
     Returns:
-        False if a row differs. True for a float16 shard: float16 cuts off small values
-        of the checkpoint, so that a difference would prove nothing.
+        False if a row differs. True for a shard that is neither float32 nor bfloat16:
+        float16 cuts off small values of the checkpoint and float8 is quantized, so that
+        a difference would prove nothing.
 
     Raises:
         ValueError: The fingerprint is malformed.
@@ -91,7 +92,7 @@ def check_fingerprint(
     hashes = fingerprint.removeprefix(_PREFIX).split("-")
     if not fingerprint.startswith(_PREFIX) or len(hashes) != _ROWS:
         raise ValueError(f"malformed LM head fingerprint {fingerprint!r}")
-    if weight_shard.dtype == torch.float16:
+    if weight_shard.dtype not in (torch.float32, torch.bfloat16):
         return True
     end_row = first_row + len(weight_shard)
     return all(

@@ -52,7 +52,8 @@ class Teacher:
         num_layers: L.
         hidden_size: d.
         vocab_size: V, rows of the LM head.
-        max_length: Longest sequence that the model allows.
+        max_length: Longest sequence that the model allows. Packed sequences see all of
+            their tokens, so none may be longer than an attention window.
     """
 
     def __init__(self, model: nn.Module, name: str, attention: str = "sdpa") -> None:
@@ -84,14 +85,24 @@ class Teacher:
                 "linear layer without bias, so exits cannot share it; give the "
                 "unquantized checkpoint of a language model"
             )
+        config: Any = model.config
+        if getattr(config, "final_logit_softcapping", None) or (
+            getattr(config, "logit_scale", None) not in (None, 1.0)
+        ):
+            raise AdaDecodeError(
+                f"MODEL {name}: exit heads cannot be trained for it, because it caps "
+                "or scales what its LM head says, and training does not; make "
+                "untrained ones with `adadecode init-heads`"
+            )
         self.model: Any = model.eval().requires_grad_(False)
         self.name: str = name
         self.attention: str = attention
-        config = self.model.config
         self.num_layers: int = config.num_hidden_layers
         self.hidden_size: int = config.hidden_size
         self.vocab_size: int = lm_head.weight.shape[0]
-        self.max_length: int = config.max_position_embeddings
+        self.max_length: int = min(
+            config.max_position_embeddings, _attention_window(config)
+        )
 
     @classmethod
     def load(
@@ -210,6 +221,14 @@ class Teacher:
             yield kept
         finally:
             handle.remove()
+
+
+def _attention_window(config: Any) -> int:
+    """The most tokens that every layer's attention reaches back over."""
+    window = getattr(config, "sliding_window", None)
+    layer_types = getattr(config, "layer_types", None)
+    slides = layer_types is None or "sliding_attention" in layer_types
+    return window if window and slides else config.max_position_embeddings
 
 
 def packed_arguments(

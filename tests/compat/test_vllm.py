@@ -11,12 +11,15 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from vllm.utils.import_utils import resolve_obj_by_qualname
+
+from adadecode_vllm.core.segments import SHARED_LOOPS, runs_shared_loop
 
 ROOT = Path(__file__).parents[2]
 
@@ -191,6 +194,11 @@ FIELDS = {
         "prefill_len_np input_ids positions"
     ),
     "vllm.v1.outputs.ModelRunnerOutput": "req_ids sampled_token_ids",
+    "vllm.engine.arg_utils.EngineArgs": (
+        "enable_eplb enable_expert_parallel enable_return_routed_experts"
+    ),
+    "vllm.config.VllmConfig": "ec_transfer_config kv_transfer_config",
+    "vllm.config.CompilationConfig": "fast_moe_cold_start",
 }
 
 
@@ -269,6 +277,16 @@ SOURCES = [
         "CPUModelRunner(",
         "patches/cpu_model_runner.py",
     ),
+    (
+        "vllm.forward_context.create_forward_context",
+        "if vllm_config.compilation_config.fast_moe_cold_start:",
+        "features.py: otherwise an operation finds its experts by name",
+    ),
+    (
+        "vllm.forward_context.set_forward_context",
+        "vllm_config.parallel_config.is_moe_model is not False",
+        "features.py: data parallel ranks of dense models run forwards of their own",
+    ),
 ]
 
 
@@ -282,3 +300,19 @@ def test_sources_read_as_we_rely_on(name: str, text: str, reliance: str) -> None
     )
     source = "".join(inspect.getsource(inspect.unwrap(found)).split())
     assert "".join(text.split()) in source, f"{name} changed; {reliance}"
+
+
+@pytest.mark.parametrize("name", sorted(SHARED_LOOPS))
+def test_shared_loops_are_still_that(name: str) -> None:
+    cls: Any = resolve_obj_by_qualname(name)
+    source = "".join(inspect.getsource(vars(cls)["forward"]).split())
+    if "super().forward(" in source:  # Mistral's, which adds an argument
+        assert runs_shared_loop(cls.__mro__[1])
+        return
+    call = r"layer\(positions,hidden_states,residual,?(\*\*\w+,?)?\)"
+    assert re.search(f"hidden_states,residual={call}", source)
+    assert "hidden_states=self.embed_input_ids(input_ids)" in source
+    assert "hidden_states,_=self.norm(hidden_states,residual)" in source
+    # Whatever else scaled them would be missing from our segments.
+    assert "hidden_states*" not in source
+    assert "hidden_states=hidden_states" not in source

@@ -84,6 +84,12 @@ def test_float16_is_not_judged() -> None:
     assert check_fingerprint(lm_head_fingerprint(weight), weight.half(), 0, VOCAB_SIZE)
 
 
+def test_float8_is_not_judged() -> None:
+    weight = head()
+    quantized = (weight / weight.abs().max()).to(torch.float8_e4m3fn)
+    assert check_fingerprint(lm_head_fingerprint(weight), quantized, 0, VOCAB_SIZE)
+
+
 @pytest.mark.parametrize("text", ["", "bf16x16:", "bf16x16:00000000", "f32:0"])
 def test_malformed_fingerprint(text: str) -> None:
     with pytest.raises(ValueError, match="malformed LM head fingerprint"):

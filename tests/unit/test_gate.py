@@ -139,3 +139,11 @@ def test_more_tokens_than_are_ranked_are_refused(
 ) -> None:
     with pytest.raises(AdaDecodeError, match=sentence):
         resolve_draft_vocabulary(wanted(size), heads_config(stored))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_a_quantized_lm_head_has_no_rows_to_choose_from(dtype: torch.dtype) -> None:
+    parts = decoder()
+    parts.lm_head = SimpleNamespace(weight=torch.zeros(VOCAB, SIZE).to(dtype))
+    with pytest.raises(AdaDecodeError, match="LM head is quantized and has no rows"):
+        DraftVocabulary(parts, torch.tensor([1, 2]))

@@ -10,13 +10,23 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    Glm4Config,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    NemotronConfig,
+    OlmoeConfig,
     Phi3Config,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from adadecode_vllm.errors import AdaDecodeError
@@ -34,7 +44,21 @@ SHAPE = {
     "max_position_embeddings": 64,
     "pad_token_id": 0,
 }
-FAMILIES = [LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config]
+FAMILIES = [
+    Gemma3TextConfig,
+    GemmaConfig,
+    Glm4Config,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    NemotronConfig,
+    OlmoeConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+]
 
 
 def make_teacher(config_class: Any = LlamaConfig, **values: Any) -> Teacher:
@@ -102,6 +126,20 @@ def test_refuses_a_model_without_a_linear_lm_head() -> None:
     model.lm_head = torch.nn.Identity()
     with pytest.raises(AdaDecodeError, match="LM head is Identity"):
         Teacher(model, "odd")
+
+
+@pytest.mark.parametrize("config_class", [CohereConfig, Gemma2Config])
+def test_refuses_a_model_that_changes_its_logits(config_class: Any) -> None:
+    with pytest.raises(AdaDecodeError, match="caps or scales what its LM head says"):
+        make_teacher(config_class)
+
+
+def test_texts_end_at_an_attention_window() -> None:
+    assert make_teacher(MistralConfig, sliding_window=8).max_length == 8
+    assert make_teacher(MistralConfig, sliding_window=None).max_length == 64
+    assert make_teacher(Gemma3TextConfig, sliding_window=8).max_length == 8
+    whole = {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 4}
+    assert make_teacher(Qwen2Config, **whole).max_length == 64
 
 
 def test_refuses_a_missing_model(tmp_path: Path) -> None:

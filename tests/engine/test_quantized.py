@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantized weights and a quantized KV cache, as far as vLLM runs them on CPUs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny_families import ask_ordinary_vllm, check_texts, save_family, started
+from tests.tiny_quantized import quantize
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.mark.parametrize(
+    ("scheme", "dtype"),
+    [
+        pytest.param(
+            "w8a8",
+            "float32",
+            marks=pytest.mark.feature("quantized: W8A8 int8", "supported"),
+        ),
+        # vLLM runs these two in 16 bits only, where a text may part at a tie.
+        pytest.param(
+            "awq", "bfloat16", marks=pytest.mark.feature("quantized: AWQ", "supported")
+        ),
+        pytest.param(
+            "gptq",
+            "bfloat16",
+            marks=pytest.mark.feature("quantized: GPTQ", "supported"),
+        ),
+    ],
+)
+def test_quantized_weights(scheme: str, dtype: str, tmp_path: Path) -> None:
+    """Untrained heads are made from the quantized checkpoint itself."""
+    save_family(tmp_path / "plain", "Llama", num_key_value_heads=2)
+    model = tmp_path / "model"
+    quantize(tmp_path / "plain", model, scheme)
+    expected = ask_ordinary_vllm(model, dtype)
+    with started(model, tmp_path / "heads", dtype=dtype) as llm:
+        assert llm.llm_engine.model_config.quantization is not None
+        check_texts(llm, expected)
+
+
+@pytest.mark.skipif(
+    not torch.cpu._is_avx512_supported(),
+    reason="on CPUs vLLM's fp8 KV cache needs AVX-512",
+)
+@pytest.mark.feature("fp8 KV cache", "supported", "on CPUs those with AVX-512")
+@pytest.mark.parametrize("kv_cache_dtype", ["fp8_e4m3", "fp8_e5m2"])
+def test_fp8_kv_cache(kv_cache_dtype: str, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    save_family(model, "Mistral")
+    options = {"kv_cache_dtype": kv_cache_dtype}
+    expected = ask_ordinary_vllm(model, **options)
+    assert expected != ask_ordinary_vllm(model)
+    with started(model, tmp_path / "heads", **options) as llm:
+        check_texts(llm, expected)
