@@ -83,6 +83,9 @@ def _wrap_from(original: Any) -> Any:
                 engine_args.additional_config = merge_into_additional_config(
                     engine_args.additional_config, options
                 )
+                # Several API servers are started with the same `args`. They load their
+                # plugins while they make an `EngineArgs`, too late for this method.
+                args.additional_config = engine_args.additional_config
         except AdaDecodeError as error:
             _exit(error)
         return engine_args

@@ -77,6 +77,22 @@ def test_flags_become_additional_config(cli: argparse.ArgumentParser) -> None:
     assert args.speculative_config is None
 
 
+def test_flags_reach_processes_without_the_plugin(
+    cli: argparse.ArgumentParser,
+) -> None:
+    """Several API servers read the same arguments, with vLLM's own method."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    argv = ["--plugin", "adadecode", "--adadecode-heads", "H"]
+    parsed = cli.parse_args(argv)
+    ours = AsyncEngineArgs.from_cli_args(parsed)
+    again = AsyncEngineArgs.from_cli_args(parsed)
+    original = AsyncEngineArgs.__mro__[1].from_cli_args.__func__.__wrapped__
+    theirs = original(AsyncEngineArgs, parsed)
+    for args in (ours, again, theirs):
+        assert args.additional_config == {"adadecode": {"heads": "H"}}
+
+
 def test_class_names_stand_in_the_arguments_only_for_a_while(
     cli: argparse.ArgumentParser,
 ) -> None:
