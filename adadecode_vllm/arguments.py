@@ -9,7 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from adadecode_vllm.config import CONFIG_KEY, AdaDecodeConfig, parse_config
+from adadecode_vllm.config import (
+    CONFIG_KEY,
+    AdaDecodeConfig,
+    parse_config,
+    shown,
+    shown_bare,
+)
 from adadecode_vllm.errors import AdaDecodeError
 
 if TYPE_CHECKING:
@@ -84,8 +90,8 @@ def options_from_flags(args: argparse.Namespace) -> dict[str, Any] | None:
     if heads is not None:
         if options.get("heads", heads) != heads:
             raise AdaDecodeError(
-                f"--adadecode-heads: {heads!r} contradicts heads = "
-                f"{options['heads']!r} in --adadecode-config. Give it once."
+                f"--adadecode-heads: {shown(heads)} contradicts heads = "
+                f"{shown(options['heads'])} in --adadecode-config. Give it once."
             )
         options["heads"] = heads
     return options
@@ -110,14 +116,15 @@ def merge_into_additional_config(
     present = merged.get(CONFIG_KEY, {})
     if not isinstance(present, dict):
         raise AdaDecodeError(
-            f"--additional-config: {CONFIG_KEY} = {present!r} is not an object with "
-            "options. Give one, or remove it."
+            f"--additional-config: {CONFIG_KEY} = {shown(present)} is not an object "
+            "with options. Give one, or remove it."
         )
     for name in present.keys() & options.keys():
         if present[name] != options[name]:
             raise AdaDecodeError(
-                f"--adadecode-config: {name} = {options[name]!r} contradicts "
-                f"{present[name]!r} in --additional-config. Give it once."
+                f"--adadecode-config: {shown_bare(name)} = {shown(options[name])} "
+                f"contradicts {shown(present[name])} in --additional-config. Give it "
+                "once."
             )
     merged[CONFIG_KEY] = {**present, **options}
     return merged
@@ -213,14 +220,15 @@ def schedule_ahead(vllm_config: VllmConfig, asked: bool | None) -> None:
 def _parse_json(text: str) -> dict[str, Any]:
     try:
         options = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
+        # Not only of syntax: integers of thousands of digits, very deep nesting.
         raise AdaDecodeError(
-            f"--adadecode-config: {text!r} is not JSON ({error}). Write for example "
-            '\'{"threshold": 0.8, "max_early_predictions": 4}\'.'
+            f"--adadecode-config: {shown(text)} is not JSON ({error}). Write for "
+            'example \'{"threshold": 0.8, "max_early_predictions": 4}\'.'
         ) from None
     if not isinstance(options, dict):
         raise AdaDecodeError(
-            f"--adadecode-config: expected a JSON object, got {text}. Write for "
-            "example '{\"threshold\": 0.8}'."
+            f"--adadecode-config: expected a JSON object, got {shown_bare(text)}. "
+            "Write for example '{\"threshold\": 0.8}'."
         )
     return options

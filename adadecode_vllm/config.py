@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -16,6 +16,9 @@ CONFIG_KEY = "adadecode"
 # vLLM's rejection sampler verifies at most this many drafts of a request at once
 # (vllm/v1/sample/rejection_sampler.py, MAX_SPEC_LEN).
 _MAX_EARLY_PREDICTIONS = 128
+
+_SHOWN_CHARACTERS = 200
+_SHOWN_MISTAKES = 5
 
 
 class AdaDecodeConfig(BaseModel):
@@ -87,7 +90,7 @@ class AdaDecodeConfig(BaseModel):
     @classmethod
     def _increasing(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
         if value is not None and list(value) != sorted(set(value)):
-            raise ValueError(f"{list(value)} is not strictly increasing")
+            raise ValueError(f"{shown(list(value))} is not strictly increasing")
         return value
 
 
@@ -107,26 +110,76 @@ def parse_config(options: Any) -> AdaDecodeConfig:
         return options
     if not isinstance(options, Mapping):
         raise AdaDecodeError(
-            f"--adadecode-config: expected an object with options, got {options!r}. "
-            'Write for example {"threshold": 0.8}.'
+            "--adadecode-config: expected an object with options, got "
+            f'{shown(options)}. Write for example {{"threshold": 0.8}}.'
         )
+    known = AdaDecodeConfig.model_fields
+    unknown = [_unknown(name) for name in options if name not in known]
+    found = {name: value for name, value in options.items() if name in known}
     try:
-        return AdaDecodeConfig(**options)
+        config = AdaDecodeConfig(**found)
     except ValidationError as error:
-        raise AdaDecodeError(
-            " ".join(_sentence(detail) for detail in error.errors())
-        ) from None
+        wrong = [_sentence(detail) for detail in error.errors()]
+        raise AdaDecodeError(in_one_line([*wrong, *unknown])) from None
+    if unknown:
+        raise AdaDecodeError(in_one_line(unknown))
+    return config
+
+
+def shown(value: Any) -> str:
+    """A user's value for a sentence: in one line, printable, and not long.
+
+    Args:
+        value: Anything that JSON or Python can hold.
+
+    Returns:
+        Its representation, cut short where it is long.
+    """
+    try:
+        return _cut(repr(value))
+    except (ValueError, RecursionError):
+        # Python refuses integers of thousands of digits and very deep nesting.
+        return f"{type(value).__name__} too large to be shown"
+
+
+def shown_bare(text: str) -> str:
+    """The same of a text, without quotes."""
+    return _cut(repr(text)[1:-1])
+
+
+def _cut(text: str) -> str:
+    if len(text) <= _SHOWN_CHARACTERS:
+        return text
+    return f"{text[:_SHOWN_CHARACTERS]}..."
+
+
+def in_one_line(sentences: Iterable[str]) -> str:
+    """Join the sentences on a user's mistakes, or the first of them if many.
+
+    Args:
+        sentences: One for each mistake.
+
+    Returns:
+        The message.
+    """
+    found = list(sentences)
+    more = len(found) - _SHOWN_MISTAKES
+    if more > 0:
+        found[_SHOWN_MISTAKES:] = [f"Further mistakes: {more}."]
+    return " ".join(found)
+
+
+def _unknown(name: Any) -> str:
+    known = ", ".join(AdaDecodeConfig.model_fields)
+    return (
+        f"--adadecode-config: unknown option {shown(name)}. Options are {known}; "
+        "remove or correct it."
+    )
 
 
 def _sentence(detail: Any) -> str:
     name = ".".join(str(part) for part in detail["loc"])
     option = name.split(".")[0]
-    if detail["type"] == "extra_forbidden":
-        known = ", ".join(AdaDecodeConfig.model_fields)
-        return (
-            f"--adadecode-config: unknown option {name!r}. Options are {known}; "
-            "remove or correct it."
-        )
     if detail["type"] == "missing" and name == "heads":
         return (
             "--adadecode-heads: no exit heads given. Name the directory with the "
@@ -136,10 +189,9 @@ def _sentence(detail: Any) -> str:
     reason = detail["msg"].removeprefix("Value error, ")
     field = AdaDecodeConfig.model_fields.get(option)
     meaning = f" ({(field.description or '').rstrip('.')})" if field is not None else ""
-    given = detail.get("input")
     return (
-        f"--adadecode-config: {name} = {given!r} is refused: {reason}. "
-        f"Give a valid {option}{meaning}."
+        f"--adadecode-config: {name} = {shown(detail.get('input'))} is refused: "
+        f"{reason}. Give a valid {option}{meaning}."
     )
 
 

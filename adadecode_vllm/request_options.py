@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from adadecode_vllm.config import AdaDecodeConfig
+from adadecode_vllm.config import AdaDecodeConfig, in_one_line, shown, shown_bare
 from adadecode_vllm.errors import AdaDecodeError
 
 PREFIX = "adadecode_"
@@ -67,32 +67,38 @@ def parse_request_options(
     }
     if not options:
         return ENGINES
+    known = RequestOptions.model_fields
+    unknown = [_unknown(name) for name in options if name not in known]
+    given = {name: value for name, value in options.items() if name in known}
     try:
-        found = RequestOptions(**options)
+        found = RequestOptions(**given)
     except ValidationError as error:
-        raise AdaDecodeError(
-            " ".join(_sentence(detail) for detail in error.errors())
-        ) from None
+        wrong = [_sentence(detail) for detail in error.errors()]
+        raise AdaDecodeError(in_one_line([*wrong, *unknown])) from None
+    if unknown:
+        raise AdaDecodeError(in_one_line(unknown))
     cap = found.max_early_predictions
     if cap is not None and cap > config.max_early_predictions:
         raise AdaDecodeError(
-            f"{PREFIX}max_early_predictions = {cap} is refused: this engine reserves "
-            f"room for {config.max_early_predictions}. Ask for at most that, or start "
-            "it with more in --adadecode-config."
+            f"{PREFIX}max_early_predictions = {shown(cap)} is refused: this engine "
+            f"reserves room for {config.max_early_predictions}. Ask for at most that, "
+            "or start it with more in --adadecode-config."
         )
     return found
 
 
+def _unknown(name: str) -> str:
+    known = ", ".join(PREFIX + field for field in RequestOptions.model_fields)
+    return (
+        f"{shown_bare(PREFIX + name)}: unknown option. A request may give {known}; "
+        "remove or correct it."
+    )
+
+
 def _sentence(detail: Any) -> str:
     name = str(detail["loc"][0])
-    if detail["type"] == "extra_forbidden":
-        known = ", ".join(PREFIX + field for field in RequestOptions.model_fields)
-        return (
-            f"{PREFIX}{name}: unknown option. A request may give {known}; remove or "
-            "correct it."
-        )
     meaning = (RequestOptions.model_fields[name].description or "").rstrip(".")
     return (
-        f"{PREFIX}{name} = {detail.get('input')!r} is refused: {detail['msg']}. Give a "
-        f"valid value ({meaning}), or leave it out."
+        f"{PREFIX}{name} = {shown(detail.get('input'))} is refused: {detail['msg']}. "
+        f"Give a valid value ({meaning}), or leave it out."
     )

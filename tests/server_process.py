@@ -15,8 +15,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
-from openai import OpenAI
+from openai import DefaultHttpxClient, OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.harness import HEADS, MODEL
@@ -58,7 +59,15 @@ class Server:
                 start_new_session=True,
             )
         self.client = OpenAI(
-            base_url=f"{self.url}/v1", api_key="none", timeout=120, max_retries=0
+            base_url=f"{self.url}/v1",
+            api_key="none",
+            timeout=120,
+            max_retries=0,
+            # A connection for each request: the server closes idle ones, now and then
+            # just when the next request goes out.
+            http_client=DefaultHttpxClient(
+                limits=httpx.Limits(max_keepalive_connections=0)
+            ),
         )
 
     def wait(self, seconds: float = 240) -> None:

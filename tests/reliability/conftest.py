@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ordinary texts, and a server that must give them whatever else happens to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.harness import demo_corpus, start_engine
+from tests.server_process import PLUGIN, Server, serve
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[str]:
+    return demo_corpus().heldout_problems(8)
+
+
+@pytest.fixture(scope="session")
+def expected(prompts: list[str]) -> list[str]:
+    """Ordinary vLLM's greedy texts."""
+    from vllm import SamplingParams
+
+    with start_engine() as llm:
+        params = SamplingParams(temperature=0, max_tokens=64)
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        return [output.outputs[0].text for output in outputs]
+
+
+@pytest.fixture(scope="session")
+def arguments() -> list[str]:
+    """Of a server: early predictions are both accepted and rejected."""
+    return [*PLUGIN, '--adadecode-config={"threshold": 0.5}']
+
+
+# Of a module: one that no test needs any longer would only take memory.
+@pytest.fixture(scope="module")
+def server(
+    expected: list[str],
+    arguments: list[str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Server]:
+    with serve(tmp_path_factory.mktemp("server") / "log", *arguments) as server:
+        yield server
