@@ -135,10 +135,20 @@ def _extra_args(state: CachedRequestState) -> dict[str, Any] | None:
 
 
 def _remaining_tokens(state: CachedRequestState) -> int:
+    """Tokens that may follow while the same tokens may end the request.
+
+    Below ``min_tokens`` vLLM forbids those that would end it, in the token that follows
+    accepted drafts as well, whatever their number. So drafts stop short of the last
+    token that must not end it.
+    """
     params = state.sampling_params
-    if params is None or params.max_tokens is None:
+    if params is None:
         return 1 << 30
-    return params.max_tokens - len(state.output_token_ids)
+    generated = len(state.output_token_ids)
+    remaining = 1 << 30 if params.max_tokens is None else params.max_tokens - generated
+    if generated < params.min_tokens:
+        remaining = min(remaining, params.min_tokens - generated)
+    return remaining
 
 
 def _kv_group(runner: AdaDecodeCPUModelRunner, index: int) -> KVGroup:
