@@ -80,10 +80,19 @@ OVERRIDES = {
     ("adadecode_vllm.worker.cpu.AdaDecodeCPUWorker", "vllm.v1.worker."): [
         "init_device",
         "update_weights",
+        "sample_tokens",
     ],
     ("adadecode_vllm.scheduler.AdaDecodeScheduler", "vllm.v1.core."): [
         "schedule",
         "_update_after_schedule",
+        "update_from_output",
+        "make_stats",
+    ],
+    ("adadecode_vllm.metrics.loggers.AdaDecodeProm", "vllm.distributed."): ["observe"],
+    ("adadecode_vllm.metrics.loggers.AdaDecodeLogging", "vllm.distributed."): [
+        "reset",
+        "observe",
+        "log",
     ],
     ("adadecode_vllm.scheduler.AdaDecodeAsyncScheduler", "vllm.v1.core."): [
         "update_from_output",
@@ -194,6 +203,7 @@ FIELDS = {
         "prefill_len_np input_ids positions"
     ),
     "vllm.v1.outputs.ModelRunnerOutput": "req_ids sampled_token_ids",
+    "vllm.v1.metrics.stats.SchedulerStats": "ec_connector_stats",
     "vllm.engine.arg_utils.EngineArgs": (
         "enable_eplb enable_expert_parallel enable_return_routed_experts"
     ),
@@ -212,6 +222,36 @@ def test_data_classes_have_the_fields_we_read(name: str, fields: str) -> None:
 
 # Source lines that a decision of ours rests on: the object, the text, and whose it is.
 SOURCES = [
+    (
+        "vllm.v1.core.sched.scheduler.Scheduler.update_from_output",
+        "ec_connector_stats=ec_connector_stats",
+        "scheduler.py: `make_stats` is called with a step's outcome",
+    ),
+    (
+        "vllm.v1.metrics.loggers.LoggingStatLogger.record",
+        "self.ec_connector_logging.observe(ec_connector_stats)",
+        "patches/stat_loggers.py: the log's reader of our counters",
+    ),
+    (
+        "vllm.v1.metrics.loggers.PrometheusStatLogger.record",
+        "self.ec_connector_prom.observe(scheduler_stats.ec_connector_stats,",
+        "patches/stat_loggers.py: Prometheus's reader of our counters",
+    ),
+    (
+        "vllm.v1.worker.worker_base.WorkerWrapperBase.init_worker",
+        "current_platform.register_triton_kernel_overrides()",
+        "patches/cpu_expand_kernel.py: registered before the worker sets itself up",
+    ),
+    (
+        "vllm.triton_utils.dispatcher.register_kernels",
+        "if name in _registry:",
+        "patches/cpu_expand_kernel.py: what is registered already is warned of",
+    ),
+    (
+        "vllm.v1.utils.APIServerProcessManager.__init__",
+        "args",
+        "patches/engine_args.py: API servers are started with the same arguments",
+    ),
     (
         "vllm.v1.worker.gpu.model_runner.GPUModelRunner.execute_model",
         "need_eager=is_profile",

@@ -192,6 +192,7 @@ def test_other_devices(
         features.check_engine(config, parse_config({"heads": str(heads)}))
 
 
+@pytest.mark.feature("context parallel", "refused")
 @pytest.mark.parametrize(
     ("name", "flag"),
     [
