@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,7 @@ class AdaDecode:
         segments = build_segments(decoder, config.exit_layers, vllm_config)
         gate = Gate(decoder, heads, config.exit_layers, _draft_token_ids(config))
         self.executor = VllmExecutor(decoder, segments, gate, vllm_config)
+        self._gate = gate
         self._config = config
         self.policy = _policy(config)
         self.stats = Stats(config.exit_layers, len(decoder.layers))
@@ -262,6 +264,18 @@ class AdaDecode:
                 if tokens <= num_drafts and request_id not in self._contradicted:
                     self._contradicted.add(request_id)
                     self.stats.contradicted_requests += 1
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """What is ours beside the model's weights: storage of heads and gate, by name.
+
+        Loading the model anew does not bring it back.
+        """
+        return {
+            name: tensor.data
+            for name, tensor in chain(
+                self._gate.named_parameters(), self._gate.named_buffers()
+            )
+        }
 
     def counters(self) -> np.ndarray:
         """What the server's metrics show, since the start or the last reset; float64.

@@ -24,6 +24,7 @@ REASONS = (
     "changed",
     "weights_reloaded",
     "weights_updated",
+    "slept",
 )
 """Why pending tokens are dropped."""
 

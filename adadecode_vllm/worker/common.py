@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
 from adadecode_vllm.core.adadecode import AdaDecode
@@ -16,11 +17,41 @@ class AdaDecodeWorker:
     """Mixed into vLLM's workers: counters, settings, and weights that change."""
 
     model_runner: Any
+    _asleep: dict[str, torch.Tensor] | None = None
 
     def update_weights(self, *args: Any, **kwargs: Any) -> None:
         """Receive new weights; what the old ones computed is dropped (I2)."""
         self._adadecode.ledger.clear("weights_updated")
         super().update_weights(*args, **kwargs)  # type: ignore[misc]
+
+    def sleep(self, level: int = 1) -> None:
+        """Release memory; what is pending goes with its KV (I2).
+
+        Level 2 discards all weights. vLLM keeps the model's buffers on the host, and
+        whoever wakes the engine reloads the model; exit heads are ours to keep.
+
+        Args:
+            level: See vLLM.
+        """
+        self._adadecode.ledger.clear("slept")
+        if level == 2:
+            self._asleep = {
+                name: weight.to("cpu", copy=True)
+                for name, weight in self._adadecode.weights().items()
+            }
+        super().sleep(level)  # type: ignore[misc]
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        """Take memory back, and the exit heads with the weights.
+
+        Args:
+            tags: See vLLM.
+        """
+        super().wake_up(tags)  # type: ignore[misc]
+        if self._asleep is not None and (tags is None or "weights" in tags):
+            for name, weight in self._adadecode.weights().items():
+                weight.copy_(self._asleep[name])
+            self._asleep = None
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         """Sample, verify and draft; the counters travel with the outcome."""

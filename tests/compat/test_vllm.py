@@ -81,6 +81,8 @@ OVERRIDES = {
         "init_device",
         "update_weights",
         "sample_tokens",
+        "sleep",
+        "wake_up",
     ],
     ("adadecode_vllm.scheduler.AdaDecodeScheduler", "vllm.v1.core."): [
         "schedule",

@@ -50,6 +50,7 @@ def engine(request: Any, some: Case) -> Iterator[EngineProcess]:
         yield llm
 
 
+@pytest.mark.feature("asynchronous scheduling", "supported", "in Model Runner V2")
 @pytest.mark.parametrize(
     ("threshold", "cap"), [(0.0, 5), (0.5, 3), (0.75, 5), (1.0, 5)]
 )
@@ -95,6 +96,7 @@ def test_whole_steps(
     assert sum(engine.stats()["accepted"]) > 0
 
 
+@pytest.mark.feature("prefix caching", "supported")
 def test_one_at_a_time_and_prefix_cache(engine: EngineProcess, some: Case) -> None:
     prompts, texts = some
     engine.configure(threshold=0.5, max_early_predictions=5)
@@ -121,6 +123,7 @@ def test_the_metrics_count_real_drafts(engine: EngineProcess, some: Case) -> Non
     assert 0 < accepted <= sum(counted["accepted"])
 
 
+@pytest.mark.feature("metrics", "supported")
 def test_the_metrics_show_the_counters(engine: EngineProcess, some: Case) -> None:
     engine.configure(threshold=0.5)
     engine.generate(some[0][:1], max_tokens=1)  # takes the counters' reset in
@@ -147,6 +150,7 @@ def test_requests_that_end_at_max_model_len(
     assert sum(engine.stats()["accepted"]) > 0
 
 
+@pytest.mark.feature("seeds", "supported")
 def test_seeded_sampling_repeats_and_follows_the_seed(
     engine: EngineProcess, some: Case
 ) -> None:
@@ -158,6 +162,45 @@ def test_seeded_sampling_repeats_and_follows_the_seed(
     assert engine.sample(some[0][:3], seed=2, **options) != once
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(
+            {"repetition_penalty": 1.3, "frequency_penalty": 0.7},
+            marks=pytest.mark.feature("penalties", "supported"),
+        ),
+        pytest.param(
+            {"bad_words": ["costs", "6 groups", "self"]},
+            marks=pytest.mark.feature("bad words", "supported"),
+        ),
+        pytest.param(
+            {"min_tokens": 12, "stop_token_ids": "frequent"},
+            marks=pytest.mark.feature("min and max tokens", "supported"),
+        ),
+    ],
+)
+def test_parameters_of_sampling(
+    engine: EngineProcess, some: Case, options: dict[str, Any]
+) -> None:
+    """The same with and without early predictions, and not what it is without them."""
+    prompts, texts = some
+    options = {"max_tokens": 24, **options}
+    if "stop_token_ids" in options:
+        tokens = [set(text[4:12]) for text in texts]
+        frequent = max(
+            set.union(*tokens), key=lambda t: sum(t in own for own in tokens)
+        )
+        options["stop_token_ids"] = [frequent]
+    engine.configure(threshold=1.0)
+    expected = engine.generate(prompts, **options)
+    assert expected != [text[:24] for text in texts]
+    for threshold in (0.0, 0.5):
+        engine.configure(threshold=threshold)
+        assert engine.generate(prompts, **options) == expected
+        assert sum(engine.stats()["early_predictions"]) > 0
+
+
+@pytest.mark.feature("options of a request", "supported")
 def test_options_of_a_request(engine: EngineProcess, some: Case) -> None:
     prompts, texts = some
     engine.configure(threshold=0.5, max_early_predictions=5)
@@ -170,6 +213,7 @@ def test_options_of_a_request(engine: EngineProcess, some: Case) -> None:
     assert sum(engine.stats()["accepted"]) > 0
 
 
+@pytest.mark.feature("structured output: JSON schema", "supported")
 def test_structured_output(engine: EngineProcess, some: Case) -> None:
     """The grammar sees the drafts that there are; what it forbids is not resumed."""
     engine.configure(threshold=1.0)
@@ -183,6 +227,8 @@ def test_structured_output(engine: EngineProcess, some: Case) -> None:
 
 
 @ASYNC
+@pytest.mark.feature("chunked prefill", "supported")
+@pytest.mark.feature("preemption", "supported")
 def test_chunked_prefill_and_preemption(some: Case, async_scheduling: bool) -> None:
     prompts, texts = some
     with start_engine(
@@ -201,6 +247,7 @@ def test_chunked_prefill_and_preemption(some: Case, async_scheduling: bool) -> N
         assert sum(llm.stats()["rejected"]) > 0
 
 
+@pytest.mark.feature("tensor parallel", "supported")
 def test_tensor_parallel_2(some: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every rank counts drafts and decides alike (I7), in processes of their own."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")

@@ -80,6 +80,7 @@ def test_batch_sizes(
     assert sum(stats(adaptive)["accepted"]) > 0
 
 
+@pytest.mark.feature("prefix caching", "supported")
 def test_prefix_cache_hits(
     adaptive: Any, prompts: list[str], reference: Reference
 ) -> None:

@@ -51,6 +51,7 @@ def test_each_option(engine: Any, prompts: list[str], reference: Reference) -> N
     assert counted["generated_tokens"] <= 2 * counted["request_steps"]
 
 
+@pytest.mark.feature("options of a request", "supported")
 def test_a_batch_of_all_kinds(
     engine: Any, prompts: list[str], reference: Reference
 ) -> None:

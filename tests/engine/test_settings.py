@@ -45,6 +45,8 @@ def test_single_exits(
         assert stats(llm)["rejected"][0] > 0
 
 
+@pytest.mark.feature("chunked prefill", "supported")
+@pytest.mark.feature("preemption", "supported")
 def test_chunked_prefill_and_preemption(
     prompts: list[str], reference: Reference
 ) -> None:
@@ -92,6 +94,7 @@ def test_drafting_stops_above_a_batch_size(
         assert sum(stats(llm)["early_predictions"]) == 0
 
 
+@pytest.mark.feature("torch.compile", "supported")
 def test_compiled_as_vllm_does_by_default(
     prompts: list[str], reference: Reference
 ) -> None:
@@ -104,6 +107,7 @@ def test_compiled_as_vllm_does_by_default(
         assert sum(stats(llm)["rejected"]) > 0
 
 
+@pytest.mark.feature("tensor parallel", "supported")
 def test_tensor_parallel_2(
     prompts: list[str], reference: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:

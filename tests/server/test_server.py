@@ -67,6 +67,7 @@ def test_sixteen_concurrent_clients_get_ordinary_texts(
     assert accepted < drafted, "no early prediction was rejected"
 
 
+@pytest.mark.feature("metrics", "supported")
 def test_metrics_by_exit(server: Server, prompts: list[str]) -> None:
     """The server's own `/metrics` tells the exits apart, and agrees with vLLM's."""
     ours = [
@@ -118,6 +119,7 @@ def test_stats_in_the_terminal(server: Server) -> None:
     os.close(ours)
 
 
+@pytest.mark.feature("streaming", "supported")
 def test_streaming(server: Server, prompts: list[str], expected: list[str]) -> None:
     for prompt, text in zip(prompts[:4], expected, strict=False):
         chunks = server.client.completions.create(
@@ -126,6 +128,7 @@ def test_streaming(server: Server, prompts: list[str], expected: list[str]) -> N
         assert "".join(chunk.choices[0].text for chunk in chunks) == text
 
 
+@pytest.mark.feature("chat", "supported")
 def test_chat(server: Server) -> None:
     answer = server.client.chat.completions.create(
         model=MODEL,
@@ -136,6 +139,7 @@ def test_chat(server: Server) -> None:
     assert answer.choices[0].message.content
 
 
+@pytest.mark.feature("options of a request", "supported")
 def test_options_of_a_request(
     server: Server, prompts: list[str], expected: list[str]
 ) -> None:
@@ -156,6 +160,7 @@ def test_options_of_a_request(
     assert server.metric(accepted) > before
 
 
+@pytest.mark.feature("request abort", "supported")
 def test_aborted_streams_disturb_nobody(
     server: Server, prompts: list[str], expected: list[str]
 ) -> None:
