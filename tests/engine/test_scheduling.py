@@ -107,7 +107,7 @@ def pending(llm: Any) -> int:
 def test_priorities_in_a_small_kv_cache(
     prompts: list[str], reference: Reference
 ) -> None:
-    """The most urgent come last, so that others are preempted for them."""
+    """The most urgent come last and are served first."""
     with start_engine(
         **adadecode_options(threshold=0.3),
         scheduling_policy="priority",
@@ -122,6 +122,8 @@ def test_priorities_in_a_small_kv_cache(
         outputs = llm.generate(prompts, params, use_tqdm=False, priority=urgency)
         texts = [list(output.outputs[0].token_ids) for output in outputs]
         assert texts == reference["texts"]
+        began = [output.metrics.first_token_ts for output in outputs]
+        assert max(began[-4:]) < min(began[:4])
         assert metric(llm, "vllm:num_preemptions") > 0
         counted = stats(llm)
         assert sum(counted["accepted"]) > 0
@@ -230,6 +232,73 @@ def test_a_reload_in_the_middle_drops_what_is_pending(
     assert counted["dropped_tokens"]["weights_reloaded"] >= dropped[0]
 
 
+@pytest.mark.feature("weight reload", "supported")
+@pytest.mark.feature("preemption", "supported")
+def test_new_weights_in_the_middle_of_texts(
+    engine: Any, prompts: list[str], changed_model: Path
+) -> None:
+    """All requests are computed again and go on as the new weights would."""
+    configure(engine)
+    begun: dict[str, list[int]] = {}
+
+    def reload(step: int) -> None:
+        if step != 4:
+            return
+        assert pending(engine) > 1
+        scheduler = engine.llm_engine.engine_core.engine_core.scheduler
+        for request in scheduler.requests.values():
+            number = request.request_id.split("-")[0]
+            begun[number] = list(request.output_token_ids)
+        path = str(changed_model)
+        engine.collective_rpc("reload_weights", kwargs={"weights_path": path})
+        assert engine.llm_engine.reset_prefix_cache(reset_running_requests=True)
+
+    try:
+        texts = in_steps(engine, prompts[:SOME], reload)
+        counted = stats(engine)
+        assert counted["dropped"]["weights_reloaded"] > 1
+        assert sum(counted["accepted"]) > 0
+        assert sum(counted["rejected"]) > 0
+        # What follows each begun text, without early predictions.
+        configure(engine, threshold=1.0)
+        tokenizer = engine.get_tokenizer()
+        for number, prefix in begun.items():
+            assert 0 < len(prefix) < OUTPUT_TOKENS
+            prompt = tokenizer(prompts[int(number)])["input_ids"] + prefix
+            (rest,) = generate(
+                engine,
+                [{"prompt_token_ids": prompt}],
+                max_tokens=OUTPUT_TOKENS - len(prefix),
+            )
+            assert texts[number] == prefix + rest
+        assert len(begun) == SOME
+        assert sum(stats(engine)["early_predictions"]) == 0
+    finally:
+        engine.collective_rpc("reload_weights", kwargs={"weights_path": MODEL})
+        assert engine.reset_prefix_cache()
+        configure(engine, threshold=0.2)
+
+
+@pytest.mark.feature("prefix caching", "supported")
+def test_a_prefix_cache_that_is_reset(
+    engine: Any, prompts: list[str], reference: Reference
+) -> None:
+    """With all running requests, whose pending tokens go with their KV."""
+    configure(engine)
+
+    def reset(step: int) -> None:
+        if step in (3, 6):
+            assert pending(engine) > 1
+            assert engine.llm_engine.reset_prefix_cache(reset_running_requests=True)
+
+    texts = in_steps(engine, prompts[:SOME], reset)
+    assert texts == numbered(reference["texts"][:SOME])
+    counted = stats(engine)
+    assert sum(counted["dropped"].values()) > 2
+    assert sum(counted["accepted"]) > 0
+    assert sum(counted["rejected"]) > 0
+
+
 @pytest.mark.feature("prompt embeds", "supported")
 def test_prompt_embeds(prompts: list[str], reference: Reference) -> None:
     """Beside prompts of tokens, and with the same texts as those."""
@@ -245,6 +314,37 @@ def test_prompt_embeds(prompts: list[str], reference: Reference) -> None:
             for number, prompt in enumerate(prompts)
         ]
         assert generate(llm, mixed) == reference["texts"]
+        counted = stats(llm)
+        assert sum(counted["accepted"]) > 0
+        assert sum(counted["rejected"]) > 0
+        assert counted["resumed_tokens"] > 0
+
+
+@pytest.mark.feature("prompt embeds", "supported")
+def test_prompt_embeds_that_are_no_tokens(prompts: list[str]) -> None:
+    """As a soft prompt's; ordinary vLLM with the same ones is the reference."""
+    table = load_file(Path(MODEL) / "model.safetensors")["model.embed_tokens.weight"]
+    generator = torch.Generator().manual_seed(0)
+
+    def answers(llm: Any) -> list[list[int]]:
+        return generate(llm, [*embeds, *prompts[:4]])
+
+    with start_engine(enable_prompt_embeds=True) as llm:
+        tokenizer = llm.get_tokenizer()
+        exact = [table[tokenizer(prompt)["input_ids"]].float() for prompt in prompts]
+        embeds: list[Any] = [
+            {
+                "prompt_embeds": rows
+                + 0.5 * rows.std() * torch.randn(rows.shape, generator=generator)
+            }
+            for rows in exact[:8]
+        ]
+        expected = answers(llm)
+        assert expected[:8] != generate(llm, prompts[:8])
+    with start_engine(
+        **adadecode_options(threshold=0.2), enable_prompt_embeds=True
+    ) as llm:
+        assert answers(llm) == expected
         counted = stats(llm)
         assert sum(counted["accepted"]) > 0
         assert sum(counted["rejected"]) > 0
