@@ -41,6 +41,7 @@ def start_engine(
     """
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.tokenizers.registry import cached_get_tokenizer
 
     defaults: dict[str, Any] = {
         "dtype": "float32",
@@ -59,6 +60,8 @@ def start_engine(
     finally:
         llm.llm_engine.engine_core.shutdown()
         del llm
+        # An engine with prompt embeds adds a token to the tokenizer it shares.
+        cached_get_tokenizer.cache_clear()
         gc.collect()
         cleanup_dist_env_and_memory()
 

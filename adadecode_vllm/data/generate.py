@@ -13,6 +13,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
@@ -98,6 +99,23 @@ def model_length(spec: EngineSpec) -> int:
         raise _refused(spec, error) from error
 
 
+@contextmanager
+def _in_this_process() -> Iterator[None]:
+    """Let vLLM run an engine that starts here in this process; see the docstring above.
+
+    Afterwards the environment is as before: processes that this one starts inherit it.
+    """
+    name = "VLLM_ENABLE_V1_MULTIPROCESSING"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "0"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
 class Generator:
     """One engine that answers shards.
 
@@ -109,13 +127,12 @@ class Generator:
     """
 
     def __init__(self, spec: EngineSpec) -> None:
-        # See the module's docstring; vLLM reads it when the engine starts.
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         from vllm import LLM, SamplingParams
 
         options = {"enable_prefix_caching": False, **spec.options, "dtype": spec.dtype}
         try:
-            self._llm = LLM(spec.model, **options)
+            with _in_this_process():
+                self._llm = LLM(spec.model, **options)
         except (OSError, RuntimeError, TypeError, ValueError) as error:
             raise _refused(spec, error) from error
         self._params = SamplingParams(

@@ -108,11 +108,13 @@ def test_drafts_of_another_life_are_forgotten(gone: str) -> None:
 
 def test_while_warming_up_made_up_drafts_are_verified() -> None:
     speculator = make_speculator()
-    stats: Any = SimpleNamespace(reset=lambda: None)
-    speculator.adadecode.stats = stats
+    resets: list[bool] = []
+    speculator.adadecode.reset_counters = lambda: resets.append(True)
     given = schedule({"a": 4}, {"a": [0] * CAP})
     with speculator.warming_up():
         assert speculator.start_step(given) is given
+        assert not resets
+    assert resets
     assert speculator.start_step(given).num_scheduled_tokens == {"a": 1}
 
 
