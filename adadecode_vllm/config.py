@@ -3,12 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from adadecode_vllm.errors import AdaDecodeError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+_Options = TypeVar("_Options", bound=BaseModel)
 
 CONFIG_KEY = "adadecode"
 """Where the options stand in vLLM's ``additional_config``."""
@@ -113,17 +118,55 @@ def parse_config(options: Any) -> AdaDecodeConfig:
             "--adadecode-config: expected an object with options, got "
             f'{shown(options)}. Write for example {{"threshold": 0.8}}.'
         )
-    known = AdaDecodeConfig.model_fields
-    unknown = [_unknown(name) for name in options if name not in known]
-    found = {name: value for name, value in options.items() if name in known}
+    return validated(AdaDecodeConfig, options, _sentence, _unknown)
+
+
+def engine_config(vllm_config: VllmConfig) -> AdaDecodeConfig | None:
+    """The options that start-up wrote into an engine's configuration.
+
+    Args:
+        vllm_config: The engine's configuration.
+
+    Returns:
+        The options; None for an engine without AdaDecode.
+    """
+    additional_config = vllm_config.additional_config
+    if not isinstance(additional_config, dict):
+        return None
+    options = additional_config.get(CONFIG_KEY)
+    if options is None:
+        return None
+    config = parse_config(options)
+    return config if config.enabled else None
+
+
+def validated(
+    model: type[_Options],
+    given: Mapping[str, Any],
+    sentence: Callable[[Any], str],
+    unknown: Callable[[str], str],
+) -> _Options:
+    """Read options, and name every mistake.
+
+    Args:
+        model: What they must be.
+        given: A user's options, by name.
+        sentence: Says what is wrong, from one of pydantic's details.
+        unknown: Says that there is no option of a name.
+
+    Raises:
+        AdaDecodeError: If an option is unknown or wrong.
+    """
+    known = model.model_fields
+    wrong = [unknown(name) for name in given if name not in known]
     try:
-        config = AdaDecodeConfig(**found)
+        found = model(**{name: value for name, value in given.items() if name in known})
     except ValidationError as error:
-        wrong = [_sentence(detail) for detail in error.errors()]
-        raise AdaDecodeError(in_one_line([*wrong, *unknown])) from None
-    if unknown:
-        raise AdaDecodeError(in_one_line(unknown))
-    return config
+        details = [sentence(detail) for detail in error.errors()]
+        raise AdaDecodeError(in_one_line([*details, *wrong])) from None
+    if wrong:
+        raise AdaDecodeError(in_one_line(wrong))
+    return found
 
 
 def shown(value: Any) -> str:

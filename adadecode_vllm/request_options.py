@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from adadecode_vllm.config import AdaDecodeConfig, in_one_line, shown, shown_bare
+from adadecode_vllm.config import AdaDecodeConfig, shown, shown_bare, validated
 from adadecode_vllm.errors import AdaDecodeError
 
 PREFIX = "adadecode_"
@@ -67,16 +67,7 @@ def parse_request_options(
     }
     if not options:
         return ENGINES
-    known = RequestOptions.model_fields
-    unknown = [_unknown(name) for name in options if name not in known]
-    given = {name: value for name, value in options.items() if name in known}
-    try:
-        found = RequestOptions(**given)
-    except ValidationError as error:
-        wrong = [_sentence(detail) for detail in error.errors()]
-        raise AdaDecodeError(in_one_line([*wrong, *unknown])) from None
-    if unknown:
-        raise AdaDecodeError(in_one_line(unknown))
+    found = validated(RequestOptions, options, _sentence, _unknown)
     cap = found.max_early_predictions
     if cap is not None and cap > config.max_early_predictions:
         raise AdaDecodeError(

@@ -10,7 +10,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import SchedulerStats
 
-from adadecode_vllm.config import CONFIG_KEY, parse_config
+from adadecode_vllm.config import CONFIG_KEY, engine_config
 from adadecode_vllm.metrics.report import CounterReport
 
 UNUSED_DRAFTS = "adadecode_unused_drafts"
@@ -36,9 +36,8 @@ class AdaDecodeScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Read the options that start-up resolved; see vLLM."""
         super().__init__(*args, **kwargs)
-        additional_config = self.vllm_config.additional_config
-        assert isinstance(additional_config, dict), "start-up wrote the options there"
-        config = parse_config(additional_config[CONFIG_KEY])
+        config = engine_config(self.vllm_config)
+        assert config is not None, "start-up named this class for AdaDecode only"
         self._most_requests = config.disable_by_batch_size
         self._report = CounterReport()
 

@@ -44,25 +44,18 @@ def install() -> None:
     def _validate_params(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         from vllm.exceptions import VLLMValidationError
 
-        from adadecode_vllm.config import CONFIG_KEY, parse_config
+        from adadecode_vllm.config import engine_config
         from adadecode_vllm.errors import AdaDecodeError
         from adadecode_vllm.request_options import parse_request_options
 
-        additional_config = self.vllm_config.additional_config
-        options = (
-            additional_config.get(CONFIG_KEY)
-            if isinstance(additional_config, dict)
-            else None
-        )
         extra_args = getattr(params, "extra_args", None)
-        if options is not None and extra_args:
-            config = parse_config(options)
-            if config.enabled:
-                try:
-                    parse_request_options(extra_args, config)
-                except AdaDecodeError as error:
-                    # What vLLM's server answers 400 to; other errors are its own.
-                    raise VLLMValidationError(str(error)) from None
+        config = engine_config(self.vllm_config) if extra_args else None
+        if config is not None:
+            try:
+                parse_request_options(extra_args, config)
+            except AdaDecodeError as error:
+                # What vLLM's server answers 400 to; other errors are its own.
+                raise VLLMValidationError(str(error)) from None
         return original(self, params, *args, **kwargs)
 
     setattr(_validate_params, _MARK, original)

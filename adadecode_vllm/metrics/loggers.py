@@ -14,7 +14,7 @@ from vllm.distributed.ec_transfer.ec_connector.metrics import (
 )
 from vllm.logger import init_logger
 
-from adadecode_vllm.config import CONFIG_KEY, AdaDecodeConfig, parse_config
+from adadecode_vllm.config import CONFIG_KEY, AdaDecodeConfig, engine_config
 from adadecode_vllm.core.ledger import REASONS
 from adadecode_vllm.core.stats import REPORTED, REPORTED_PER_EXIT
 from adadecode_vllm.metrics.names import CONFIG_INFO, DROPPED, PER_EXIT, PREFIX, TOTALS
@@ -44,7 +44,7 @@ class AdaDecodeProm(ECConnectorProm):
         """
         super().__init__(vllm_config, labelnames, per_engine_labelvalues)
         self._counters: dict[int, list[Counter]] = {}
-        config = _engine_config(vllm_config)
+        config = engine_config(vllm_config)
         if config is not None:
             self._register(config, labelnames, per_engine_labelvalues)
 
@@ -136,11 +136,3 @@ class AdaDecodeLogging(ECConnectorLogging):
             totals["verifying_seconds"],
         )
         self.reset()
-
-
-def _engine_config(vllm_config: VllmConfig) -> AdaDecodeConfig | None:
-    additional_config = vllm_config.additional_config
-    if not isinstance(additional_config, dict) or CONFIG_KEY not in additional_config:
-        return None
-    config = parse_config(additional_config[CONFIG_KEY])
-    return config if config.enabled else None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
-from adadecode_vllm.config import CONFIG_KEY, parse_config
+from adadecode_vllm.config import engine_config
 from adadecode_vllm.core.adadecode import AdaDecode
 from adadecode_vllm.core.batch import AttentionBatcher, KVGroup
 from adadecode_vllm.core.drafting import DraftRequests
@@ -40,9 +40,9 @@ class AdaDecodeProposer:
             vllm_config: The engine's configuration.
         """
         self.vllm_config = vllm_config
-        additional_config = vllm_config.additional_config
-        assert isinstance(additional_config, dict), "start-up wrote the options there"
-        self.config = parse_config(additional_config[CONFIG_KEY])
+        config = engine_config(vllm_config)
+        assert config is not None, "start-up named this class for AdaDecode only"
+        self.config = config
         self._runner: AdaDecodeCPUModelRunner | None = None
 
     def load_model(self, target_model: nn.Module) -> None:

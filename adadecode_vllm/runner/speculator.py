@@ -24,7 +24,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.cudagraph_utils import has_compiled_submodule
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
-from adadecode_vllm.config import CONFIG_KEY, parse_config
+from adadecode_vllm.config import engine_config
 from adadecode_vllm.core.adadecode import AdaDecode
 from adadecode_vllm.core.batch import AttentionBatcher, KVGroup
 from adadecode_vllm.core.drafting import DraftRequests
@@ -84,9 +84,9 @@ class AdaDecodeSpeculator(BaseSpeculator):
         """
         self.vllm_config = vllm_config
         self.device = device
-        additional_config = vllm_config.additional_config
-        assert isinstance(additional_config, dict), "start-up wrote the options there"
-        self.config = parse_config(additional_config[CONFIG_KEY])
+        config = engine_config(vllm_config)
+        assert config is not None, "start-up named this class for AdaDecode only"
+        self.config = config
         self.drafts: dict[str, list[int]] = {}
         self.step = 0
         self._async = bool(vllm_config.scheduler_config.async_scheduling)
