@@ -1,14 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The exit heads as a torch module."""
 
-from collections.abc import Callable, Mapping, Sequence
-from os import PathLike
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
-
-from adadecode_vllm.heads.config import load_heads_config
-from adadecode_vllm.heads.io import load_exit_weights
 
 
 class PackedLinear(nn.Module):
@@ -79,34 +75,6 @@ class ExitHeads(nn.Module):
                 continue
             self.transforms[str(layer)] = PackedLinear(weight.to(device))
         self.identity_layers = frozenset(identity)
-
-    @classmethod
-    def from_directory(
-        cls,
-        directory: str | PathLike[str],
-        dtype: torch.dtype,
-        device: torch.device | str = "cpu",
-        exit_layers: Sequence[int] | None = None,
-    ) -> "ExitHeads":
-        """Load the heads of a directory.
-
-        Args:
-            directory: The heads directory.
-            dtype: The base model's dtype.
-            device: The base model's device.
-            exit_layers: The exits to keep, a subset of the directory's; None for all.
-
-        Returns:
-            The module.
-
-        Raises:
-            AdaDecodeError: The directory cannot be used.
-            KeyError: `exit_layers` names an exit that the directory does not have.
-        """
-        weights = load_exit_weights(directory, load_heads_config(directory))
-        if exit_layers is not None:
-            weights = {layer: weights[layer] for layer in exit_layers}
-        return cls(weights, dtype, device)
 
     def forward(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """Transform normed hidden states for the LM head.

@@ -94,10 +94,10 @@ class AdaDecodeProposer:
         )
         request_ids = [runner.input_batch.req_ids[row] for row in rows]
         states = [runner.requests[request_id] for request_id in request_ids]
-        options = self.adadecode.options(
+        options = self.adadecode.settings.options(
             zip(request_ids, map(_extra_args, states), strict=True)
         )
-        caps = self.adadecode.caps(options, len(rows), runner.most_drafts)
+        caps = self.adadecode.settings.caps(options, len(rows), runner.most_drafts)
         if caps is None:
             return drafts
 
@@ -121,7 +121,7 @@ class AdaDecodeProposer:
                 stop_token_ids=[
                     stop_token_ids(state.sampling_params) for state in states
                 ],
-                thresholds=self.adadecode.thresholds(options),
+                thresholds=self.adadecode.settings.thresholds(options),
             ),
         )
         for row, early in zip(rows, predicted, strict=True):

@@ -366,14 +366,14 @@ class AdaDecodeSpeculator(BaseSpeculator):
         # Most steps have no request that asks for anything.
         options = None
         if self._extra_args:  # most steps have no request that asks for anything
-            options = self.adadecode.options(
+            options = self.adadecode.settings.options(
                 (request_id, self._extra_args.get(request_id))
                 for request_id in input_batch.req_ids
             )
         most = self._draft_tokens.shape[1]
         if num_speculative_tokens is not None:
             most = min(most, num_speculative_tokens)
-        caps = self.adadecode.caps(options, num_reqs, most)
+        caps = self.adadecode.settings.caps(options, num_reqs, most)
         tokens = None
         if caps is not None or input_batch.num_draft_tokens:
             outcome = torch.stack(
@@ -432,7 +432,7 @@ class AdaDecodeSpeculator(BaseSpeculator):
                     for request_id in request_ids
                 ],
                 room=owned_slots - positions,
-                thresholds=self.adadecode.thresholds(
+                thresholds=self.adadecode.settings.thresholds(
                     options and [options[index] for index in active]
                 ),
             ),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,9 +29,15 @@ FEW = 128
 
 
 @pytest.fixture(scope="module")
-def reduced(reference: Reference) -> Iterator[Any]:
-    """Gates over an eighth of the vocabulary."""
-    with start_engine(**adadecode_options(draft_vocabulary_size=FEW)) as llm:
+def reduced(
+    reference: Reference, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Any]:
+    """Gates over an eighth of the vocabulary; their heads are gone after start-up."""
+    heads = tmp_path_factory.mktemp("gone") / "heads"
+    shutil.copytree(HEADS, heads)
+    options = adadecode_options(str(heads), draft_vocabulary_size=FEW)
+    with start_engine(**options) as llm:
+        shutil.rmtree(heads)
         yield llm
 
 
@@ -82,6 +89,22 @@ def test_the_last_guess(reduced: Any, prompts: list[str], reference: Reference) 
     assert guessed["accepted"][2] > without["accepted"][2]
     assert guessed["rejected"][2] > without["rejected"][2]
     assert guessed["request_steps"] < without["request_steps"]
+
+
+def test_a_requests_own_threshold_on_acceptance(
+    reduced: Any, prompts: list[str], reference: Reference
+) -> None:
+    """Where it lies on the exits' probabilities is known without the heads' files."""
+    configure(reduced, gate="acceptance", threshold=1.0)
+
+    def early(threshold: float) -> int:
+        configure(reduced)
+        asks = {"adadecode_threshold": threshold}
+        assert generate(reduced, prompts, extra_args=asks) == reference["texts"]
+        return sum(stats(reduced)["early_predictions"])
+
+    assert early(0.3) > early(0.9) > 0
+    configure(reduced, gate="probability")
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.6])

@@ -26,6 +26,7 @@ from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.heads import (
     ExitHeads,
     load_draft_token_ids,
+    load_exit_weights,
     load_heads_config,
     read_lm_head,
     resolve_heads,
@@ -190,7 +191,7 @@ def _start_up(directory: Path) -> str:
         config = load_heads_config(resolve_heads(str(directory)))
         if config.lm_head_fingerprint != lm_head.fingerprint:
             return "other model"
-        heads = ExitHeads.from_directory(directory, torch.float32)
+        heads = ExitHeads(load_exit_weights(directory, config), torch.float32)
         tokens = load_draft_token_ids(directory, config)
     except AdaDecodeError as error:
         message = str(error)

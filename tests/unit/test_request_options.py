@@ -7,7 +7,6 @@ import inspect
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -15,8 +14,6 @@ from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.input_processor import InputProcessor
 
 from adadecode_vllm.config import parse_config
-from adadecode_vllm.core.adadecode import AdaDecode
-from adadecode_vllm.core.policy import ThresholdPolicy
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.patches import request_options as patch
 from adadecode_vllm.request_options import (
@@ -24,7 +21,6 @@ from adadecode_vllm.request_options import (
     RequestOptions,
     parse_request_options,
 )
-from tests.harness import HEADS
 
 CONFIG = parse_config({"heads": "H", "max_early_predictions": 4})
 
@@ -158,68 +154,3 @@ def test_vllm_still_validates_through_logits_processors_only() -> None:
     source = inspect.getsource(inspect.unwrap(InputProcessor._validate_params))
     assert "validate_logits_processors_params" in source
     assert "validate_speculative" not in source
-
-
-def make_adadecode(threshold: float = 0.75) -> Any:
-    options = {"heads": HEADS, "threshold": threshold, "exit_layers": [2, 4, 8]}
-    adadecode = AdaDecode.__new__(AdaDecode)
-    adadecode._config = parse_config(options)
-    adadecode._options = {}
-    adadecode._exits = {}
-    adadecode._contradicted = set()
-    adadecode.policy = ThresholdPolicy([threshold] * 3, 5)
-    return adadecode
-
-
-def test_caps_of_a_mixed_batch() -> None:
-    batch = [
-        ENGINES,
-        parse(enabled=False),
-        parse(threshold=1),
-        parse(threshold=0.5),
-        parse(max_early_predictions=2),
-    ]
-
-    def caps(threshold: float, most: int) -> Any:
-        found = make_adadecode(threshold).caps(batch, len(batch), most)
-        return None if found is None else found.tolist()
-
-    assert caps(0.75, 5) == [5, 0, 0, 5, 2]
-    # The scheduler's bound holds for all, and an engine that never predicts does for
-    # those that ask.
-    assert caps(0.75, 1) == [1, 0, 0, 1, 1]
-    assert caps(1.0, 5) == [0, 0, 0, 5, 0]
-    assert caps(0.75, 0) is None
-
-
-def test_caps_where_nobody_asks() -> None:
-    caps = make_adadecode().caps(None, 3, 2)
-    assert caps is not None
-    assert caps.tolist() == [2, 2, 2]
-    assert make_adadecode().caps(None, 3, 0) is None
-    assert make_adadecode(1.0).caps(None, 3, 5) is None
-
-
-def test_thresholds_of_a_mixed_batch() -> None:
-    adadecode = make_adadecode()
-    assert adadecode.thresholds(None) is None
-    assert adadecode.thresholds([ENGINES, parse(enabled=False)]) is None
-    found = adadecode.thresholds([ENGINES, parse(threshold=0.5)])
-    assert np.array_equal(found, [[0.75] * 3, [0.5] * 3])
-
-
-def test_options_are_forgotten_with_the_request() -> None:
-    adadecode = make_adadecode()
-    asks = {"adadecode_threshold": 0.5}
-    assert adadecode.options([("a", None), ("b", {})]) is None
-    first = adadecode.options([("a", asks), ("b", None)])
-    assert first is not None
-    assert first[0].threshold == 0.5
-    assert first[1] is ENGINES
-    again = adadecode.options([("b", None), ("a", asks)])
-    assert again is not None
-    assert again[1] is first[0]
-    adadecode.forget({"a"})
-    assert adadecode._options == {}
-    # A front door without the plugin may let anything in.
-    assert adadecode.options([("b", {"adadecode_threshold": 9})]) == [ENGINES]

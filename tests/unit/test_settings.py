@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a running engine makes of its options and of its requests' own."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from adadecode_vllm.config import AdaDecodeConfig, parse_config
+from adadecode_vllm.core.settings import Settings, exit_thresholds
+from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.heads import ExitHeadsConfig, load_heads_config
+from adadecode_vllm.heads.config import ExitCalibration
+from adadecode_vllm.request_options import ENGINES, RequestOptions
+from tests.harness import HEADS
+
+EXITS = [2, 4, 8]
+
+
+def config(**options: Any) -> AdaDecodeConfig:
+    return parse_config({"heads": HEADS, "exit_layers": EXITS, **options})
+
+
+def settings(threshold: float = 0.75, **options: Any) -> Settings:
+    resolved = config(threshold=threshold, **options)
+    return Settings(resolved, load_heads_config(HEADS))
+
+
+def ask(**options: Any) -> RequestOptions:
+    return RequestOptions(**options)
+
+
+def test_caps_of_a_mixed_batch() -> None:
+    batch = [
+        ENGINES,
+        ask(enabled=False),
+        ask(threshold=1),
+        ask(threshold=0.5),
+        ask(max_early_predictions=2),
+    ]
+
+    def caps(threshold: float, most: int) -> Any:
+        found = settings(threshold).caps(batch, len(batch), most)
+        return None if found is None else found.tolist()
+
+    assert caps(0.75, 5) == [5, 0, 0, 5, 2]
+    # The scheduler's bound holds for all, and an engine that never predicts does for
+    # those that ask.
+    assert caps(0.75, 1) == [1, 0, 0, 1, 1]
+    assert caps(1.0, 5) == [0, 0, 0, 5, 0]
+    assert caps(0.75, 0) is None
+
+
+def test_caps_where_nobody_asks() -> None:
+    caps = settings().caps(None, 3, 2)
+    assert caps is not None
+    assert caps.tolist() == [2, 2, 2]
+    assert settings().caps(None, 3, 0) is None
+    assert settings(1.0).caps(None, 3, 5) is None
+
+
+def test_thresholds_of_a_mixed_batch() -> None:
+    running = settings()
+    assert running.thresholds(None) is None
+    assert running.thresholds([ENGINES, ask(enabled=False)]) is None
+    found = running.thresholds([ENGINES, ask(threshold=0.5)])
+    assert np.array_equal(found, [[0.75] * 3, [0.5] * 3])
+
+
+def test_options_are_forgotten_with_the_request() -> None:
+    running = settings()
+    asks = {"adadecode_threshold": 0.5}
+    assert running.options([("a", None), ("b", {})]) is None
+    first = running.options([("a", asks), ("b", None)])
+    assert first is not None
+    assert first[0].threshold == 0.5
+    assert first[1] is ENGINES
+    again = running.options([("b", None), ("a", asks)])
+    assert again is not None
+    assert again[1] is first[0]
+    running.forget({"a"})
+    assert running._options == {}
+    # A front door without the plugin may let anything in.
+    assert running.options([("b", {"adadecode_threshold": 9})]) == [ENGINES]
+
+
+def test_nothing_is_read_from_heads_that_are_gone(tmp_path: Path) -> None:
+    """Not for a request's own threshold, nor for a change of the engine's."""
+    heads = tmp_path / "heads"
+    shutil.copytree(HEADS, heads)
+    description = load_heads_config(heads)
+    resolved = config(heads=str(heads), gate="acceptance")
+    running = Settings(resolved, description)
+    shutil.rmtree(heads)
+    own = exit_thresholds(resolved, description, 0.4)
+    assert len(set(own)) == len(EXITS), "calibrated exit by exit"
+    found = running.thresholds([ENGINES, ask(threshold=0.4)])
+    assert np.array_equal(found, [running.policy.thresholds, own])
+    running.configure({"threshold": 0.4, "last_guess": True})
+    assert running.policy.thresholds == own
+    running.configure({"gate": "probability"})
+    assert running.policy.thresholds == [0.4] * 3
+
+
+def calibrated(intercept: float) -> ExitHeadsConfig:
+    one = ExitCalibration(slope=1.0, intercept=intercept, tokens=1)
+    exits = dict.fromkeys(map(str, EXITS), one)
+    return load_heads_config(HEADS).model_copy(update={"calibration": exits})
+
+
+def test_engines_with_other_heads_at_the_same_path() -> None:
+    """One after the other in the same process, the directory changed in between."""
+    resolved = config(gate="acceptance")
+    first = Settings(resolved, calibrated(0.0))
+    second = Settings(resolved, calibrated(1.0))
+    before = first.thresholds([ask(threshold=0.5)])
+    after = second.thresholds([ask(threshold=0.5)])
+    assert np.allclose(before, 0.5)
+    assert np.allclose(after, 1 / (1 + np.exp(1.0)))
+    assert np.array_equal(first.thresholds([ask(threshold=0.5)]), before)
+
+
+def test_what_cannot_be_changed_changes_nothing() -> None:
+    uncalibrated = load_heads_config(HEADS).model_copy(update={"calibration": None})
+    running = Settings(config(), uncalibrated)
+    before = running.policy
+    for options, sentence in (
+        ({"gate": "acceptance"}, "the heads are not calibrated"),
+        ({"max_early_predictions": 6}, "reserved room for 5"),
+        ({"threshold": 2}, "threshold = 2 is refused"),
+        ({"heads": "H"}, "heads cannot be changed"),
+    ):
+        with pytest.raises(AdaDecodeError, match=sentence):
+            running.configure(options)
+        assert running.policy is before
+    running.configure({"threshold": 0.5})
+    assert running.policy.thresholds == [0.5] * 3
