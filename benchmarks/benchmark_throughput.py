@@ -40,6 +40,9 @@ def main(arguments: Sequence[str] | None) -> None:
     parser = make_parser(__doc__ or "")
     add_arms_option(parser, DEFAULT_ARMS)
     parser.add_argument("--plots", type=Path, help="Directory for PNG files")
+    parser.add_argument(
+        "--engine-logs", type=Path, help="Directory that keeps each engine's log"
+    )
     args = parser.parse_args(arguments)
     arms = parse_arms(args.arms)
     settings = settings_from(args)
@@ -54,6 +57,7 @@ def main(arguments: Sequence[str] | None) -> None:
         rounds=args.rounds,
         start_together=args.start_together,
         output=args.output_json,
+        logs=args.engine_logs,
         say=say,
     ) as session:
         cases = [Case(arm.name, size) for size in batch_sizes for arm in arms]

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
@@ -37,26 +37,29 @@ class ArmProcess:
         start_up_seconds: How long the engine took to start.
     """
 
-    def __init__(self, arm: Arm, settings: EngineSettings) -> None:
+    def __init__(
+        self, arm: Arm, settings: EngineSettings, logs: Path | None = None
+    ) -> None:
         """Start the engine and wait until it can generate.
 
         Args:
             arm: The arm.
             settings: What all arms of the comparison have in common.
+            logs: Directory that keeps the engine's log, with what vLLM says while it
+                starts; None to keep errors only, and those to the end of the arm.
 
         Raises:
             ArmError: If the engine does not start; with the end of its log.
         """
         self.arm = arm
-        environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
+        level = "ERROR" if logs is None else "INFO"
+        environment = {**os.environ, "VLLM_LOGGING_LEVEL": level}
         # The CPU build of vLLM 0.32 cannot load its ahead-of-time artefacts again and
         # would compile at every start. The compiled code is the same without them.
         environment.setdefault("VLLM_USE_AOT_COMPILE", "0")
         if arm.kind == REFERENCE:
             environment["VLLM_PLUGINS"] = ""
-        self._log = tempfile.TemporaryFile(  # noqa: SIM115 (closed in __exit__)
-            "w+", encoding="utf-8", errors="replace"
-        )
+        self._log = _open_log(arm, logs)
         self._process = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
@@ -182,6 +185,15 @@ class ArmProcess:
             self._log.seek(0)
             raise ArmError(log_reason(self._log.read()))
         return json.loads(answer)
+
+
+def _open_log(arm: Arm, logs: Path | None) -> IO[str]:
+    """A file for the engine's log; ``_end`` closes it."""
+    if logs is None:
+        return tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+    logs.mkdir(parents=True, exist_ok=True)
+    name = arm.name.replace(":", "-").replace("/", "-")
+    return (logs / f"{name}.log").open("w+", encoding="utf-8", errors="replace")
 
 
 def log_reason(log: str) -> str:

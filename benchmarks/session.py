@@ -81,9 +81,10 @@ class Session:
         rounds: int | None = None,
         start_together: int = 1,
         output: Path | None = None,
+        logs: Path | None = None,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """Describe the comparison; engines start when the context is entered.
+        """Describe the comparison; engines start with the first measurement.
 
         Args:
             arms: The arms, the reference among them.
@@ -95,6 +96,7 @@ class Session:
                 all prompts, whatever their number at a time.
             start_together: Engines to start at a time.
             output: Result file.
+            logs: Directory for the engines' logs; None to keep none.
             say: Called with lines about the progress.
 
         Raises:
@@ -112,6 +114,7 @@ class Session:
         self.rounds = rounds
         self.start_together = start_together
         self._output = output
+        self._logs = logs
         self._say = say
         self._stack = ExitStack()
         self._processes: dict[str, ArmProcess] = {}
@@ -123,12 +126,11 @@ class Session:
         self.results = empty_results(settings, workload, ignore_eos)
 
     def __enter__(self) -> Session:
-        """Start the reference, which stays loaded to the end."""
+        """Make what the engines need; they start when something is measured."""
         with ExitStack() as stack:
             if any(arm.kind == "t-identity" for arm in self.arms):
                 directory = Path(stack.enter_context(TemporaryDirectory()))
                 self.settings = with_identity_heads(self.settings, directory / "heads")
-            self._start([Arm(REFERENCE, REFERENCE)], stack)
             self._stack = stack.pop_all()
         return self
 
@@ -167,7 +169,11 @@ class Session:
         groups = [wanted[first : first + size] for first in range(0, len(wanted), size)]
         for group in groups or [[]]:
             with ExitStack() as stack:
-                self._start(group, stack)
+                # The reference starts beside the first group and stays loaded.
+                if REFERENCE not in self._processes:
+                    self._start([Arm(REFERENCE, REFERENCE), *group], stack)
+                else:
+                    self._start(group, stack)
                 for batch_size in dict.fromkeys(case.batch_size for case in cases):
                     self._measure(
                         batch_size,
@@ -227,22 +233,29 @@ class Session:
             else:
                 able.append(arm)
         with ThreadPoolExecutor(self.start_together) as pool:
-            for arm, process in zip(able, pool.map(self._process, able), strict=True):
-                if isinstance(process, ArmError):
-                    if arm.name == REFERENCE:
-                        raise process
+            started = list(zip(able, pool.map(self._process, able), strict=True))
+        failed = None
+        for arm, process in started:
+            if isinstance(process, ArmError):
+                if arm.name == REFERENCE:
+                    failed = process
+                else:
                     self._drop(arm.name, "failed", str(process))
-                    continue
-                self._processes[arm.name] = stack.enter_context(process)
-                self.results["arms"][arm.name] = {
-                    "status": "ran",
-                    "start_up_seconds": process.start_up_seconds,
-                }
+                continue
+            keep = self._stack if arm.name == REFERENCE else stack
+            self._processes[arm.name] = keep.enter_context(process)
+            self.results["arms"][arm.name] = {
+                "status": "ran",
+                "start_up_seconds": process.start_up_seconds,
+            }
+        # Not before the others are known, which have to be ended as well.
+        if failed is not None:
+            raise failed
 
     def _process(self, arm: Arm) -> ArmProcess | ArmError:
         self._say(f"starting {arm.name}")
         try:
-            return ArmProcess(arm, self.settings)
+            return ArmProcess(arm, self.settings, self._logs)
         except ArmError as error:
             return error
 

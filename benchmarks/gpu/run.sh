@@ -15,8 +15,10 @@
 #           one fixed exit with every prediction submitted, never predicting, n-gram;
 #           1, 4, 16 and 64 requests at a time; one JSON
 #
-# SHAPE, ARMS, BATCHES, ROUNDS, TOKENS and REPEATS change what is measured, SIDE how many
-# engines are loaded beside ordinary vLLM (5 hold 100 GiB in Llama 3.1 8B's shape).
+# A stage that fails or takes longer than it may (PARITY_SECONDS, SPEED_SECONDS) does not
+# keep the next one from running; the exit status tells. SHAPE, ARMS, BATCHES, ROUNDS,
+# TOKENS and REPEATS change what is measured, SIDE how many engines are loaded beside
+# ordinary vLLM (5 hold 100 GiB in Llama 3.1 8B's shape).
 set -euo pipefail
 kit=${1:?usage: run.sh KIT OUT [STAGE...]}
 out=${2:?usage: run.sh KIT OUT [STAGE...]}
@@ -27,9 +29,15 @@ mkdir -p "$out" && out=$(cd "$out" && pwd)
 work=${WORK:-/tmp/adadecode-gpu}
 mkdir -p "$work"
 python=${PYTHON:-python3}
+shape=${SHAPE:-llama-3.1-8b}
+failed=0
 
 say() { echo "=== $(date +%T) $*"; }
 wants() { [[ " $stages " == *" $1 "* ]]; }
+fail() {
+    say "FAILED: $*"
+    failed=1
+}
 
 if [[ $kit != - ]]; then
     say "vLLM from $kit"
@@ -50,24 +58,45 @@ rm -rf "$root/build" # of an earlier state of the sources
 export PYTHONPATH=$work/project:${PYTHONPATH:+$PYTHONPATH:}$root PYTHONSAFEPATH=1
 cd "$root"
 
+# Tests NAME [PYTEST ARGS...]: without the options of plugins that such a machine lacks,
+# and without the sources before the installed package. Triton multiplies float32 in
+# TF32 unless it is told otherwise, which would leave no text token-identical.
+tests() {
+    local name=$1
+    shift
+    TRITON_F32_DEFAULT=ieee timeout -k 10 "${PARITY_SECONDS:-240}" \
+        "$python" -m pytest -m gpu -q -o addopts=--import-mode=importlib \
+        -o pythonpath= --junitxml "$out/parity_$name.xml" "$@" \
+        >"$out/parity_$name.log" 2>&1 && say "parity $name passed"
+}
+
+widen() {
+    if [[ -e $work/$shape/widen.json ]]; then return; fi
+    "$python" benchmarks/widen.py examples/demo/model "$work/$shape" \
+        --heads examples/demo/heads --preset "$shape" --device cuda
+}
+
 if wants parity; then
     say "parity"
-    # Without the options of plugins that such a machine lacks, and without the sources
-    # before the installed package.
-    "$python" -m pytest tests/gpu -m gpu -q -o addopts=--import-mode=importlib \
-        -o pythonpath= --junitxml "$out/parity.xml"
+    # Side by side: the engines are small and most of the time compiles.
+    jobs=()
+    tests float32 tests/gpu/test_model_runner_v2.py -k float32 & jobs+=($!)
+    tests bfloat16 tests/gpu/test_model_runner_v2.py -k bfloat16 & jobs+=($!)
+    tests others tests/gpu --ignore tests/gpu/test_model_runner_v2.py & jobs+=($!)
+    if wants speed; then widen & jobs+=($!); fi
+    for job in "${jobs[@]}"; do
+        wait "$job" || fail "a job of the parity stage; its log is in $out"
+    done
+    tail -n 25 "$out"/parity_*.log
 fi
 
 if wants speed; then
-    shape=${SHAPE:-llama-3.1-8b}
-    if [[ ! -e $work/$shape/widen.json ]]; then
-        say "the demo model in the shape of $shape"
-        "$python" benchmarks/widen.py examples/demo/model "$work/$shape" \
-            --heads examples/demo/heads --preset "$shape" --device cuda
-    fi
+    say "the demo model in the shape of $shape"
+    widen
     say "speed"
     # The heads' exits 2, 4 and 8 of 16 layers are 4, 8 and 16 of 32.
-    "$python" benchmarks/benchmark_throughput.py \
+    timeout -k 10 "${SPEED_SECONDS:-400}" \
+        "$python" benchmarks/benchmark_throughput.py \
         --model "$work/$shape/model" --adadecode-heads "$work/$shape/heads" \
         --dtype bfloat16 --max-model-len 1024 --max-num-seqs 64 \
         --gpu-memory-utilization 0.1 --kv-cache-gib 4 --side-by-side "${SIDE:-5}" \
@@ -75,7 +104,10 @@ if wants speed; then
         --arms "${ARMS:-ordinary,adadecode,submit-all:8,threshold-1,ngram}" \
         --batch-sizes "${BATCHES:-1,4,16,64}" --num-prompts 64 \
         --rounds "${ROUNDS:-2}" --output-len "${TOKENS:-128}" --ignore-eos \
-        --repeats "${REPEATS:-2}" \
-        --output-json "$out/gpu_$shape.json" | tee "$out/gpu_$shape.md"
+        --repeats "${REPEATS:-2}" --engine-logs "$work/logs" \
+        --output-json "$out/gpu_$shape.json" | tee "$out/gpu_$shape.md" ||
+        fail "the speed stage"
+    tail -n 400 "$work"/logs/*.log >"$out/engines.log" 2>/dev/null || true
 fi
 say "done"
+exit "$failed"

@@ -28,7 +28,8 @@ pytestmark = [
 
 
 @pytest.mark.feature("fp8 KV cache", "supported")
-@pytest.mark.parametrize("kv_cache_dtype", ["fp8_e4m3", "fp8_e5m2"])
+# vLLM's attention for CUDA quantizes queries too, which it can to e4m3 alone.
+@pytest.mark.parametrize("kv_cache_dtype", ["fp8_e4m3"])
 def test_texts(kv_cache_dtype: str) -> None:
     prompts = demo_corpus().heldout_problems(12)
     engine: dict[str, Any] = {

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.parity import Parity, compare
+from benchmarks.parity import Parity, compare, first_difference
 from tests.harness import (
     adadecode_options,
     configure,
@@ -72,7 +72,23 @@ def case(request: Any, prompts: list[str]) -> Iterator[tuple[str, Reference, Any
 
 def _judge(case: tuple[str, Reference, Any], texts: list[list[int]]) -> Parity:
     dtype, (expected, logits), _ = case
+    _show_differences(expected, texts, logits)
     return compare(expected, texts, logits if dtype == "bfloat16" else None)
+
+
+def _show_differences(
+    expected: list[list[int]],
+    texts: list[list[int]],
+    logits: list[list[list[list[float]]]],
+) -> None:
+    """Print where texts part, for the report of a test that fails."""
+    for number, (reference, text) in enumerate(zip(expected, texts, strict=True)):
+        index = first_difference(reference, text)
+        if index is not None:
+            print(  # noqa: T201
+                f"text {number} parts at token {index}: {text[index : index + 1]}; "
+                f"ordinary vLLM's best: {logits[number][index : index + 1]}"
+            )
 
 
 @pytest.mark.parametrize(("threshold", "cap"), [(0.0, 5), (0.5, 3), (0.75, 5), (1, 5)])
@@ -124,6 +140,7 @@ def test_larger_batches_run_piecewise(
     texts = generate(llm, [*prompts[:2], longest, *prompts[2:4]])
     texts = texts[:2] + texts[3:]
     dtype, (_, logits), _ = case
+    _show_differences(expected[:4], texts, logits[:4])
     parity = compare(expected[:4], texts, logits[:4] if dtype == "bfloat16" else None)
     assert parity.different == 0
 

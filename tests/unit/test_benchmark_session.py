@@ -140,7 +140,9 @@ class FakeProcess:
     broken: ClassVar[set[str]] = set()
     breaks_in_turn: ClassVar[dict[str, int]] = {}
 
-    def __init__(self, arm: Arm, settings: EngineSettings) -> None:
+    def __init__(
+        self, arm: Arm, settings: EngineSettings, logs: Path | None = None
+    ) -> None:
         if arm.name in self.broken:
             raise ArmError("it is broken")
         self.arm = arm
