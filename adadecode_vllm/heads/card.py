@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model card, `README.md` of a heads directory."""
 
+import hashlib
 import json
+import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path, PurePath
 from typing import Any, Final
 
-from adadecode_vllm.files import write_whole
+from adadecode_vllm.files import free_name, write_whole
 from adadecode_vllm.heads.config import ExitHeadsConfig
 from adadecode_vllm.report.schema import Evaluation, ExitFigures, parse_evaluation
 from adadecode_vllm.report.text import count, decimal, percent, ratio, short
@@ -33,6 +35,7 @@ _PAPER: Final = "https://arxiv.org/abs/2506.03700"
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~-])/(?:[^\s/]+/)+([^\s/]*)")
 _VOCABULARY_ROW = re.compile(r"^\| Vocabulary \|.*$", re.MULTILINE)
 _DRAFT_VOCABULARY_ROW = re.compile(r"^\| Draft vocabulary \|.*\n", re.MULTILINE)
+_SIGNATURE = re.compile(r"\n<!-- written by adadecode-vllm: ([0-9a-f]{64}) -->\n\Z")
 _HEADS_ARGUMENT = re.compile(r"(--adadecode-heads )(?:'[^']*'|\S+)")
 
 
@@ -66,7 +69,7 @@ def write_card(
     evaluation: Mapping[str, Any] | None = None,
     repo_id: str | None = None,
 ) -> Path:
-    """Write `README.md` into a heads directory, replacing one that is there.
+    """Write `README.md` into a heads directory; see `replace_card`.
 
     Args:
         directory: The heads directory; it exists.
@@ -88,7 +91,28 @@ def write_card(
     """
     heads = repo_id or str(directory)
     text = render_card(config, heads, training=training, evaluation=evaluation)
-    return write_whole(Path(directory) / CARD_FILE, text.encode())
+    return replace_card(directory, text)
+
+
+def replace_card(directory: str | PathLike[str], card: str) -> Path:
+    """Write `README.md` into a directory; what somebody else wrote there is kept.
+
+    Args:
+        directory: The heads directory; it exists. A `README.md` that is not, to the
+            letter, a card of `render_card` is renamed to `README.md.old`, or
+            `README.md.old2` and so on.
+        card: The card's text.
+
+    Returns:
+        The file.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    path = Path(directory) / CARD_FILE
+    if os.path.lexists(path) and not _is_as_written(path):
+        path.rename(free_name(path.with_name(f"{CARD_FILE}.old")))
+    return write_whole(path, card.encode())
 
 
 def render_card(
@@ -108,7 +132,8 @@ def render_card(
 
     Returns:
         Markdown with YAML metadata. Absolute paths in the training are cut to their
-        last part, because a card is made to be published.
+        last part, because a card is made to be published. A comment at the end tells
+        later whether anybody has changed the text since.
 
     Raises:
         AdaDecodeError: The evaluation is incomplete.
@@ -124,7 +149,7 @@ def render_card(
     ]
     if figures:
         parts.append(_figures(figures))
-    return "\n\n".join(parts) + "\n"
+    return _sign("\n\n".join(parts) + "\n")
 
 
 def name_repository(card: str, repo_id: str) -> str:
@@ -137,7 +162,12 @@ def name_repository(card: str, repo_id: str) -> str:
     Returns:
         The card's text, changed only behind `--adadecode-heads`.
     """
-    return _HEADS_ARGUMENT.sub(lambda match: match[1] + shlex.quote(repo_id), card)
+    return _change(
+        card,
+        lambda text: _HEADS_ARGUMENT.sub(
+            lambda match: match[1] + shlex.quote(repo_id), text
+        ),
+    )
 
 
 def name_draft_vocabulary(card: str, config: ExitHeadsConfig) -> str:
@@ -151,11 +181,46 @@ def name_draft_vocabulary(card: str, config: ExitHeadsConfig) -> str:
         The card's text with its table's row for the draft vocabulary added, changed or
         removed. A card without that table is returned as it is.
     """
-    card = _DRAFT_VOCABULARY_ROW.sub("", card)
     rows = [_table_row(row) for row in _draft_vocabulary(config)]
-    return _VOCABULARY_ROW.sub(
-        lambda match: "\n".join([match[0], *rows]), card, count=1
+    return _change(
+        card,
+        lambda text: _VOCABULARY_ROW.sub(
+            lambda match: "\n".join([match[0], *rows]),
+            _DRAFT_VOCABULARY_ROW.sub("", text),
+            count=1,
+        ),
     )
+
+
+def _sign(text: str) -> str:
+    """Add the comment that tells whether the text is as it was written."""
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return f"{text}\n<!-- written by adadecode-vllm: {digest} -->\n"
+
+
+def _signed_text(card: str) -> str | None:
+    """A card's text without the comment; None if it was changed, or has none."""
+    match = _SIGNATURE.search(card)
+    if match is None:
+        return None
+    text = card[: match.start()]
+    return text if _sign(text) == card else None
+
+
+def _change(card: str, change: Callable[[str], str]) -> str:
+    """Change a card; one that was as written is so again."""
+    text = _signed_text(card)
+    return change(card) if text is None else _sign(change(text))
+
+
+def _is_as_written(path: Path) -> bool:
+    """Whether a file is a card of this module that nobody has changed."""
+    if path.is_symlink():
+        return False
+    try:
+        return _signed_text(path.read_bytes().decode()) is not None
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def _metadata(config: ExitHeadsConfig, training: Mapping[str, Any]) -> str:

@@ -167,6 +167,12 @@ def _resolve(directory: Path, name: str) -> Path:
     """Follow links from `directory / name`, within the allowed places only."""
     path = directory / name
     if not path.exists() and not path.is_symlink():
+        if aside := sorted(file.name for file in directory.glob(f"{name}.old-*")):
+            raise heads_error(
+                directory,
+                f"{name} is missing, because writing heads was interrupted",
+                f"write them again, or rename {aside[-1]} and the file like it back",
+            )
         raise heads_error(
             directory,
             f"{name} is missing",

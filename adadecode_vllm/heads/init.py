@@ -13,9 +13,9 @@ from adadecode_vllm.heads.config import (
     HeadsDtype,
     exit_layers_problem,
 )
-from adadecode_vllm.heads.files import CONFIG_FILE, WEIGHTS_FILE
 from adadecode_vllm.heads.fingerprint import read_lm_head
 from adadecode_vllm.heads.io import save_heads
+from adadecode_vllm.heads.output import check_output
 
 # Not `*.safetensors`: some repositories hold the weights twice, in another layout.
 _CHECKPOINT_FILES = ["*.json", "model*.safetensors"]
@@ -45,11 +45,11 @@ def init_heads(
 
     Raises:
         AdaDecodeError: The model cannot be read or is no language model, the exit
-            layers do not fit it, or the directory holds files already.
+            layers do not fit it, or the directory holds heads, or files of something
+            else, already.
     """
     directory = Path(directory)
-    if not overwrite:
-        _refuse_existing(directory)
+    check_output(directory, "DIR", overwrite=overwrite)
     model_dir = _checkpoint(model)
     hidden_size, vocab_size, num_hidden_layers = _dimensions(model, model_dir)
     layers = list(exit_layers)
@@ -81,16 +81,6 @@ def init_heads(
     )
     save_heads(directory, {layer: torch.eye(hidden_size) for layer in layers}, config)
     return config
-
-
-def _refuse_existing(directory: Path) -> None:
-    """Trained heads, or a model, must not be lost to a mistyped directory."""
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if (directory / name).exists():
-            raise AdaDecodeError(
-                f"DIR {directory}: it already holds {name}; choose another directory, "
-                "or pass --overwrite to replace heads"
-            )
 
 
 def _checkpoint(model: str) -> Path:

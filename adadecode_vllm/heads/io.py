@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writing heads directories and reading their weights."""
 
-import os
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from adadecode_vllm.files import writing_together
 from adadecode_vllm.heads.config import ExitHeadsConfig
 from adadecode_vllm.heads.files import (
     CONFIG_FILE,
@@ -20,6 +20,7 @@ from adadecode_vllm.heads.files import (
     unreadable,
     weights_path,
 )
+from adadecode_vllm.heads.output import check_replaceable
 
 
 def save_heads(
@@ -31,8 +32,9 @@ def save_heads(
     """Write a heads directory, replacing heads that are there.
 
     Readers never see a half-written file: both files are written under temporary names
-    and renamed. An interruption between the two renames leaves a directory without
-    `config.json`, which is refused, never new weights under an old configuration.
+    and renamed together. A failure or an interruption leaves the heads that were there;
+    a process killed between the renames leaves a directory without `config.json`, which
+    is refused, never new weights under an old configuration.
 
     Args:
         directory: The directory; created with its parents if missing.
@@ -43,11 +45,14 @@ def save_heads(
             in the training text, shape (m,), int64. None for heads without it.
 
     Raises:
+        AdaDecodeError: The directory's `config.json` or `model.safetensors` is not that
+            of exit heads.
         ValueError: The weights or the token ids do not fit the configuration, or
             weights hold NaN or infinity once cast to `config.dtype`.
         OSError: The files cannot be written.
     """
     directory = Path(directory)
+    check_replaceable(directory)
     tensors = _prepare(weights, config)
     if draft_token_ids is not None:
         config = with_draft_vocabulary(config, draft_token_ids)
@@ -58,20 +63,12 @@ def save_heads(
             "there are no draft_token_ids"
         )
     directory.mkdir(parents=True, exist_ok=True)
-    suffix = f".tmp-{os.getpid()}"
-    new_weights = directory / (WEIGHTS_FILE + suffix)
-    new_config = directory / (CONFIG_FILE + suffix)
-    try:
+    files = [directory / WEIGHTS_FILE, directory / CONFIG_FILE]
+    with writing_together(files) as (new_weights, new_config):
         save_file(tensors, new_weights, metadata={"format": "pt"})
         # Without what is not set: earlier versions refuse keys that they do not know.
         text = config.model_dump_json(indent=2, exclude_none=True)
         new_config.write_text(text + "\n", encoding="utf-8")
-        (directory / CONFIG_FILE).unlink(missing_ok=True)
-        new_weights.replace(directory / WEIGHTS_FILE)
-        new_config.replace(directory / CONFIG_FILE)
-    finally:
-        new_weights.unlink(missing_ok=True)
-        new_config.unlink(missing_ok=True)
 
 
 def load_exit_weights(

@@ -120,7 +120,7 @@ def test_heads_are_replaced_only_when_told(
     argv = ("init-heads", model[0], tmp_path, "--exit-layers")
     assert run(*argv, "1") == 0
     assert run(*argv, "2") == 2
-    assert f"DIR {tmp_path}: it already holds config.json" in capsys.readouterr().err
+    assert f"DIR {tmp_path}: it already holds heads" in capsys.readouterr().err
     assert load_heads_config(tmp_path).exit_layers == [1]
     assert run(*argv, "2", "--overwrite") == 0
     assert load_heads_config(tmp_path).exit_layers == [2]
@@ -131,6 +131,29 @@ def test_the_model_is_not_overwritten(tmp_path: Path) -> None:
     before = (tmp_path / "config.json").read_bytes()
     assert run("init-heads", tmp_path, tmp_path, "--exit-layers", "1") == 2
     assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_overwriting_is_for_heads_only(
+    model: tuple[Path, torch.Tensor],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other = tmp_path / "model"
+    save_tiny_llama(other)
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / "README.md").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for directory, reason in (
+        (other, "it holds config.json, but not that of exit heads; give another"),
+        (notes, "it holds README.md but no heads; give a directory that is new"),
+        (tmp_path / "file", "the path is a file; give the name of a directory"),
+    ):
+        before = {path: path.read_bytes() for path in directory.glob("*")}
+        argv = ("--exit-layers", "1", "--overwrite")
+        assert run("init-heads", model[0], directory, *argv) == 2
+        assert f"error: DIR {directory}: {reason}" in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in directory.glob("*")} == before
 
 
 def test_unknown_model(

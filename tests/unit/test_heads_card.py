@@ -215,3 +215,21 @@ def test_write_card(heads: Path) -> None:
 )
 def test_is_hub_id(name: str, expected: bool) -> None:
     assert is_hub_id(name) is expected
+
+
+def test_a_card_of_ones_own_is_set_aside(heads: Path) -> None:
+    """Neither an edited card nor somebody's README.md is lost."""
+    config = load_heads_config(heads)
+    path = heads / "README.md"
+    written = path.read_text()
+    write_card(heads, config)  # as it was written: replaced
+    assert not (heads / "README.md.old").exists()
+    for number, text in enumerate(("Mine\n", written.replace("Heads", "My heads"))):
+        path.write_text(text)
+        write_card(heads, config)
+        old = heads / f"README.md.old{number + 1 if number else ''}"
+        assert old.read_text() == text
+        assert path.read_text() == render_card(config, str(heads))
+    path.write_text("Again\n")
+    save_pretrained(heads, make_weights(), config)
+    assert (heads / "README.md.old3").read_text() == "Again\n"

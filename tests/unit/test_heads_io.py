@@ -25,7 +25,8 @@ from adadecode_vllm.heads import (
     load_heads_config,
     save_heads,
 )
-from tests.tiny import FINGERPRINT
+from adadecode_vllm.heads.output import check_output
+from tests.tiny import FINGERPRINT, save_tiny_llama
 
 D = 8
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -117,21 +118,76 @@ def test_failed_save_keeps_the_old_heads(
     assert sorted(os.listdir(heads)) == ["config.json", "model.safetensors"]
 
 
-def test_interrupted_save_is_refused_not_mixed(
-    heads: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("at", range(4))
+def test_interrupted_save_keeps_the_old_heads(
+    heads: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
-    replace = Path.replace
+    before = {name: (heads / name).read_bytes() for name in os.listdir(heads)}
+    rename, calls = os.rename, iter(range(100))
 
-    def interrupted(self: Path, target: Path) -> Path:
-        if target.name == "config.json":
+    def interrupted(source: Path, target: Path) -> None:
+        if next(calls) == at:
             raise KeyboardInterrupt
-        return replace(self, target)
+        rename(source, target)
 
-    monkeypatch.setattr(Path, "replace", interrupted)
+    monkeypatch.setattr(os, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        save_heads(heads, {1: torch.eye(D), 3: torch.eye(D)}, make_config())
-    with pytest.raises(AdaDecodeError, match=r"config\.json is missing"):
+        save_heads(heads, {2: torch.eye(D)}, make_config(exit_layers=[2]))
+    assert {name: (heads / name).read_bytes() for name in os.listdir(heads)} == before
+
+
+def test_a_killed_save_is_refused_not_mixed(heads: Path) -> None:
+    """What SIGKILL between the renames leaves, and how it is mended."""
+    for name in ("config.json", "model.safetensors"):
+        (heads / name).rename(heads / f"{name}.old-1-0123456789abcdef")
+    with pytest.raises(AdaDecodeError, match=r"writing heads was interrupted; .*old-1"):
         load_heads_config(heads)
+    check_output(heads, "OUT", overwrite=False)
+    save_heads(heads, {2: torch.eye(D)}, make_config(exit_layers=[2]))
+    assert load_heads_config(heads).exit_layers == [2]
+
+
+def test_temporary_files_of_heads_follow_no_link(
+    heads: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even where somebody guesses the process id."""
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    for name in ("config.json", "model.safetensors"):
+        (heads / f"{name}.tmp-{os.getpid()}").symlink_to(precious)
+    save_heads(heads, {2: torch.eye(D)}, make_config(exit_layers=[2]))
+    assert precious.read_text() == "mine"
+    assert load_heads_config(heads).exit_layers == [2]
+
+
+def model_directory(directory: Path) -> None:
+    save_tiny_llama(directory)
+
+
+def only_weights(directory: Path) -> None:
+    save_tiny_llama(directory)
+    (directory / "config.json").unlink()
+
+
+def broken_config(directory: Path) -> None:
+    directory.mkdir()
+    (directory / "config.json").write_text("{")
+
+
+@pytest.mark.parametrize("make", [model_directory, only_weights, broken_config])
+def test_what_is_not_heads_is_never_replaced(
+    tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    directory = tmp_path / "d"
+    make(directory)
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
+    with pytest.raises(
+        AdaDecodeError, match=r"directory .*: it holds .*; give another"
+    ):
+        save_heads(directory, {2: torch.eye(D)}, make_config(exit_layers=[2]))
+    with pytest.raises(AdaDecodeError, match=r"OUT .*: it holds .*; give another"):
+        check_output(directory, "OUT", overwrite=True)
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
 
 
 @pytest.mark.parametrize(
