@@ -149,8 +149,9 @@ def _check_runner(args: EngineArgs) -> None:
 def check_engine(vllm_config: VllmConfig, config: AdaDecodeConfig) -> None:
     """Refuse models, features and heads that do not fit, with all of it known.
 
-    Resolves the exits and writes them into ``additional_config``, which is part of the
-    compile cache's key.
+    Resolves the exits and the heads' name and writes them into ``additional_config``,
+    which goes to all workers and is part of the compile cache's key: the name says the
+    same on every machine.
 
     Args:
         vllm_config: The engine's configuration.
@@ -171,9 +172,9 @@ def check_engine(vllm_config: VllmConfig, config: AdaDecodeConfig) -> None:
     _check_model(vllm_config.model_config)
     _check_features(vllm_config)
     _check_mixture_of_experts(vllm_config)
-    from adadecode_vllm.heads import load_heads_config, resolve_heads
+    from adadecode_vllm.heads import load_heads_config, pin_heads
 
-    directory = resolve_heads(config.heads)
+    name, directory = pin_heads(config.heads)
     heads = load_heads_config(directory)
     check_heads_fit(heads, vllm_config.model_config, config.heads)
     exit_layers = resolve_exit_layers(config, heads)
@@ -181,7 +182,7 @@ def check_engine(vllm_config: VllmConfig, config: AdaDecodeConfig) -> None:
         heads.acceptance_thresholds(config.threshold)  # refuses heads without them
     resolved = config.model_copy(
         update={
-            "heads": str(directory),
+            "heads": name,
             "exit_layers": exit_layers,
             "draft_vocabulary_size": resolve_draft_vocabulary(config, heads),
         }

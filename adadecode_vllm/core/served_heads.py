@@ -20,6 +20,7 @@ from adadecode_vllm.heads import (
     load_draft_token_ids,
     load_exit_weights,
     load_heads_config,
+    resolve_heads,
 )
 
 
@@ -55,7 +56,8 @@ def load_served_heads(
         AdaDecodeError: If the heads cannot be read or are another model's.
     """
     assert config.exit_layers is not None, "resolved at start-up"
-    directory = Path(config.heads)
+    # On several machines each has a cache of its own for what comes from the Hub.
+    directory = resolve_heads(config.heads)
     heads = load_heads_config(directory)
     if not _lm_head_fits(decoder, heads):
         raise fingerprint_mismatch(config.heads, model, heads.base_model)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     )
     from adadecode_vllm.heads.hub import (
         from_pretrained,
-        push_to_hub,
+        pin_heads,
         resolve_heads,
         save_pretrained,
     )
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         save_heads,
     )
     from adadecode_vllm.heads.module import ExitHeads
+    from adadecode_vllm.heads.upload import push_to_hub
 
 __all__ = [
     "ExitHeads",
@@ -50,6 +51,7 @@ __all__ = [
     "load_draft_token_ids",
     "load_exit_weights",
     "load_heads_config",
+    "pin_heads",
     "push_to_hub",
     "read_lm_head",
     "resolve_heads",
@@ -62,7 +64,8 @@ _MODULE_OF = {
     "write_card": "card",
     "save_pretrained": "hub",
     "resolve_heads": "hub",
-    "push_to_hub": "hub",
+    "push_to_hub": "upload",
+    "pin_heads": "hub",
     "from_pretrained": "hub",
     "ExitHeads": "module",
     "ExitHeadsConfig": "config",

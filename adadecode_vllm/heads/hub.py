@@ -1,44 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sharing heads: `save_pretrained`, `from_pretrained` and `push_to_hub`.
+"""Heads to publish and heads to fetch: `save_pretrained` and `from_pretrained`.
 
-The names and arguments are huggingface_hub's, as functions on heads directories. From a
-repository only `config.json`, `model.safetensors` and `README.md` are ever fetched, and
-the weights only once the configuration has turned out to be that of exit heads.
+The names and arguments are huggingface_hub's, as functions on heads directories; the
+third, `push_to_hub`, stands in `upload`. From a repository only `config.json`,
+`model.safetensors` and `README.md` are ever fetched, and the weights only once the
+configuration has turned out to be that of exit heads.
 """
 
 import json
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adadecode_vllm import __version__
-from adadecode_vllm.errors import AdaDecodeError
-from adadecode_vllm.files import write_whole
 from adadecode_vllm.heads.card import (
     CARD_FILE,
     is_hub_id,
-    name_repository,
     render_card,
+    replace_card,
 )
-from adadecode_vllm.heads.config import MODEL_TYPE, ExitHeadsConfig, load_heads_config
+from adadecode_vllm.heads.config import MODEL_TYPE, ExitHeadsConfig
 from adadecode_vllm.heads.files import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     config_path,
     heads_error,
-    weights_path,
 )
+from adadecode_vllm.heads.hub_errors import explained, first_line
 
 if TYPE_CHECKING:
     import torch
 
-logger = logging.getLogger(__name__)
-
-_LIBRARY = "adadecode-vllm"
+LIBRARY = "adadecode-vllm"
 
 
 def make_speculators_config(
@@ -117,8 +112,29 @@ def save_pretrained(
     # heads under an old card.
     card = render_card(config, str(directory), training=training, evaluation=evaluation)
     save_heads(directory, weights, config, draft_token_ids)
-    write_whole(Path(directory) / CARD_FILE, card.encode())
+    replace_card(directory, card)
     return config
+
+
+def pin_heads(name_or_path: str | PathLike[str]) -> tuple[str, Path]:
+    """Find what `--adadecode-heads` names, so that other machines find the same.
+
+    Args:
+        name_or_path: See `resolve_heads`.
+
+    Returns:
+        What to give `resolve_heads` in another process: the absolute path of a
+        directory, or `namespace/name@commit` of a repository, which each machine has in
+        a cache of its own. Then the directory of this machine.
+
+    Raises:
+        AdaDecodeError: There is no such directory or repository.
+    """
+    directory = resolve_heads(name_or_path)
+    if Path(name_or_path).exists():
+        return str(directory.absolute()), directory
+    repo_id = str(name_or_path).partition("@")[0]
+    return f"{repo_id}@{directory.name}", directory  # a snapshot is named by its commit
 
 
 def resolve_heads(name_or_path: str | PathLike[str]) -> Path:
@@ -126,7 +142,7 @@ def resolve_heads(name_or_path: str | PathLike[str]) -> Path:
 
     Args:
         name_or_path: A directory, or a repository on the Hub: `namespace/name`, or
-            `namespace/name@revision`. A directory that exists wins.
+            `namespace/name@revision`. A directory of exactly that name wins.
 
     Returns:
         The directory. It is checked by `load_heads_config`, not here.
@@ -137,7 +153,7 @@ def resolve_heads(name_or_path: str | PathLike[str]) -> Path:
     name = str(name_or_path)
     repo_id, at, revision = name.partition("@")
     if at and revision and not Path(name).exists() and is_hub_id(repo_id):
-        return from_pretrained(repo_id, revision=revision)
+        return _download(repo_id, revision)
     return from_pretrained(name_or_path)
 
 
@@ -173,136 +189,46 @@ def from_pretrained(
     if directory.exists() or not is_hub_id(name):
         config_path(directory)  # explains what is wrong with a path
         return directory
+    return _download(name, revision, token, cache_dir, local_files_only)
 
+
+def _download(
+    repo_id: str,
+    revision: str | None,
+    token: str | bool | None = None,
+    cache_dir: str | PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The snapshot of a repository in the cache; see `from_pretrained`."""
     from huggingface_hub import snapshot_download
 
+    name = Path(repo_id)  # as errors show it
+
     def fetch(files: list[str], revision: str | None) -> Path:
-        with _explained(partial(heads_error, directory), revision):
+        with explained(partial(heads_error, name), revision):
             snapshot = snapshot_download(
-                name,
+                repo_id,
                 revision=revision,
                 token=token,
                 cache_dir=None if cache_dir is None else str(cache_dir),
                 local_files_only=local_files_only,
                 allow_patterns=files,
-                library_name=_LIBRARY,
+                library_name=LIBRARY,
                 library_version=__version__,
             )
         return Path(snapshot)
 
     snapshot = fetch([CONFIG_FILE], revision)
-    _check_model_type(directory, snapshot)
+    _check_model_type(name, snapshot)
     # The snapshot is named by its commit: the weights must be of the same.
     snapshot = fetch([WEIGHTS_FILE, CARD_FILE, CONFIG_FILE], snapshot.name)
     if not (snapshot / WEIGHTS_FILE).is_file():
         raise heads_error(
-            directory,
+            name,
             f"the repository holds no {WEIGHTS_FILE}, and only safetensors are loaded",
             "name a repository whose weights are safetensors",
         )
     return snapshot
-
-
-def push_to_hub(
-    directory: str | PathLike[str],
-    repo_id: str,
-    *,
-    private: bool = False,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    commit_message: str = "Upload exit heads",
-) -> str:
-    """Publish a heads directory: configuration, weights and card in one commit.
-
-    The directory itself is not changed. A card that is missing is made from the
-    configuration; in the published one the serve command names the repository.
-
-    Args:
-        directory: The heads directory.
-        repo_id: The repository, `namespace/name`; created if it does not exist.
-        private: Create it for its owner's eyes only. A public repository that exists
-            already is refused then.
-        token: Access token with the right to write; None for the one that `hf auth
-            login` saved.
-        revision: Branch to commit to; None for the main branch.
-        create_pr: Open a pull request instead of committing.
-        commit_message: First line of the commit.
-
-    Returns:
-        The address of the commit, or of the pull request.
-
-    Raises:
-        AdaDecodeError: The directory holds no valid heads, the repository's name is
-            malformed, or the Hub refused.
-    """
-    directory = Path(directory)
-    config = load_heads_config(directory)
-    if not is_hub_id(repo_id):
-        raise _push_error(
-            repo_id, "not the name of a repository", "give it as namespace/name"
-        )
-    card = name_repository(_read_card(directory, config), repo_id)
-    if not is_hub_id(config.base_model):
-        logger.warning(
-            "These heads name %r as their base model, which nobody else can look up: "
-            "make them from the model's name on the Hub, if it has one.",
-            config.base_model,
-        )
-
-    from huggingface_hub import CommitOperationAdd, HfApi
-
-    operations = [
-        CommitOperationAdd(CONFIG_FILE, str(config_path(directory))),
-        CommitOperationAdd(WEIGHTS_FILE, str(weights_path(directory))),
-        CommitOperationAdd(CARD_FILE, card.encode()),
-    ]
-    api = HfApi(token=token, library_name=_LIBRARY, library_version=__version__)
-    with _explained(partial(_push_error, repo_id), revision):
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        is_public = private and not api.model_info(repo_id).private
-    if is_public:
-        raise _push_error(
-            repo_id,
-            "it exists already and is public, but a private one was asked for",
-            "choose another name or change its visibility on the Hub",
-        )
-    with _explained(partial(_push_error, repo_id), revision):
-        commit = api.create_commit(
-            repo_id,
-            operations,
-            commit_message=commit_message,
-            revision=revision,
-            create_pr=create_pr,
-        )
-    return str(commit.pr_url or commit.commit_url)
-
-
-def _read_card(directory: Path, config: ExitHeadsConfig) -> str:
-    """Read the directory's card, or render one from the configuration."""
-    path = directory / CARD_FILE
-    if not path.exists():
-        return render_card(config, str(directory))
-    # A card that links elsewhere would publish a file of the user's machine. In the
-    # cache of downloads every file is such a link, within the cache.
-    root = directory.resolve()
-    places = [root]
-    if root.parent.name == "snapshots":
-        places.append(root.parent.parent / "blobs")
-    if not any(path.resolve().is_relative_to(place) for place in places):
-        raise heads_error(
-            directory,
-            f"{CARD_FILE} is a link that leaves the directory",
-            "copy the file itself there",
-        )
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise heads_error(
-            directory,
-            f"{CARD_FILE} cannot be read ({_first_line(error)})",
-            "save it as UTF-8 text, or remove it to have one made",
-        ) from error
 
 
 def _check_model_type(directory: Path, snapshot: Path) -> None:
@@ -314,7 +240,7 @@ def _check_model_type(directory: Path, snapshot: Path) -> None:
     except (OSError, ValueError, RecursionError) as error:
         raise heads_error(
             directory,
-            f"{CONFIG_FILE} of the repository is not JSON ({_first_line(error)})",
+            f"{CONFIG_FILE} of the repository is not JSON ({first_line(error)})",
             "name a repository of exit heads",
         ) from error
     found = values.get("model_type") if isinstance(values, dict) else None
@@ -325,73 +251,3 @@ def _check_model_type(directory: Path, snapshot: Path) -> None:
             f"the repository has {what} instead of model_type {MODEL_TYPE!r}",
             "name a repository of exit heads, not of a model",
         )
-
-
-@contextmanager
-def _explained(
-    make_error: Callable[[str, str], AdaDecodeError], revision: str | None
-) -> Iterator[None]:
-    """Turn whatever the Hub's client raises into one sentence.
-
-    Not narrower than Exception: the errors of the HTTP client below huggingface_hub are
-    no OSErrors, and it is another client in every major version. Hence nothing but
-    calls to huggingface_hub belongs inside.
-    """
-    try:
-        yield
-    except Exception as error:
-        raise make_error(*_explain(error, revision)) from error
-
-
-def _explain(error: Exception, revision: str | None) -> tuple[str, str]:
-    """Say what the Hub's refusal means, and what to do: reason and remedy."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    log_in = "log in with `hf auth login` or pass a token that may do this"
-    if isinstance(error, GatedRepoError):  # a RepositoryNotFoundError as well
-        return (
-            "the repository is gated and this account has no access",
-            f"ask for access on its page, then {log_in}",
-        )
-    if isinstance(error, RepositoryNotFoundError):
-        return (
-            "neither a local directory nor a repository that the Hugging Face Hub "
-            "shows to this account",
-            f"check the name, or {log_in}",
-        )
-    if isinstance(error, RevisionNotFoundError):
-        return (
-            f"the repository has no revision {revision!r}",
-            "name a branch, tag or commit that it has",
-        )
-    if isinstance(error, LocalEntryNotFoundError):
-        cause = error.__cause__
-        hub = f"does not answer ({_first_line(cause)})" if cause else "was not asked"
-        return (
-            f"neither a local directory nor downloaded before, and the Hugging Face "
-            f"Hub {hub}",
-            "check the path, or the name and the connection",
-        )
-    if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
-        return f"the Hugging Face Hub refused access ({_first_line(error)})", log_in
-    return (
-        f"the Hugging Face Hub gave an error ({_first_line(error)})",
-        "check the connection and try again",
-    )
-
-
-def _push_error(repo_id: str, reason: str, remedy: str) -> AdaDecodeError:
-    """The error for a repository that cannot be written."""
-    return AdaDecodeError(f"REPO {repo_id}: {reason}; {remedy}")
-
-
-def _first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its kind if it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -1,16 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sharing heads: downloads and uploads.
 
-Downloads run huggingface_hub itself against a local server that speaks the Hub's
-protocol; uploads stop at its `HfApi`.
+Downloads run huggingface_hub itself against a local server; uploads stop at its
+`HfApi`.
 """
 
-import hashlib
-import json
 import os
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -28,10 +24,12 @@ from adadecode_vllm.heads import (
 )
 from adadecode_vllm.heads.hub import (
     from_pretrained,
-    push_to_hub,
+    pin_heads,
     resolve_heads,
     save_pretrained,
 )
+from adadecode_vllm.heads.upload import push_to_hub
+from tests.fake_hub import Hub, publish, serve_hub, use_cache
 from tests.published_heads import (
     BASE,
     FILES,
@@ -53,103 +51,11 @@ def heads(tmp_path: Path) -> Path:
 # Downloads
 
 
-class Hub:
-    """Repositories, as files by name, behind the part of the Hub's protocol we use."""
-
-    def __init__(self) -> None:
-        self.repositories: dict[str, dict[str, bytes]] = {}
-        self.revisions = {"main": "1" * 40, "v1": "2" * 40}
-        self.refuse: tuple[int, str | None] | None = None
-        self.requests: list[str] = []
-
-    def fetched(self) -> list[str]:
-        """Name the files whose content was asked for, once each."""
-        return sorted({p.split("/")[-1] for p in self.requests if p.startswith("GET")})
-
-    def answer(self, method: str, path: str) -> tuple[int, dict[str, str], bytes]:
-        path = path.split("?")[0]
-        if self.refuse:
-            status, code = self.refuse
-            return status, {"X-Error-Code": code} if code else {}, b""
-        api = path.startswith("/api/models/")
-        parts = path.removeprefix("/api/models/").strip("/").split("/")
-        files = self.repositories.get("/".join(parts[:2]))
-        if files is None:
-            return 404, {"X-Error-Code": "RepoNotFound"}, b""
-        revision = self.revisions.get(parts[3], parts[3])
-        if revision not in self.revisions.values():
-            return 404, {"X-Error-Code": "RevisionNotFound"}, b""
-        if api and parts[2] == "revision":
-            info = {"id": "/".join(parts[:2]), "sha": revision, "siblings": []}
-            return 200, {}, json.dumps(info).encode()
-        if api and parts[2] == "tree":
-            tree = [
-                {
-                    "type": "file",
-                    "path": name,
-                    "size": len(content),
-                    "oid": hashlib.sha1(content).hexdigest(),
-                }
-                for name, content in files.items()
-            ]
-            return 200, {}, json.dumps(tree).encode()
-        content = files["/".join(parts[4:])]
-        self.requests.append(f"{method} {path}")
-        etag = hashlib.sha1(content).hexdigest()
-        return 200, {"ETag": f'"{etag}"', "X-Repo-Commit": revision}, content
-
-
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    hub = Hub()
-
-    class Handler(BaseHTTPRequestHandler):
-        def reply(self, method: str) -> None:
-            status, headers, content = hub.answer(method, self.path)
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            if method == "GET":
-                self.wfile.write(content)
-
-        def do_GET(self) -> None:
-            self.reply("GET")
-
-        def do_HEAD(self) -> None:
-            self.reply("HEAD")
-
-        def log_message(self, *args: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
-    monkeypatch.setattr(
-        huggingface_hub.constants,
-        "HUGGINGFACE_CO_URL_TEMPLATE",
-        endpoint + "/{repo_id}/resolve/{revision}/{filename}",
-    )
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(
-        huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache")
-    )
-    yield hub
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-def publish(hub: Hub, heads: Path, **more: bytes | None) -> None:
-    """Put a heads directory and more files into `ann/heads`; None leaves one out."""
-    files: dict[str, bytes | None] = {n: (heads / n).read_bytes() for n in FILES}
-    files |= {name.replace("__", "."): content for name, content in more.items()}
-    hub.repositories["ann/heads"] = {
-        name: content for name, content in files.items() if content is not None
-    }
+    with serve_hub(monkeypatch) as hub:
+        use_cache(monkeypatch, tmp_path / "cache")
+        yield hub
 
 
 def refusal(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
@@ -276,6 +182,49 @@ def test_a_directory_wins(
     assert resolve_heads(Path("ann/heads")) == Path("ann/heads")
     (heads.parent / "ann" / "heads").rename(heads.parent / "ann" / "heads@v1")
     assert resolve_heads("ann/heads@v1") == Path("ann/heads@v1")
+    assert hub.requests == []
+
+
+def test_a_revision_is_the_hubs(
+    hub: Hub, heads: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever directory has the name without it."""
+    publish(hub, heads)
+    monkeypatch.chdir(heads.parent)
+    (heads.parent / "ann").mkdir()
+    heads.rename(heads.parent / "ann" / "heads")
+    assert resolve_heads("ann/heads@v1").name == "2" * 40
+
+
+def test_another_machine_finds_the_same_commit(
+    hub: Hub, heads: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a cache of its own, though the branch has moved on meanwhile."""
+    publish(hub, heads)
+    name, directory = pin_heads("ann/heads")
+    assert name == "ann/heads@" + "1" * 40
+    assert directory.is_relative_to(tmp_path / "cache")
+    assert pin_heads("ann/heads@main") == (name, directory)
+    assert pin_heads(name) == (name, directory)
+    hub.revisions |= {"before": "1" * 40, "main": "3" * 40}
+    use_cache(monkeypatch, tmp_path / "elsewhere")
+    found = resolve_heads(name)
+    assert found.name == "1" * 40
+    assert found.is_relative_to(tmp_path / "elsewhere")
+    assert load_heads_config(found) == load_heads_config(directory)
+    assert pin_heads("ann/heads")[0] == "ann/heads@" + "3" * 40
+
+
+def test_a_directory_stays_one_wherever_a_worker_runs(
+    hub: Hub, heads: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(heads.parent)
+    (heads.parent / "ann").mkdir()
+    heads.rename(heads.parent / "ann" / "heads")
+    name, directory = pin_heads("ann/heads")
+    assert directory == Path("ann/heads")
+    monkeypatch.chdir("/")
+    assert resolve_heads(name) == heads.parent / "ann" / "heads"
     assert hub.requests == []
 
 
