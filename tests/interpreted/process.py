@@ -39,17 +39,24 @@ class EngineProcess:
 
 
 @contextmanager
-def start_engine(**options: Any) -> Iterator[EngineProcess]:
-    """An engine with the defaults of `tests.harness.start_engine`."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs,))
+def interpreted_environment() -> Iterator[None]:
+    """What a process that starts meanwhile finds, for V2 in Triton's interpreter."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
         # Inductor would ask the backend to compile.
         patch.setenv("TORCHDYNAMO_DISABLE", "1")
         patch.setenv("PYTHONPATH", str(_SITE), prepend=os.pathsep)
+        yield
+
+
+@contextmanager
+def start_engine(**options: Any) -> Iterator[EngineProcess]:
+    """An engine with the defaults of `tests.harness.start_engine`."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs,))
+    with interpreted_environment():
         process.start()
     theirs.close()  # so that a child that dies ends our waiting
     try:

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processes that hold one engine at a time.
+
+An engine that dies takes its process along at worst, and one that hangs is killed. The
+process stays for the next engine, which spares it the imports.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Sequence
+from contextlib import ExitStack
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.interpreted.process import interpreted_environment
+from tests.reliability.differential.case import Request
+
+SECONDS = {"v1": 180.0, "v2": 540.0}
+"""Most for a start or a stream; the watchdog of steps is usually much faster."""
+
+
+class HostDied(Exception):
+    """The process ended, or did not answer in time."""
+
+
+class EngineFailed(Exception):
+    """The engine could not be started."""
+
+
+class Host:
+    """A process with an engine, of one model runner."""
+
+    def __init__(self, runner: str, defect: str | None = None) -> None:
+        """Start the process.
+
+        Args:
+            runner: "v1" or "v2".
+            defect: Name of a defect to put back there; see `defects.py`.
+        """
+        context = multiprocessing.get_context("spawn")
+        self._seconds = SECONDS[runner]
+        self._connection, theirs = context.Pipe()
+        self._directory = tempfile.TemporaryDirectory()
+        self._log = Path(self._directory.name) / "log"
+        self._process = context.Process(
+            target=_serve, args=(theirs, str(self._log), defect)
+        )
+        with ExitStack() as stack:
+            patch = stack.enter_context(pytest.MonkeyPatch.context())
+            patch.setenv("OMP_NUM_THREADS", "1")
+            patch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+            if runner == "v2":
+                stack.enter_context(interpreted_environment())
+            self._process.start()
+        theirs.close()  # so that a child that dies ends our waiting
+
+    def start(self, arguments: dict[str, Any]) -> None:
+        """Start an engine; an earlier one is shut down.
+
+        Args:
+            arguments: Of `tests.harness.start_engine`.
+
+        Raises:
+            EngineFailed: With its exception's text.
+        """
+        self._call("start", arguments)
+
+    def run(self, requests: Sequence[Request]) -> dict[str, Any]:
+        """Run a stream; see `drive.Driver.run`."""
+        return self._call("run", requests)
+
+    def close(self) -> None:
+        """End the process."""
+        self._connection.close()
+        self._process.join(20)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        self._directory.cleanup()
+
+    def _call(self, name: str, *args: Any) -> Any:
+        try:
+            self._connection.send((name, args))
+            if not self._connection.poll(self._seconds):
+                self._process.kill()
+                raise HostDied(f"{name}: no answer within {self._seconds:.0f} s")
+            failed, answer = self._connection.recv()
+        except (EOFError, OSError) as error:
+            self._process.join(20)
+            code = self._process.exitcode
+            words = self._log.read_text(errors="replace")[-2000:]
+            raise HostDied(f"{name}: the process ended with {code}: {words}") from error
+        if failed:
+            raise EngineFailed(answer)
+        return answer
+
+
+class _Calls:
+    """What the process answers."""
+
+    def __init__(self) -> None:
+        self._engine: Any = None
+        self._driver: Any = None
+
+    def start(self, arguments: dict[str, Any]) -> None:
+        from tests import harness
+        from tests.interpreted import grammar_kernel
+        from tests.reliability.differential.drive import Driver
+
+        self.stop()
+        engine = harness.start_engine(**arguments)
+        llm = engine.__enter__()
+        self._engine = engine
+        if llm.llm_engine.vllm_config.use_v2_model_runner:
+            grammar_kernel.install()
+        self._driver = Driver(llm)
+
+    def run(self, requests: Sequence[Request]) -> dict[str, Any]:
+        return self._driver.run(requests)
+
+    def stop(self) -> None:
+        engine, self._engine, self._driver = self._engine, None, None
+        if engine is not None:
+            engine.__exit__(None, None, None)
+
+
+def _serve(connection: Connection, log: str, defect: str | None) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    faulthandler.enable()
+    from tests.reliability.differential.defects import DEFECTS
+
+    with ExitStack() as stack:
+        if defect is not None:
+            stack.enter_context(DEFECTS[defect]())
+        calls = _Calls()
+        try:
+            while True:
+                name, args = connection.recv()
+                try:
+                    connection.send((False, getattr(calls, name)(*args)))
+                except Exception:
+                    connection.send((True, traceback.format_exc()))
+        except EOFError:
+            calls.stop()
