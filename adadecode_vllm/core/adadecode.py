@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from itertools import chain
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -33,6 +32,7 @@ class AdaDecode:
 
     Attributes:
         executor: Runs segments and gates on vLLM.
+        gate: The exit heads over the model's LM head.
         ledger: The pending tokens.
         settings: When to predict early, and what requests ask for.
         stats: Counters.
@@ -56,9 +56,10 @@ class AdaDecode:
         decoder = find_decoder(model)
         heads = load_served_heads(config, decoder, vllm_config.model_config.model)
         segments = build_segments(decoder, config.exit_layers, vllm_config)
-        gate = Gate(decoder, heads.exits, config.exit_layers, heads.draft_token_ids)
-        self.executor = VllmExecutor(decoder, segments, gate, vllm_config)
-        self._gate = gate
+        self.gate = Gate(
+            decoder, heads.exits, config.exit_layers, heads.draft_token_ids
+        )
+        self.executor = VllmExecutor(decoder, segments, self.gate, vllm_config)
         self.settings = Settings(config, heads.config)
         self.stats = Stats(config.exit_layers, len(decoder.layers))
         self.ledger = Ledger()
@@ -161,17 +162,19 @@ class AdaDecode:
                     self._contradicted.add(request_id)
                     self.stats.contradicted_requests += 1
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """What is ours beside the model's weights: storage of heads and gate, by name.
+    @contextmanager
+    def new_weights(self, reason: str) -> Iterator[None]:
+        """Around what gives the model other weights; all ranks together.
 
-        Loading the model anew does not bring it back.
+        What the old ones computed is dropped (I2), and what was copied from them is
+        copied again.
+
+        Args:
+            reason: One of :data:`adadecode_vllm.core.ledger.REASONS`.
         """
-        return {
-            name: tensor.data
-            for name, tensor in chain(
-                self._gate.named_parameters(), self._gate.named_buffers()
-            )
-        }
+        self.ledger.clear(reason)
+        yield
+        self.gate.refresh()
 
     def counters(self) -> np.ndarray:
         """What the server's metrics show, since the start or the last reset; float64.

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ from adadecode_vllm.heads.module import PackedLinear
 
 # A quantized LM head has none of these; float8 counts as floating point in torch.
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16)
+
+# Copied at a time, so that a refresh finds room where the KV cache has taken the rest.
+_COPIED_ROWS = 4096
 
 
 class DraftVocabulary(nn.Module):
@@ -55,27 +59,47 @@ class DraftVocabulary(nn.Module):
                 "model's LM head is quantized and has no rows to choose from. Remove "
                 "draft_vocabulary_size."
             )
-        ranks = get_tensor_model_parallel_world_size()
-        self._ranks = ranks
-        share = -(-len(token_ids) // ranks)
+        self._decoder = decoder
+        self._ranks = get_tensor_model_parallel_world_size()
         # Every rank's share has the same number of rows; the last ones repeat a token.
-        padded = torch.cat(
-            (token_ids, token_ids[:1].repeat(share * ranks - len(token_ids)))
-        ).to(decoder.device)
-        first, last = 0, weight.shape[0]
-        if ranks > 1:
-            first = head.shard_indices.org_vocab_start_index
-            last = head.shard_indices.org_vocab_end_index
-        mine = (padded >= first) & (padded < last)
-        rows = weight[(padded - first).clamp(0, last - first - 1)] * mine[:, None]
-        if ranks > 1:
-            rows = tensor_model_parallel_all_reduce(rows)
-            rank = get_tensor_model_parallel_rank()
-            rows = rows[rank * share : (rank + 1) * share]
-        self._head = PackedLinear(rows.contiguous())
+        self._share = -(-len(token_ids) // self._ranks)
         self.register_buffer("token_ids", token_ids.to(decoder.device), False)
+        rows = weight.new_empty((self._share, weight.shape[1]))
+        self._copy_rows(rows)
+        self._head = PackedLinear(rows)
         processor = decoder.logits_processor
         self._scale, self._soft_cap = processor.scale, processor.soft_cap
+
+    def refresh(self) -> None:
+        """Copy the rows again, once the LM head has other weights.
+
+        Under tensor parallelism every rank must do so at the same time.
+        """
+        self._head.refill(self._copy_rows)
+
+    @torch.no_grad()
+    def _copy_rows(self, rows: torch.Tensor) -> None:
+        """Write this rank's (share, d) rows, which are spread over all ranks."""
+        missing = self._share * self._ranks - len(self.token_ids)
+        padded = torch.cat((self.token_ids, self.token_ids[:1].expand(missing)))
+        shares = padded.view(self._ranks, self._share)
+        step = max(1, _COPIED_ROWS // self._ranks)
+        for first in range(0, self._share, step):
+            part = slice(first, first + step)
+            rows[part] = self._gather(shares[:, part])
+
+    def _gather(self, shares: torch.Tensor) -> torch.Tensor:
+        """LM head rows of (ranks, n) tokens; (n, d) of this rank's."""
+        head: Any = self._decoder.lm_head
+        if self._ranks == 1:
+            return head.weight[shares[0]]
+        first = head.shard_indices.org_vocab_start_index
+        last = head.shard_indices.org_vocab_end_index
+        wanted = shares.flatten()
+        rows = head.weight[(wanted - first).clamp(0, last - first - 1)]
+        rows.masked_fill_(((wanted < first) | (wanted >= last))[:, None], 0)
+        rows = tensor_model_parallel_all_reduce(rows)
+        return rows.unflatten(0, shares.shape)[get_tensor_model_parallel_rank()]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of the chosen tokens, (n, m) for (n, d) hidden states."""
@@ -115,6 +139,16 @@ class Gate(nn.Module):
             if draft_token_ids is None
             else DraftVocabulary(decoder, draft_token_ids)
         )
+
+    def refresh(self) -> None:
+        """Follow an LM head that has other weights now; all ranks together."""
+        if self._vocabulary is not None:
+            self._vocabulary.refresh()
+
+    def lasting(self) -> dict[str, torch.Tensor]:
+        """What the model's own weights cannot bring back, by name: storage."""
+        tensors = chain(self._heads.named_parameters(), self.named_buffers())
+        return {name: tensor.data for name, tensor in tensors}
 
     def forward(
         self, exit_index: int, hidden: torch.Tensor, residual: torch.Tensor

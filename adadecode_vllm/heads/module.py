@@ -21,13 +21,33 @@ class PackedLinear(nn.Module):
             weight: (m, d), in the model's dtype, on its device.
         """
         super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        self._shape = weight.shape
         self.cpu_linear: Callable[..., torch.Tensor] | None = None
+        self._hold(weight)
+
+    def _hold(self, weight: torch.Tensor) -> None:
+        self.weight = nn.Parameter(weight, requires_grad=False)
         if weight.device.type == "cpu":
             # Imported here: reading and writing heads needs no vLLM.
             from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
             dispatch_cpu_unquantized_gemm(self, remove_weight=True)
+
+    def refill(self, fill: Callable[[torch.Tensor], None]) -> None:
+        """Change the weight.
+
+        Where it is not packed it stays where it is in memory, since CUDA graphs know
+        the address.
+
+        Args:
+            fill: Writes the new (m, d) weight into the tensor that it is given.
+        """
+        if self.cpu_linear is None:
+            fill(self.weight.data)
+            return
+        weight = self.weight.new_empty(self._shape)
+        fill(weight)
+        self._hold(weight)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return (n, m) for (n, d) hidden states."""

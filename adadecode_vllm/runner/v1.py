@@ -86,9 +86,9 @@ class AdaDecodeCPUModelRunner(CPUModelRunner):
         return super()._sample(logits, spec_decode_metadata)
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Reload the weights; what the old ones computed is dropped (I2)."""
-        self.adadecode.ledger.clear("weights_reloaded")
-        super().reload_weights(*args, **kwargs)
+        """Reload the weights, which the gates then follow."""
+        with self.adadecode.new_weights("weights_reloaded"):
+            super().reload_weights(*args, **kwargs)
 
     def execute_model(
         self, scheduler_output: SchedulerOutput, intermediate_tensors: Any = None

@@ -136,9 +136,9 @@ class AdaDecodeModelRunner(GPUModelRunner):
         )
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Reload the weights; what the old ones computed is dropped (I2)."""
-        self.adadecode.ledger.clear("weights_reloaded")
-        super().reload_weights(*args, **kwargs)
+        """Reload the weights, which the gates then follow."""
+        with self.adadecode.new_weights("weights_reloaded"):
+            super().reload_weights(*args, **kwargs)
 
     def _intercept_forward(self) -> None:
         """Run a resumed forward where vLLM calls the model.

@@ -20,9 +20,22 @@ class AdaDecodeWorker:
     _asleep: dict[str, torch.Tensor] | None = None
 
     def update_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Receive new weights; what the old ones computed is dropped (I2)."""
+        """Receive some of the new weights; what the old ones computed is dropped (I2).
+
+        The LM head may be incomplete until :meth:`finish_weight_update`.
+        """
         self._adadecode.ledger.clear("weights_updated")
         super().update_weights(*args, **kwargs)  # type: ignore[misc]
+
+    def finish_weight_update(self) -> None:
+        """Put the new weights in place, which gates then follow."""
+        with self._adadecode.new_weights("weights_updated"):
+            super().finish_weight_update()  # type: ignore[misc]
+
+    def reset_weights(self) -> None:
+        """Set the model's weights to zero, which gates then follow."""
+        with self._adadecode.new_weights("weights_updated"):
+            super().reset_weights()  # type: ignore[misc]
 
     def sleep(self, level: int = 1) -> None:
         """Release memory; what is pending goes with its KV (I2).
@@ -37,21 +50,28 @@ class AdaDecodeWorker:
         if level == 2:
             self._asleep = {
                 name: weight.to("cpu", copy=True)
-                for name, weight in self._adadecode.weights().items()
+                for name, weight in self._adadecode.gate.lasting().items()
             }
         super().sleep(level)  # type: ignore[misc]
 
     def wake_up(self, tags: list[str] | None = None) -> None:
         """Take memory back, and the exit heads with the weights.
 
+        Gates follow the LM head as it is now: whole, or discarded by level 2 and soon
+        to be reloaded, when they follow it again.
+
         Args:
             tags: See vLLM.
         """
-        super().wake_up(tags)  # type: ignore[misc]
-        if self._asleep is not None and (tags is None or "weights" in tags):
-            for name, weight in self._adadecode.weights().items():
-                weight.copy_(self._asleep[name])
-            self._asleep = None
+        if tags is not None and "weights" not in tags:
+            super().wake_up(tags)  # type: ignore[misc]
+            return
+        with self._adadecode.new_weights("slept"):
+            super().wake_up(tags)  # type: ignore[misc]
+            if self._asleep is not None:
+                for name, weight in self._adadecode.gate.lasting().items():
+                    weight.copy_(self._asleep[name])
+                self._asleep = None
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         """Sample, verify and draft; the counters travel with the outcome."""

@@ -80,6 +80,8 @@ OVERRIDES = {
     ("adadecode_vllm.worker.cpu.AdaDecodeCPUWorker", "vllm.v1.worker."): [
         "init_device",
         "update_weights",
+        "finish_weight_update",
+        "reset_weights",
         "sample_tokens",
         "sleep",
         "wake_up",
@@ -121,6 +123,28 @@ def test_overridden_methods_exist(ours: str, prefix: str, name: str) -> None:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         assert parameter.name in theirs, f"{name}() of vLLM has no {parameter.name!r}"
+
+
+def test_every_way_to_change_weights_is_known() -> None:
+    """What is new here may change an LM head that gates keep rows of."""
+    cls = resolve_obj_by_qualname("vllm.v1.worker.gpu_worker.Worker")
+    found = {name for name in dir(cls) if "weight" in name}
+    assert found == {
+        "_check_weight_transfer_engine",
+        "_set_draft_weight_update_target",
+        "_start_weight_update",
+        "_weight_checksum_prefix",
+        "compute_weight_checksums",
+        "finish_weight_update",  # ours follows
+        "init_weight_transfer_engine",
+        "reload_weights",  # the runner's, ours follows
+        "reset_weights",  # ours follows
+        "shutdown_weight_transfer_engine",
+        "start_draft_weight_update",
+        "start_weight_update",
+        "supports_draft_weight_updates",
+        "update_weights",  # ends with finish_weight_update
+    }
 
 
 def test_propose_takes_what_the_runner_gives() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from adadecode_vllm.heads import (
 )
 from tests.harness import (
     HEADS,
+    MODEL,
     Reference,
     adadecode_options,
     configure,
@@ -22,6 +24,7 @@ from tests.harness import (
     start_engine,
     stats,
 )
+from tests.renamed_model import rename_frequent_tokens
 
 pytestmark = pytest.mark.engine
 
@@ -89,6 +92,31 @@ def test_the_last_guess(reduced: Any, prompts: list[str], reference: Reference) 
     assert guessed["accepted"][2] > without["accepted"][2]
     assert guessed["rejected"][2] > without["rejected"][2]
     assert guessed["request_steps"] < without["request_steps"]
+
+
+@pytest.mark.feature("weight reload", "supported")
+def test_a_draft_vocabulary_follows_a_reloaded_lm_head(
+    reduced: Any, prompts: list[str], reference: Reference, tmp_path: Path
+) -> None:
+    """Its tokens have other rows, and as much is predicted and accepted as before."""
+    model = rename_frequent_tokens(tmp_path / "model", FEW)
+    tokenizer = reduced.get_tokenizer()
+    tokens = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+
+    def run(weights: Path | str, tokens: list[list[int]]) -> Any:
+        reduced.collective_rpc("reload_weights", kwargs={"weights_path": str(weights)})
+        assert reduced.reset_prefix_cache()
+        configure(reduced, threshold=0.3)
+        given = [{"prompt_token_ids": prompt} for prompt in tokens]
+        texts, counted = generate(reduced, given), stats(reduced)
+        return texts, counted["accepted"], counted["rejected"]
+
+    expected = run(MODEL, tokens)
+    assert expected[0] == reference["texts"]
+    assert sum(expected[1]) > 0
+    found = run(model.directory, model.renamed(tokens))
+    assert found == (model.renamed(expected[0]), *expected[1:])
+    assert run(MODEL, tokens) == expected
 
 
 def test_a_requests_own_threshold_on_acceptance(

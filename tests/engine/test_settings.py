@@ -24,6 +24,7 @@ from tests.harness import (
     start_engine,
     stats,
 )
+from tests.renamed_model import rename_frequent_tokens
 
 pytestmark = pytest.mark.engine
 
@@ -136,18 +137,31 @@ def test_a_ranking_of_half_the_vocabulary_is_used_by_default(
     assert token_ids is not None
     size = config.vocab_size // 2 - 1
     save_heads(
-        tmp_path,
+        tmp_path / "heads",
         load_exit_weights(HEADS, config),
         config.model_copy(update={"draft_vocabulary": size}),
         token_ids[:size],
     )
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    options = adadecode_options(str(tmp_path), threshold=0.3)
+    options = adadecode_options(str(tmp_path / "heads"), threshold=0.3)
     with start_engine(**options, multiprocessing=True, tensor_parallel_size=2) as llm:
         additional = llm.llm_engine.vllm_config.additional_config
         assert additional["adadecode"]["draft_vocabulary_size"] == size
         assert generate(llm, prompts) == reference["texts"]
         ranks = llm.collective_rpc("adadecode_stats")
-    assert ranks[0]["accepted"] == ranks[1]["accepted"]
+        # Both ranks follow an LM head with other rows.
+        model = rename_frequent_tokens(tmp_path / "model", size)
+        tokenizer = llm.get_tokenizer()
+        tokens = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+        path = str(model.directory)
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
+        assert llm.reset_prefix_cache()
+        configure(llm)
+        given = [{"prompt_token_ids": prompt} for prompt in model.renamed(tokens)]
+        assert generate(llm, given) == model.renamed(reference["texts"])
+        renamed = llm.collective_rpc("adadecode_stats")
     assert sum(ranks[0]["accepted"]) > 0
     assert sum(ranks[0]["rejected"]) > 0
+    for counter in ("accepted", "rejected"):
+        assert ranks[0][counter] == ranks[1][counter]
+        assert renamed[0][counter] == renamed[1][counter] == ranks[0][counter]

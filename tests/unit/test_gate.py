@@ -75,6 +75,56 @@ def test_the_logits_are_the_whole_heads(
     torch.testing.assert_close(logits, parts.compute_logits(states[0])[:, chosen])
 
 
+@pytest.mark.parametrize("copied", [1, 2, 4096])
+@pytest.mark.parametrize("packed", [True, False])
+@torch.inference_mode()
+def test_it_follows_an_lm_head_with_other_weights(
+    states: tuple[torch.Tensor, torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    packed: bool,
+    copied: int,
+) -> None:
+    """However the rows are kept, and however many are copied at a time."""
+    monkeypatch.setattr(gate_module, "_COPIED_ROWS", copied)
+    if not packed:  # as on a GPU
+        monkeypatch.setattr(
+            "vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm",
+            lambda layer, remove_weight: None,
+        )
+    parts = decoder()
+    chosen = torch.tensor([7, 3, 39, 0, 12])
+    vocabulary = DraftVocabulary(parts, chosen)
+    rows = vocabulary._head.weight
+    before = vocabulary(states[0])
+    parts.lm_head.weight.data.normal_()
+    expected = parts.compute_logits(states[0])[:, chosen]
+    assert not torch.allclose(before, expected)
+    vocabulary.refresh()
+    torch.testing.assert_close(vocabulary(states[0]), expected)
+    if not packed:  # CUDA graphs know the address
+        assert vocabulary._head.weight.data_ptr() == rows.data_ptr()
+        assert torch.equal(rows, parts.lm_head.weight[chosen])
+
+
+@torch.inference_mode()
+def test_what_the_model_cannot_bring_back() -> None:
+    """Of a draft vocabulary its tokens, and not the rows."""
+    parts = decoder()
+    heads = ExitHeads(
+        {2: torch.randn(SIZE, SIZE), 3: torch.randn(SIZE, SIZE)}, torch.float32
+    )
+    gate = Gate(parts, heads, [2, 3], torch.tensor([1, 5]))
+    assert sorted(gate.lasting()) == [
+        "_vocabulary.token_ids",
+        "transforms.2.weight",
+        "transforms.3.weight",
+    ]
+    assert list(Gate(parts, heads, [2, 3]).lasting()) == [
+        "transforms.2.weight",
+        "transforms.3.weight",
+    ]
+
+
 @torch.inference_mode()
 def test_tokens_have_their_own_ids(states: tuple[torch.Tensor, torch.Tensor]) -> None:
     parts = decoder()

@@ -12,64 +12,124 @@ import torch
 from torch import nn
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
+from adadecode_vllm.core.adadecode import AdaDecode
 from adadecode_vllm.core.ledger import Ledger, Window
 from adadecode_vllm.scheduler import COUNTERS
 from adadecode_vllm.worker.common import AdaDecodeWorker
 
 
+class Gate(nn.Module):
+    """Rows of an LM head, and what no LM head can bring back."""
+
+    def __init__(self, lm_head: torch.Tensor) -> None:
+        super().__init__()
+        self.lm_head = lm_head
+        self.head = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        self.rows = lm_head[1:3].clone()
+
+    def refresh(self) -> None:
+        self.rows.copy_(self.lm_head[1:3])
+
+    def lasting(self) -> dict[str, torch.Tensor]:
+        return {"T": self.head}
+
+
 class VllmWorker:
-    """Discards weights in its sleep, as CUDA's does."""
+    """Discards weights in its sleep, as CUDA's does; other weights are in parts."""
 
     def __init__(self, output: Any = None) -> None:
-        gate = nn.Linear(3, 2, bias=False)
-        gate.register_buffer("token_ids", torch.tensor([5, 7]))
-        self.adadecode: Any = SimpleNamespace(
-            ledger=Ledger(),
-            weights=lambda: {"T": gate.weight.data, "token_ids": gate.token_ids.data},
-            gate=gate,
-            counters=lambda: np.array([1.0, 2.0]),
-        )
+        self.lm_head = torch.arange(8.0).view(4, 2)
+        # With what a worker uses of it, but no model.
+        self.adadecode = AdaDecode.__new__(AdaDecode)
+        self.adadecode.ledger = Ledger()
+        self.adadecode.gate = Gate(self.lm_head)  # type: ignore[assignment]
+        self.adadecode.counters = lambda: np.array([1.0, 2.0])  # type: ignore[method-assign]
         self.model_runner = SimpleNamespace(adadecode=self.adadecode)
         self.output = output
         self.woken: list[Any] = []
+        self.received: list[float] = []
 
     def sleep(self, level: int) -> None:
         if level == 2:
-            gate = self.adadecode.gate
-            gate.weight.data.fill_(float("nan"))
-            gate.token_ids.fill_(-1)
+            for weight in (self.lm_head, self.gate.head, self.gate.rows):
+                weight.fill_(float("nan"))
 
     def wake_up(self, tags: list[str] | None) -> None:
         self.woken.append(tags)
 
+    def update_weights(self, update_info: float) -> None:
+        self.received.append(update_info)
+
+    def finish_weight_update(self) -> None:
+        self.lm_head.fill_(sum(self.received))
+
+    def reset_weights(self) -> None:
+        self.lm_head.zero_()
+
     def sample_tokens(self, grammar_output: Any) -> Any:
         return self.output
+
+    @property
+    def gate(self) -> Any:
+        return self.adadecode.gate
 
 
 class Worker(AdaDecodeWorker, VllmWorker):
     """Ours around it."""
 
 
-@pytest.mark.parametrize("level", [1, 2])
-def test_heads_and_counters_survive_sleep(level: int) -> None:
-    worker = Worker()
-    gate = worker.adadecode.gate
-    weight, storage = gate.weight.detach().clone(), gate.weight.data_ptr()
+def leave_pending(worker: Worker) -> None:
     ones = np.ones((1, 2), np.int8)
     window = Window(np.array([3]), np.array([2]), ones.astype(np.int64), ones, ones)
     worker.adadecode.ledger.record(1, ["a"], window)
-    worker.sleep(level)
+
+
+def dropped(worker: Worker) -> dict[str, int]:
     assert len(worker.adadecode.ledger) == 0
-    assert worker.adadecode.ledger.dropped_tokens == {"slept": 2}
+    return dict(worker.adadecode.ledger.dropped_tokens)
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_heads_survive_sleep_and_gates_follow_the_lm_head(level: int) -> None:
+    worker = Worker()
+    gate, lm_head = worker.gate, worker.lm_head.clone()
+    head, storage = gate.head.clone(), (gate.head.data_ptr(), gate.rows.data_ptr())
+    leave_pending(worker)
+    worker.sleep(level)
+    assert dropped(worker) == {"slept": 2}
     worker.wake_up(["kv_cache"])
-    assert bool(gate.weight.isnan().any()) is (level == 2)
+    assert bool(gate.head.isnan().any()) is (level == 2)
+    worker.lm_head.copy_(lm_head + 1)  # what vLLM kept, or somebody loaded meanwhile
     worker.wake_up(["weights"])
     worker.wake_up(None)
-    assert torch.equal(gate.weight, weight)
-    assert gate.token_ids.tolist() == [5, 7]
-    # CUDA graphs know the address.
-    assert gate.weight.data_ptr() == storage
+    assert torch.equal(gate.head, head)
+    assert torch.equal(gate.rows, lm_head[1:3] + 1)
+    # CUDA graphs know the addresses.
+    assert (gate.head.data_ptr(), gate.rows.data_ptr()) == storage
     assert worker.woken == [["kv_cache"], ["weights"], None]
+
+
+def test_gates_follow_weights_that_are_sent_in_parts() -> None:
+    """The LM head is whole only at the end."""
+    worker = Worker()
+    before = worker.gate.rows.clone()
+    leave_pending(worker)
+    worker.update_weights(1.0)
+    assert dropped(worker) == {"weights_updated": 2}
+    worker.update_weights(2.0)
+    assert torch.equal(worker.gate.rows, before)
+    leave_pending(worker)
+    worker.finish_weight_update()
+    assert dropped(worker) == {"weights_updated": 4}
+    assert bool((worker.gate.rows == 3.0).all())
+
+
+def test_gates_follow_weights_that_are_reset() -> None:
+    worker = Worker()
+    leave_pending(worker)
+    worker.reset_weights()
+    assert dropped(worker) == {"weights_updated": 2}
+    assert not worker.gate.rows.any()
 
 
 def test_counters_travel_with_the_outcome() -> None:
