@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.progress import Meter, Rate, duration, number
 
 
 def data_command(
@@ -76,7 +77,7 @@ def data_command(
         ),
     ] = None,
     rows_per_shard: Annotated[
-        int, typer.Option(min=1, help="Rows of a shard, answered as one batch.")
+        int, typer.Option(min=1, help="Rows of a file, answered as one batch.")
     ] = 512,
     dtype: Annotated[str, typer.Option(help="vLLM's dtype.")] = "auto",
     engine: Annotated[
@@ -96,12 +97,17 @@ def data_command(
         typer.Option(metavar="ADDR", help="Ray cluster; by default this machine."),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Begin again, replacing data in OUT.")
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace data in OUT, once the new data is complete.",
+        ),
     ] = False,
 ) -> None:
     """Make training text: the model answers prompts itself, greedily.
 
-    A run that was interrupted continues when the same command is given again.
+    A run that was interrupted, in whatever way, continues when the same command is
+    given again; what was answered is not answered again.
     """
     if not ray and (ray_actors is not None or ray_address is not None):
         flag = "--ray-actors" if ray_actors is not None else "--ray-address"
@@ -143,71 +149,60 @@ def data_command(
 
 
 class Display:
-    """A progress bar with ETA on a terminal, else a line per shard; on stderr."""
+    """Shows on stderr how many rows are answered, how fast, and how long it will take.
+
+    Attributes:
+        rows: Rows answered in this run.
+        tokens: Their answers' tokens.
+        seconds: Since the first engine had started.
+    """
 
     def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
         self.rows = self.tokens = 0
         self.seconds = 0.0
-        self._total = self._before = 0
+        self._meter = Meter()
+        self._rate = Rate()
+        self._left = self._unfinished = 0
         self._began = float("inf")
-        self._console = Console(stderr=True)
-        self._bar = Progress(
-            TextColumn("rows"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            # Of the last minutes: prompts of a shard finish in bursts.
-            TimeRemainingColumn(),
-            console=self._console,
-            speed_estimate_period=300,
-        )
-        self._task: Any = None
 
     def __enter__(self) -> "Display":
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self._bar.stop()
+    def __exit__(self, *exception: object) -> None:
+        self._meter.__exit__(*exception)
 
     def start(self, rows: int, done: int) -> None:
         """Show `done` of `rows` rows."""
-        self._total, self._before = rows, done
-        self._task = self._bar.add_task("rows", total=rows, completed=done, rate="")
+        self._left = rows - done
+        self._rate.see(0)
+        self._meter.start("answers", "rows", rows, done, self._describe)
 
-    def advance(self, rows: int) -> None:
-        """Show further rows."""
-        # Not earlier: vLLM writes its log while it starts.
-        if self._console.is_terminal and not self._bar.live.is_started:
-            self._bar.start()
-        self._bar.advance(self._task, rows)
+    def unfinished(self, tokens: int) -> None:
+        """Count what unfinished answers have so far."""
+        self._unfinished = tokens
+        self._rate.see(self.tokens + tokens)
 
-    def wrote(self, rows: int, tokens: int, began: float) -> None:
-        """Show the speed, counted from when the first engine had started."""
-        self.rows += rows
+    def answered(self, tokens: int, began: float) -> None:
+        """Show a further row."""
+        self.rows += 1
         self.tokens += tokens
+        self._left -= 1
+        self._unfinished = max(0, self._unfinished - tokens)
         self._began = min(self._began, began)
         self.seconds = time.time() - self._began
-        rate = f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s"
-        self._bar.update(self._task, rate=rate)
-        if not self._console.is_terminal:
-            done = self._before + self.rows
-            left = (self._total - done) * self.seconds / self.rows
-            self._console.print(
-                f"{done:,} of {self._total:,} rows, {rate}, {left:,.0f} s left",
-                highlight=False,
-            )
+        self._rate.see(self.tokens + self._unfinished)
+        self._meter.advance()
+
+    def _describe(self) -> str:
+        """The speed, and how long the rest takes if it is like what is done."""
+        rate = self._rate.per_second
+        if rate <= 0:
+            return ""
+        parts = [f"{number(rate)} tokens/s"]
+        if self.rows and self._left:
+            expected = self._left * self.tokens / self.rows - self._unfinished
+            parts.append(f"{duration(max(0.0, expected) / rate)} left")
+        return ", ".join(parts)
 
 
 def _summary(info: Any, out: Path, display: Display) -> str:

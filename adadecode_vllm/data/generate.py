@@ -4,8 +4,10 @@
 All prompts of a shard are given to the engine at once, and the engine starts each shard
 without anything left of the one before (no prefix caching, and no second process whose
 timing decides which requests share a step). So a shard's rows do not depend on which
-shards the same engine answered earlier, which is what makes resuming, and several
-engines side by side, give the same rows.
+shards the same engine answered earlier, which is what makes several engines side by
+side give the same rows. Answers are handed on as they finish. Where some of a shard
+were kept from an interrupted run, the others share their steps with fewer: in float32
+they are the same, in 16 bits a tie may fall the other way.
 """
 
 import gc
@@ -21,6 +23,7 @@ from adadecode_vllm.errors import AdaDecodeError
 
 logger = logging.getLogger(__name__)
 
+_TELL_SECONDS = 5.0
 _OWN_FLAGS = {"model": "--model", "dtype": "--dtype"}
 
 
@@ -41,18 +44,24 @@ class EngineSpec:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-class ShardAnswers(NamedTuple):
-    """The answers of one shard.
+#: Rows that are to be answered, by shard: the prompts' token ids by row.
+Shards = Mapping[int, Mapping[int, list[int]]]
+
+
+class Answer(NamedTuple):
+    """The answer of one row.
 
     Attributes:
-        shard: Its number.
-        answers: Token ids in the order of the prompts.
-        began: When an engine that had started took the shard up, in seconds since
-            the epoch.
+        shard: The shard.
+        row: The row.
+        token_ids: The answer, with its end-of-sequence token unless it was cut off.
+        began: When an engine that had started took the shard up, in seconds since the
+            epoch.
     """
 
     shard: int
-    answers: list[list[int]]
+    row: int
+    token_ids: list[int]
     began: float
 
 
@@ -140,29 +149,50 @@ class Generator:
         )
 
     def answer(
-        self, prompts: list[list[int]], on_rows: Callable[[int], None] | None = None
-    ) -> list[list[int]]:
+        self,
+        shard: int,
+        prompts: Mapping[int, list[int]],
+        on_tokens: Callable[[int], None] = lambda tokens: None,
+    ) -> Iterator[Answer]:
         """Answer the prompts of one shard.
 
         Args:
-            prompts: Token ids.
-            on_rows: Called with the number of further prompts that are done.
+            shard: The shard.
+            prompts: Token ids by row.
+            on_tokens: Called now and then with the number of tokens that unfinished
+                answers have.
 
-        Returns:
-            Token ids of the answers in the prompts' order, each with its
-            end-of-sequence token unless it was cut off.
+        Yields:
+            Answers as they finish.
         """
-        from vllm import TokensPrompt
+        from vllm import RequestOutput, TokensPrompt
 
-        outputs = self._llm.generate(
-            [TokensPrompt(prompt_token_ids=ids) for ids in prompts],
+        began = time.time()
+        engine = self._llm.llm_engine
+        # All at once, as one batch.
+        ids = self._llm.enqueue(
+            [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts.values()],
             self._params,
-            use_tqdm=False if on_rows is None else _reporting_bar(on_rows),
+            use_tqdm=False,
         )
-        for prompt, output in zip(prompts, outputs, strict=True):
-            if output.prompt_token_ids != prompt:
-                raise RuntimeError("vLLM changed the token ids of a prompt")
-        return [list(output.outputs[0].token_ids) for output in outputs]
+        # vLLM names a request `id-random` and its output `id`.
+        row_of = {
+            name.partition("-")[0]: row for name, row in zip(ids, prompts, strict=True)
+        }
+        told = time.monotonic()
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if not (isinstance(output, RequestOutput) and output.finished):
+                    continue
+                row = row_of[output.request_id]
+                if output.prompt_token_ids != prompts[row]:
+                    raise RuntimeError("vLLM changed the token ids of a prompt")
+                yield Answer(shard, row, list(output.outputs[0].token_ids), began)
+            if time.monotonic() - told > _TELL_SECONDS:
+                states = engine.output_processor.request_states.values()
+                counters = [state.detokenizer for state in states]
+                on_tokens(sum(c.num_output_tokens() for c in counters if c))
+                told = time.monotonic()
 
     def close(self) -> None:
         """Stop the engine and free its memory."""
@@ -176,18 +206,19 @@ class Generator:
 
 def generate(
     spec: EngineSpec,
-    shards: Mapping[int, list[list[int]]],
-    on_rows: Callable[[int], None],
-) -> Iterator[ShardAnswers]:
+    shards: Shards,
+    on_tokens: Callable[[int], None] = lambda tokens: None,
+) -> Iterator[Answer]:
     """Answer shards one after the other with an engine in this process.
 
     Args:
         spec: The engine's arguments.
-        shards: Prompts' token ids by shard.
-        on_rows: Called with the number of further rows that are done.
+        shards: What is to be answered.
+        on_tokens: Called now and then with the number of tokens that unfinished
+            answers have.
 
     Yields:
-        Shards with their answers.
+        Answers as they finish.
 
     Raises:
         AdaDecodeError: vLLM could not start the engine.
@@ -195,8 +226,7 @@ def generate(
     generator = Generator(spec)
     try:
         for index, prompts in shards.items():
-            began = time.time()
-            yield ShardAnswers(index, generator.answer(prompts, on_rows), began)
+            yield from generator.answer(index, prompts, on_tokens)
     finally:
         generator.close()
 
@@ -212,34 +242,3 @@ def _refused(spec: EngineSpec, error: Exception) -> AdaDecodeError:
         f"--model {spec.model}: vLLM cannot serve it ({reason.rstrip('.')}); correct "
         "--model, --dtype or --engine"
     )
-
-
-def _reporting_bar(on_rows: Callable[[int], None]) -> Callable[..., Any]:
-    """Return a class in tqdm's place that reports instead of drawing.
-
-    vLLM makes two bars: over the prompts as it adds them, then one without an iterable
-    that is updated as they finish. Only the second one is of interest.
-    """
-    from tqdm import tqdm
-
-    class Bar(tqdm):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            # Not `disable=True`: vLLM divides by the time that the bar has measured.
-            super().__init__(*args, **{**kwargs, "file": _Nowhere()})
-
-        def update(self, n: float | None = 1) -> bool | None:
-            if self.iterable is None and n:
-                on_rows(int(n))
-            return super().update(n)
-
-    return Bar
-
-
-class _Nowhere:
-    """A file for a bar that must not be seen."""
-
-    def write(self, text: str) -> int:
-        return len(text)
-
-    def flush(self) -> None:
-        pass

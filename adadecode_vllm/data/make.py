@@ -3,8 +3,8 @@
 
 All that decides the rows (the model, the options, the files' content) is hashed into a
 *request*. A directory belongs to one request: the same request continues it, another
-one is refused. Since every shard's rows follow from the request alone, a run that was
-interrupted and continued writes the same rows as one that was not.
+one is refused. Answers are kept as they finish; a run that is continued makes only
+those that are missing.
 """
 
 import hashlib
@@ -12,15 +12,24 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from adadecode_vllm import __version__
-from adadecode_vllm.data.info import INFO_FILE, DatasetInfo, data_error, read_info
+from adadecode_vllm.data.generate import Answer, EngineSpec, Shards
+from adadecode_vllm.data.info import DatasetInfo, data_error
 from adadecode_vllm.data.options import DataOptions, Progress, Silence
+from adadecode_vllm.data.place import (
+    alone,
+    find_place,
+    finish_swap,
+    prepare,
+    settle,
+)
 from adadecode_vllm.data.prompts import (
     TargetModel,
     TokenIds,
@@ -32,13 +41,7 @@ from adadecode_vllm.data.prompts import (
     use_chat_template,
 )
 from adadecode_vllm.data.readers import file_hash
-from adadecode_vllm.data.shards import (
-    SHARD_PATTERN,
-    DataRow,
-    ShardWriter,
-    load_dataset_info,
-    remove_data,
-)
+from adadecode_vllm.data.shards import DataRow, ShardWriter, load_dataset_info
 from adadecode_vllm.data.tasks import (
     check_selection,
     input_files,
@@ -87,48 +90,55 @@ def make_data(options: DataOptions, progress: Progress | None = None) -> Dataset
     model = load_model(options.model)
     chat = use_chat_template(model, options.chat, selection.task, options.finished)
     sources = _request(options, model, files, chat)
-    existing = _existing(options, sources)
-    if existing is not None and existing.complete:
+    try:
+        finish_swap(options.out)
+    except OSError as error:
+        raise _cannot_write(options, error) from error
+    place = find_place(options.out, sources, overwrite=options.overwrite)
+    if place.existing is not None and place.existing.complete:
         try:
-            return load_dataset_info(options.out, "OUT")
+            info = load_dataset_info(place.directory, "OUT")
+            settle(place)
+            return info
         except AdaDecodeError as error:
             logger.warning("%s; damaged and missing shards are made again", error)
     limit = _limit(options, model)
+    existing = place.existing
     created = existing.created if existing else datetime.now(UTC).isoformat()
     sequences, skipped = _sequences(options, model, files, chat, limit, created)
-    prompts_hash = ids_hash(sequences)
-    if existing is not None and existing.sources.get("ids") != prompts_hash:
-        raise data_error(
-            options.out,
-            "the tokenizer or its chat template now makes other token ids than when "
-            "the data was begun",
-            "install the versions that its dataset.json names, or pass --overwrite to "
-            "begin again",
-            "OUT",
-        )
-    if options.overwrite and existing is None:
-        remove_data(options.out)
-    info = existing or DatasetInfo(
-        model=options.model,
-        vocab_size=model.vocab_size,
-        rows=len(sequences),
-        complete=False,
-        sources={**sources, "ids": prompts_hash, "skipped": skipped},
-        argv=list(options.argv),
-        versions=_versions(),
-        created=created,
-    )
+    sources["ids"] = ids_hash(sequences)
+    # Everything has been read: from here on there is something to write.
     try:
-        writer = ShardWriter(options.out, info, options.rows_per_shard)
-        _write(writer, options, sequences, progress or Silence())
-        return writer.finish()
+        with alone(options.out):
+            place = find_place(options.out, sources, overwrite=options.overwrite)
+            prepare(place)
+            info = place.existing or DatasetInfo(
+                model=options.model,
+                vocab_size=model.vocab_size,
+                rows=len(sequences),
+                complete=False,
+                sources={**sources, "skipped": skipped},
+                argv=list(options.argv),
+                versions=_versions(),
+                created=created,
+            )
+            writer = ShardWriter(place.directory, info, options.rows_per_shard)
+            _write(writer, options, sequences, progress or Silence())
+            info = writer.finish()
+            settle(place)
+            return info
     except OSError as error:
-        raise data_error(
-            options.out,
-            f"writing failed ({error.strerror or error})",
-            "make room or mend the directory and run the command again; it continues",
-            "OUT",
-        ) from error
+        raise _cannot_write(options, error) from error
+
+
+def _cannot_write(options: DataOptions, error: OSError) -> AdaDecodeError:
+    """Say what the system said."""
+    return data_error(
+        options.out,
+        f"writing failed ({error.strerror or error})",
+        "make room or mend the directory and run the command again; it continues",
+        "OUT",
+    )
 
 
 def _request(
@@ -158,60 +168,6 @@ def _request(
     content = [arguments, [file["sha256"] for file in inputs]]
     request = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return {"request": request, "arguments": arguments, "inputs": inputs}
-
-
-def _existing(options: DataOptions, sources: Mapping[str, Any]) -> DatasetInfo | None:
-    """Return the description in `out` if it is of this request, None if free."""
-    out = options.out
-    if out.exists() and not out.is_dir():
-        raise data_error(
-            out, "the path is a file", "give the name of a directory", "OUT"
-        )
-    if not (out / INFO_FILE).exists():
-        # Without dataset.json there is nothing to tell whose the files are.
-        if not options.overwrite and out.is_dir():
-            names = sorted(
-                p.name for p in out.iterdir() if not p.name.startswith(INFO_FILE)
-            )
-            if names:
-                raise data_error(
-                    out,
-                    f"it holds {names[0]} but no {INFO_FILE}",
-                    "choose another directory, or pass --overwrite to write there (of "
-                    f"its files only {SHARD_PATTERN} are removed)",
-                    "OUT",
-                )
-        return None
-    try:
-        existing = read_info(out, "OUT")
-    except AdaDecodeError:
-        if options.overwrite:
-            return None
-        raise
-    if options.overwrite:
-        return None
-    if existing.sources.get("request") == sources["request"]:
-        return existing
-    if not existing.complete and not any(out.glob(SHARD_PATTERN)):
-        return None  # begun, but the engine never started: nothing is lost
-    raise data_error(
-        out,
-        f"it holds data that was made differently ({_difference(existing, sources)})",
-        "choose another directory, or pass --overwrite to replace it",
-        "OUT",
-    )
-
-
-def _difference(existing: DatasetInfo, sources: Mapping[str, Any]) -> str:
-    """Name what is not as it was."""
-    before = existing.sources.get("arguments", {})
-    for name, now in sources["arguments"].items():
-        if not isinstance(before, dict) or before.get(name) == now:
-            continue
-        if name == "model":
-            return "another model, or its files have changed"
-        return f"--{name} was {json.dumps(before.get(name))}, now {json.dumps(now)}"
-    return "the input files are others, or have changed"
 
 
 def _limit(options: DataOptions, model: TargetModel) -> int:
@@ -284,61 +240,79 @@ def _write(
 ) -> None:
     """Write the shards that are missing."""
     missing = writer.missing_shards()
-    left = sum(len(writer.shard_rows(index)) for index in missing)
-    progress.start(len(sequences), len(sequences) - left)
-    if not missing:
-        return
-    shards = {
-        index: [sequences[row].ids for row in writer.shard_rows(index)]
-        for index in missing
-    }
-    for index, answers, began in _answers(options, shards, progress.advance):
-        writer.write(
-            index,
-            [
-                DataRow(
-                    row_id=row,
-                    source=sequences[row].source,
-                    prompt_ids=[] if options.finished else sequences[row].ids,
-                    response_ids=answer,
-                )
-                for row, answer in zip(writer.shard_rows(index), answers, strict=True)
-            ],
-        )
-        progress.wrote(len(answers), sum(map(len, answers)), began)
+    with writer.journals.closing() as journals:
+        answers = {i: journals.read(i, writer.shard_rows(i)) for i in missing}
+        done = sum(map(len, answers.values()))
+        left = sum(len(writer.shard_rows(index)) for index in missing) - done
+        progress.start(len(sequences), len(sequences) - left)
+
+        def write_if_whole(index: int) -> None:
+            rows = writer.shard_rows(index)
+            if len(answers[index]) < len(rows):
+                return
+            whole = answers.pop(index)
+            writer.write(
+                index,
+                [
+                    DataRow(
+                        row_id=row,
+                        source=sequences[row].source,
+                        prompt_ids=[] if options.finished else sequences[row].ids,
+                        response_ids=whole[row],
+                    )
+                    for row in rows
+                ],
+            )
+
+        shards = {
+            index: {
+                row: sequences[row].ids
+                for row in writer.shard_rows(index)
+                if row not in answers[index]
+            }
+            for index in missing
+        }
+        for index in missing:
+            write_if_whole(index)
+        shards = {index: rows for index, rows in shards.items() if rows}
+        if not shards:
+            return
+        with closing(_answers(options, shards, progress.unfinished)) as made:
+            for index, row, token_ids, began in made:
+                if not options.finished:  # else nothing is lost that costs time
+                    rows = writer.shard_rows(index)
+                    journals.add(index, rows, row, token_ids)
+                answers[index][row] = token_ids
+                write_if_whole(index)
+                progress.answered(len(token_ids), began)
 
 
 def _answers(
-    options: DataOptions,
-    shards: Mapping[int, list[list[int]]],
-    on_rows: Callable[[int], None],
-) -> Iterator[tuple[int, list[list[int]], float]]:
-    """What goes into `response_ids`, shard by shard, in any order."""
+    options: DataOptions, shards: Shards, on_tokens: Callable[[int], None]
+) -> Generator[Answer, None, None]:
+    """What goes into `response_ids`, row by row, in any order."""
     if options.finished:
-        for index, texts in shards.items():
-            began = time.time()
-            on_rows(len(texts))
-            yield index, texts, began
+        began = time.time()
+        for index, rows in shards.items():
+            for row, ids in rows.items():
+                yield Answer(index, row, ids, began)
     elif options.ray_actors is not None:
         from adadecode_vllm.data.ray_generate import generate_with_ray
 
         yield from generate_with_ray(
             _spec(options),
             shards,
-            on_rows,
             actors=options.ray_actors,
             address=options.ray_address,
         )
     else:
-        from adadecode_vllm.data.generate import generate
+        from adadecode_vllm.data import generate
 
-        yield from generate(_spec(options), shards, on_rows)
+        yield from generate.generate(_spec(options), shards, on_tokens)
 
 
-def _spec(options: DataOptions) -> Any:
+def _spec(options: DataOptions) -> EngineSpec:
     """The engine's arguments."""
-    from adadecode_vllm.data.generate import EngineSpec
-
     return EngineSpec(
         options.model, options.dtype, options.max_new_tokens, dict(options.engine)
     )

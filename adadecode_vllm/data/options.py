@@ -55,13 +55,13 @@ class Progress(Protocol):
     def start(self, rows: int, done: int) -> None:
         """`done` of `rows` rows are there from an earlier run."""
 
-    def advance(self, rows: int) -> None:
-        """So many further rows are done."""
+    def unfinished(self, tokens: int) -> None:
+        """Answers that are being made have so many tokens now."""
 
-    def wrote(self, rows: int, tokens: int, began: float) -> None:
-        """A shard with so many rows and answered tokens is on the disk.
+    def answered(self, tokens: int, began: float) -> None:
+        """A row with so many answered tokens is done, and kept.
 
-        `began` is when it was taken up, in seconds since the epoch.
+        `began` is when its shard was taken up, in seconds since the epoch.
         """
 
 
@@ -71,8 +71,8 @@ class Silence:
     def start(self, rows: int, done: int) -> None:
         """Ignore it."""
 
-    def advance(self, rows: int) -> None:
+    def unfinished(self, tokens: int) -> None:
         """Ignore it."""
 
-    def wrote(self, rows: int, tokens: int, began: float) -> None:
+    def answered(self, tokens: int, began: float) -> None:
         """Ignore it."""

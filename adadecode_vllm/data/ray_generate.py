@@ -2,27 +2,38 @@
 """Answering prompts with Ray Data: a pool of actors, each with an engine.
 
 A row of the Ray data set is a whole shard, and an actor takes one at a time. Engines
-thus see the same batches as a single engine would, and the rows are the same.
+thus see the same batches as a single engine would, and the rows are the same. An actor
+hands on each answer as it finishes.
 """
 
 import logging
 import os
 import socket
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
 
-from adadecode_vllm.data.generate import EngineSpec, Generator, ShardAnswers
+from adadecode_vllm.data.generate import Answer, EngineSpec, Generator, Shards
 from adadecode_vllm.errors import AdaDecodeError
 
 logger = logging.getLogger(__name__)
 
-_IDS = pa.list_(pa.list_(pa.int32()))
-_PROMPTS = pa.schema([("shard", pa.int64()), ("prompt_ids", _IDS)])
-_ANSWERS = pa.schema(
-    [("shard", pa.int64()), ("response_ids", _IDS), ("began", pa.float64())]
+_IDS = pa.list_(pa.int32())
+_PROMPTS = pa.schema(
+    [
+        ("shard", pa.int64()),
+        ("rows", pa.list_(pa.int64())),
+        ("prompt_ids", pa.list_(_IDS)),
+    ]
+)
+_ANSWER = pa.schema(
+    [
+        ("shard", pa.int64()),
+        ("row", pa.int64()),
+        ("token_ids", _IDS),
+        ("began", pa.float64()),
+    ]
 )
 
 
@@ -35,38 +46,32 @@ class ShardActor:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         self._generator = Generator(spec)
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """Answer the prompts of the shards in a batch."""
-        rows = []
-        for row in batch.to_pylist():
-            began = time.time()
-            answers = self._generator.answer(row["prompt_ids"])
-            rows.append(
-                {"shard": row["shard"], "response_ids": answers, "began": began}
-            )
-        return pa.Table.from_pylist(rows, schema=_ANSWERS)
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        """Answer the prompts of the shards in a batch, an answer at a time."""
+        for shard in batch.to_pylist():
+            prompts = dict(zip(shard["rows"], shard["prompt_ids"], strict=True))
+            for answer in self._generator.answer(shard["shard"], prompts):
+                yield pa.Table.from_pylist([answer._asdict()], schema=_ANSWER)
 
 
 def generate_with_ray(
     spec: EngineSpec,
-    shards: Mapping[int, list[list[int]]],
-    on_rows: Callable[[int], None],
+    shards: Shards,
     *,
     actors: int,
     address: str | None = None,
-) -> Iterator[ShardAnswers]:
+) -> Iterator[Answer]:
     """Answer shards with a pool of engines.
 
     Args:
         spec: The engines' arguments.
-        shards: Prompts' token ids by shard.
-        on_rows: Called with the number of further rows that are done.
+        shards: What is to be answered.
         actors: Engines. Each gets its GPUs on a cluster with GPUs, else an equal part
             of the CPUs.
         address: A cluster's address; None starts Ray on this machine, for this run.
 
     Yields:
-        Shards with their answers, in the order in which they are done.
+        Answers as they finish.
 
     Raises:
         AdaDecodeError: Ray is missing, cannot be reached or has too little room for
@@ -85,10 +90,17 @@ def generate_with_ray(
     try:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False  # the command shows its own
+        # A block an answer: by default answers would wait for 128 MB of them.
+        context.target_max_block_size = 1
         logging.getLogger("ray.data").setLevel(logging.WARNING)
         tables = [
             pa.Table.from_pydict(
-                {"shard": [index], "prompt_ids": [prompts]}, schema=_PROMPTS
+                {
+                    "shard": [index],
+                    "rows": [list(prompts)],
+                    "prompt_ids": [list(prompts.values())],
+                },
+                schema=_PROMPTS,
             )
             for index, prompts in shards.items()
         ]
@@ -102,10 +114,11 @@ def generate_with_ray(
             ),
             **_resources(ray, spec, actors),
         )
-        for batch in answered.iter_batches(batch_size=1, batch_format="pyarrow"):
+        for batch in answered.iter_batches(
+            batch_size=None, batch_format="pyarrow", prefetch_batches=0
+        ):
             for row in batch.to_pylist():
-                on_rows(len(row["response_ids"]))
-                yield ShardAnswers(row["shard"], row["response_ids"], row["began"])
+                yield Answer(**row)
     except ray.exceptions.RayError as error:
         raise _sentence(error) from error
     finally:

@@ -4,14 +4,13 @@
 Shard k holds the rows [k * n, (k + 1) * n) for a fixed n, the last one fewer. Each is
 written under a temporary name and renamed, so that a shard is whole or not there. Its
 footer names the request that it belongs to: what another run left behind is never
-mistaken for this one's.
+mistaken for this one's. Answers of a shard that is not whole yet are in its journal.
 """
 
 import hashlib
-import os
+import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,15 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from adadecode_vllm.data.info import DatasetInfo, data_error, read_info, write_info
+from adadecode_vllm.data.info import (
+    INFO_FILE,
+    DatasetInfo,
+    data_error,
+    read_info,
+    write_info,
+)
+from adadecode_vllm.data.journal import Journals
+from adadecode_vllm.files import remove_left_overs, writing
 
 __all__ = [
     "SCHEMA",
@@ -32,7 +39,6 @@ __all__ = [
     "shard_name",
 ]
 
-SHARD_PATTERN = "part-*.parquet"
 SCHEMA = pa.schema(
     [
         pa.field("row_id", pa.int64(), nullable=False),
@@ -42,6 +48,8 @@ SCHEMA = pa.schema(
     ]
 )
 
+_SHARD_NAME = re.compile(r"part-(\d{5,})\.parquet")
+_WRITTEN = re.compile(rf"{re.escape(INFO_FILE)}|{_SHARD_NAME.pattern}")
 _REQUEST_KEY = b"adadecode.request"
 _AGAIN = "run `adadecode data` again with --overwrite"
 
@@ -66,6 +74,40 @@ class DataRow(NamedTuple):
 def shard_name(index: int) -> str:
     """Return the file name of shard `index`."""
     return f"part-{index:05d}.parquet"
+
+
+def shard_files(directory: Path) -> dict[int, Path]:
+    """Find the files that have a shard's name.
+
+    Args:
+        directory: Any directory.
+
+    Returns:
+        Paths by the number of the shard, in order.
+    """
+    found = {}
+    for path in directory.iterdir():
+        if match := _SHARD_NAME.fullmatch(path.name):
+            found[int(match[1])] = path
+    return dict(sorted(found.items()))
+
+
+def shard_request(path: Path) -> str | None:
+    """Which request a shard belongs to.
+
+    Args:
+        path: A file.
+
+    Returns:
+        `sources["request"]` of its data set; empty for a Parquet file that
+        `adadecode data` did not write, None for one that cannot be read.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            found = (file.schema_arrow.metadata or {}).get(_REQUEST_KEY, b"")
+    except (OSError, pa.ArrowException):
+        return None
+    return found.decode(errors="replace")
 
 
 def rows_fingerprint(rows: Iterable[DataRow]) -> str:
@@ -178,6 +220,7 @@ class ShardWriter:
 
     Attributes:
         num_shards: Shards of the complete data set.
+        journals: The answers of shards that are not whole yet.
     """
 
     def __init__(
@@ -187,13 +230,11 @@ class ShardWriter:
         self.info = info.model_copy(update={"complete": False, "fingerprint": ""})
         self.rows_per_shard = rows_per_shard
         self.num_shards = -(-info.rows // rows_per_shard)
-        self._request = str(info.sources.get("request", "")).encode()
+        self._request = str(info.sources.get("request", ""))
         self.directory.mkdir(parents=True, exist_ok=True)
-        # Only of runs that are gone: the name ends with the process id.
-        for left in self.directory.glob("*.tmp-*"):
-            if not _is_running(left.name.rpartition("-")[2]):
-                left.unlink(missing_ok=True)
+        remove_left_overs(self.directory, _WRITTEN)
         write_info(self.directory, self.info)
+        self.journals = Journals(self.directory, self._request, info.vocab_size)
 
     def shard_rows(self, index: int) -> range:
         """Return the row ids of shard `index`."""
@@ -221,18 +262,11 @@ class ShardWriter:
         """
         if [row.row_id for row in rows] != list(self.shard_rows(index)):
             raise ValueError(f"shard {index} needs the rows {self.shard_rows(index)}")
-        schema = SCHEMA.with_metadata({_REQUEST_KEY: self._request})
+        schema = SCHEMA.with_metadata({_REQUEST_KEY: self._request.encode()})
         table = pa.Table.from_pylist([row._asdict() for row in rows], schema=schema)
-        path = self.directory / shard_name(index)
-        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-        try:
-            with temporary.open("wb") as file:
-                pq.write_table(table, file, compression="zstd")
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with writing(self.directory / shard_name(index)) as temporary:
+            pq.write_table(table, temporary, compression="zstd")
+        self.journals.remove(index)
 
     def finish(self) -> DatasetInfo:
         """Declare the data set complete.
@@ -247,11 +281,6 @@ class ShardWriter:
         """
         if missing := self.missing_shards():
             raise RuntimeError(f"shards {missing} have not been written")
-        # A larger data set that was here before has been removed or refused, except
-        # where somebody copied files by hand.
-        for path in self.directory.glob(SHARD_PATTERN):
-            if path not in self._paths():
-                path.unlink()
         tokens = {"prompt": 0, "response": 0}
 
         def counted() -> Iterator[DataRow]:
@@ -278,41 +307,24 @@ class ShardWriter:
     def _is_written(self, index: int) -> bool:
         """Whether a shard is there, whole, and of this request."""
         path = self.directory / shard_name(index)
-        try:
-            with pq.ParquetFile(path) as file:
-                found = (file.schema_arrow.metadata or {}).get(_REQUEST_KEY)
-                rows = file.metadata.num_rows
-        except (OSError, pa.ArrowException):
+        if shard_request(path) != self._request:
             return False
-        return found == self._request and rows == len(self.shard_rows(index))
-
-
-def remove_data(directory: Path) -> None:
-    """Remove a data set from a directory, and nothing else.
-
-    `dataset.json` goes first: an interruption leaves shards that nothing trusts.
-
-    Args:
-        directory: The data directory; it may be missing.
-    """
-    (directory / "dataset.json").unlink(missing_ok=True)
-    for path in [*directory.glob(SHARD_PATTERN), *directory.glob("*.tmp-*")]:
-        path.unlink(missing_ok=True)
+        with pq.ParquetFile(path) as file:
+            return file.metadata.num_rows == len(self.shard_rows(index))
 
 
 def _shards(directory: Path, flag: str) -> list[Path]:
     """The shards in order, none missing between the first and the last."""
-    paths = sorted(directory.glob(SHARD_PATTERN))
-    names = {path.name for path in paths}
-    for index in range(len(paths)):
-        if shard_name(index) not in names:
+    shards = shard_files(directory)
+    for index in range(len(shards)):
+        if index not in shards:
             raise data_error(
                 directory,
                 f"{shard_name(index)} is missing",
                 f"restore the file, or {_AGAIN}",
                 flag,
             )
-    return [directory / shard_name(index) for index in range(len(paths))]
+    return list(shards.values())
 
 
 def _open(path: Path, directory: Path, flag: str) -> Any:
@@ -357,16 +369,3 @@ def _read_shard(path: Path, directory: Path, flag: str) -> Iterator[DataRow]:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0].rstrip(".")
-
-
-def _is_running(pid: str) -> bool:
-    """Whether a process of this machine has the id."""
-    if not pid.isdecimal():
-        return False
-    with suppress(ProcessLookupError, OverflowError):
-        try:
-            os.kill(int(pid), 0)
-        except PermissionError:
-            return True
-        return True
-    return False

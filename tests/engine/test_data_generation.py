@@ -15,7 +15,7 @@ import pytest
 from adadecode_vllm.data import generate as generate_module
 from adadecode_vllm.data import load_dataset_info, read_rows
 from adadecode_vllm.data.make import make_data
-from adadecode_vllm.data.options import DataOptions
+from adadecode_vllm.data.options import DataOptions, Silence
 from adadecode_vllm.errors import AdaDecodeError
 from tests.harness import MAX_MODEL_LEN, MODEL, demo_corpus, generate, start_engine
 
@@ -97,23 +97,35 @@ def test_chat_is_vllms_chat(options: DataOptions, problems: list[str]) -> None:
         assert row.response_ids == list(output.outputs[0].token_ids)
 
 
+@pytest.mark.parametrize("answers", [2, 7])  # of shards of four
 def test_continued_rows_are_the_same(
-    made: DataOptions, monkeypatch: pytest.MonkeyPatch
+    made: DataOptions, monkeypatch: pytest.MonkeyPatch, answers: int
 ) -> None:
     original = generate_module.generate
 
     def broken(*args: Any) -> Iterator[Any]:
-        for shard in original(*args):
-            yield shard
-            raise RuntimeError("out of power")
+        for number, answer in enumerate(original(*args)):
+            if number == answers:
+                raise RuntimeError("out of power")
+            yield answer
 
-    options = replace(made, out=made.out.with_name("continued"))
+    options = replace(made, out=made.out.with_name(f"continued-{answers}"))
     with monkeypatch.context() as patch:
         patch.setattr(generate_module, "generate", broken)
         with pytest.raises(RuntimeError, match="out of power"):
             make_data(options)
-    assert len(list(options.out.glob("part-*"))) == 1
+    assert len(list(options.out.glob("part-*.parquet"))) == answers // 4
+    assert len(list(options.out.glob("part-*.jsonl"))) == bool(answers % 4)
+    asked: list[int] = []
+
+    def recording(spec: Any, shards: Any, *args: Any) -> Iterator[Any]:
+        for rows in shards.values():
+            asked.extend(rows)
+        return original(spec, shards, *args)
+
+    monkeypatch.setattr(generate_module, "generate", recording)
     info = make_data(options)
+    assert len(asked) == len(set(asked)) == 10 - answers
     assert info.fingerprint == load_dataset_info(made.out).fingerprint
 
 
@@ -147,6 +159,31 @@ def test_ray_makes_the_same_rows(made: DataOptions) -> None:
     # Of the directory nothing tells how it was made: Ray continues it, or not.
     (options.out / "part-00001.parquet").unlink()
     assert make_data(replace(options, ray_actors=1)) == info
+
+
+@needs_ray
+def test_ray_keeps_the_answers_of_an_unfinished_shard(
+    made: DataOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers come from an actor as they finish, not at the end of its shard."""
+    options = replace(
+        made, out=made.out.with_name("ray-broken"), ray_actors=1, rows_per_shard=10
+    )
+
+    class Interrupting(Silence):
+        rows = 0
+
+        def answered(self, tokens: int, began: float) -> None:
+            self.rows += 1
+            if self.rows == 3:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_data(options, Interrupting())
+    (journal,) = options.out.glob("part-*.jsonl")
+    assert len(journal.read_bytes().splitlines()) == 1 + 3
+    info = make_data(replace(options, ray_actors=None))
+    assert info.fingerprint == load_dataset_info(made.out).fingerprint
 
 
 @needs_ray

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,70 +19,29 @@ from typer.testing import CliRunner
 from adadecode_vllm.data import generate as generate_module
 from adadecode_vllm.data import load_dataset_info, read_rows
 from adadecode_vllm.data.command import data_command
-from adadecode_vllm.data.generate import EngineSpec, ShardAnswers
+from adadecode_vllm.data.generate import EngineSpec, Shards
 from adadecode_vllm.data.make import make_data
 from adadecode_vllm.data.options import DataOptions
 from adadecode_vllm.data.shards import rows_fingerprint
 from adadecode_vllm.data.tasks import Selection
 from adadecode_vllm.errors import AdaDecodeError
+from tests.fake_answers import (
+    fail_after,
+    fake_answers,
+    make_options,
+    without_engine,
+)
 from tests.harness import MODEL, ROOT
-
-Shards = Mapping[int, list[list[int]]]
-
-
-def fake_answers(
-    spec: EngineSpec, shards: Shards, on_rows: Callable[[int], None]
-) -> Iterator[ShardAnswers]:
-    """Answers that follow from the prompt alone, as greedy ones do."""
-    for index, prompts in shards.items():
-        answers = [[sum(ids) % 1000, len(ids), 1] for ids in prompts]
-        on_rows(len(answers))
-        yield ShardAnswers(index, answers, time.time())
 
 
 @pytest.fixture(autouse=True)
 def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate_module, "check_options", lambda options: None)
-    monkeypatch.setattr(generate_module, "model_length", lambda spec: 256)
-    monkeypatch.setattr(generate_module, "generate", fake_answers)
+    without_engine(monkeypatch)
 
 
 @pytest.fixture
-def questions(tmp_path: Path) -> Path:
-    path = tmp_path / "input" / "questions.jsonl"
-    path.parent.mkdir()
-    path.write_text(
-        "".join(
-            json.dumps({"text": f"Ann has {i} apples. {'How many? ' * (i % 5)}"}) + "\n"
-            for i in range(20)
-        )
-    )
-    return path
-
-
-@pytest.fixture
-def options(tmp_path: Path, questions: Path) -> DataOptions:
-    return DataOptions(
-        out=tmp_path / "out",
-        model=MODEL,
-        inputs=(questions,),
-        chat=False,
-        max_new_tokens=100,
-        rows_per_shard=3,
-        argv=("data", "out"),
-    )
-
-
-def fail_after(shards_done: int) -> Callable[..., Iterator[ShardAnswers]]:
-    """A generator whose engine breaks."""
-
-    def answers(*args: Any) -> Iterator[ShardAnswers]:
-        for number, shard in enumerate(fake_answers(*args)):
-            if number == shards_done:
-                raise RuntimeError("out of power")
-            yield shard
-
-    return answers
+def options(tmp_path: Path) -> DataOptions:
+    return make_options(tmp_path)
 
 
 def content(directory: Path) -> dict[str, bytes]:
@@ -200,9 +158,9 @@ def test_resume_after_an_error(
         load_dataset_info(options.out)
     asked: list[int] = []
 
-    def recording(spec: EngineSpec, shards: Shards, on_rows: Any) -> Any:
+    def recording(spec: EngineSpec, shards: Shards, on_tokens: Any) -> Any:
         asked.extend(shards)
-        return fake_answers(spec, shards, on_rows)
+        return fake_answers(spec, shards, on_tokens)
 
     monkeypatch.setattr(generate_module, "generate", recording)
     info = make_data(options)
@@ -219,14 +177,14 @@ def test_resume_out_of_order(
 ) -> None:
     """As Ray gives shards back."""
 
-    def backwards(spec: EngineSpec, shards: Shards, on_rows: Any) -> Any:
-        return reversed(list(fake_answers(spec, shards, on_rows)))
+    def backwards(*args: Any) -> Any:
+        return reversed(list(fake_answers(*args)))
 
     whole = make_data(replace(options, out=options.out.with_name("whole")))
     monkeypatch.setattr(
         generate_module,
         "generate",
-        lambda *args: (s for i, s in enumerate(backwards(*args)) if i < 3),
+        lambda *args: (s for i, s in enumerate(backwards(*args)) if i < 9),
     )
     with pytest.raises(RuntimeError, match="have not been written"):
         make_data(options)
@@ -240,12 +198,12 @@ from pathlib import Path
 from adadecode_vllm.data import generate as g
 from adadecode_vllm.data.make import make_data
 from adadecode_vllm.data.options import DataOptions
-from tests.unit.test_data_make import fake_answers
+from tests.fake_answers import fake_answers
 
 def slowly(*args):
-    for shard in fake_answers(*args):
-        time.sleep(0.3)
-        yield shard
+    for answer in fake_answers(*args):
+        time.sleep(0.1)
+        yield answer
 
 g.check_options = lambda options: None
 g.model_length = lambda spec: 256
@@ -368,13 +326,13 @@ def test_overwriting_leaves_other_files(options: DataOptions) -> None:
     options.out.mkdir()
     (options.out / "notes.md").write_text("mine")
     assert "it holds notes.md but no dataset.json; choose another" in refusal(options)
-    (options.out / "part-00099.parquet").write_text("old")
     make_data(replace(options, overwrite=True))
     assert (options.out / "notes.md").read_text() == "mine"
     assert len(content(options.out)) == 7
     (options.out / "dataset.json").write_text("{")
     assert "dataset.json is not JSON" in refusal(options)
     make_data(replace(options, overwrite=True))
+    assert (options.out / "notes.md").read_text() == "mine"
 
 
 def test_a_refusal_leaves_old_data(options: DataOptions) -> None:
@@ -424,7 +382,11 @@ def test_a_full_disk_is_a_sentence(
 
     monkeypatch.setattr("adadecode_vllm.data.shards.pq.write_table", full)
     assert "writing failed (No space left on device); make room" in refusal(options)
-    assert [path.name for path in options.out.iterdir()] == ["dataset.json"]
+    # The answers of the shard that could not be written are kept, too.
+    assert sorted(path.name for path in options.out.iterdir()) == [
+        "dataset.json",
+        "part-00000.unfinished.jsonl",
+    ]
 
 
 def test_without_ray(options: DataOptions, monkeypatch: pytest.MonkeyPatch) -> None:
