@@ -3,15 +3,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from adadecode_vllm.config import AdaDecodeConfig, shown, shown_bare, validated
 from adadecode_vllm.errors import AdaDecodeError
 
+if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
+
+logger = logging.getLogger("vllm.adadecode")
+
 PREFIX = "adadecode_"
+
+# vLLM's own: a smaller min_p is none.
+_LEAST_MIN_P = 1e-5
 
 
 class RequestOptions(BaseModel):
@@ -42,6 +51,9 @@ class RequestOptions(BaseModel):
 
 ENGINES = RequestOptions()
 """A request that asks for nothing."""
+
+NOTHING = RequestOptions(enabled=False)
+"""A request without early predictions."""
 
 
 def parse_request_options(
@@ -76,6 +88,67 @@ def parse_request_options(
             "or start it with more in --adadecode-config."
         )
     return found
+
+
+def verifiable(params: SamplingParams | None) -> bool:
+    """Whether vLLM can verify drafts of a request.
+
+    What it cannot verify is decoded without early predictions, beside requests that
+    have them: vLLM applies these parameters to one token a request.
+
+    Args:
+        params: The request's parameters.
+    """
+    return not (
+        params is None
+        or params.min_p > _LEAST_MIN_P
+        or params.logit_bias
+        or params.logprob_token_ids
+        or params.thinking_token_budget is not None
+    )
+
+
+def options_of(
+    params: SamplingParams | None, config: AdaDecodeConfig
+) -> RequestOptions:
+    """What a request amounts to that the front door let in.
+
+    Args:
+        params: The request's parameters.
+        config: The engine's options.
+
+    Returns:
+        Its options. A request that cannot be verified with drafts gets none, and one
+        whose options are wrong the engine's: only a front door without this plugin lets
+        such a request in.
+    """
+    if params is None or not verifiable(params):
+        return NOTHING
+    try:
+        return parse_request_options(params.extra_args, config)
+    except AdaDecodeError as error:
+        logger.warning("adadecode: %s", error)
+        return ENGINES
+
+
+def most_early_predictions(
+    params: SamplingParams | None, config: AdaDecodeConfig
+) -> int:
+    """Most early predictions that a request may ever get.
+
+    Args:
+        params: The request's parameters.
+        config: The engine's options.
+
+    Returns:
+        0 .. ``max_early_predictions``. The engine's threshold is not looked at, since
+        it can be changed on a running engine.
+    """
+    own = options_of(params, config)
+    if own.predicts is False:
+        return 0
+    asked = own.max_early_predictions
+    return config.max_early_predictions if asked is None else asked
 
 
 def _unknown(name: str) -> str:

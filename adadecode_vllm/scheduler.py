@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's schedulers, with KV slots for early predictions."""
+"""vLLM's schedulers, with room for early predictions."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.request import Request
 
 from adadecode_vllm.config import CONFIG_KEY, engine_config
 from adadecode_vllm.metrics.report import CounterReport
+from adadecode_vllm.request_options import most_early_predictions
 
 UNUSED_DRAFTS = "adadecode_unused_drafts"
 """Attribute of a model runner's output: request id to draft slots that stayed empty."""
@@ -21,13 +23,14 @@ COUNTERS = "adadecode_counters"
 
 
 class AdaDecodeScheduler(Scheduler):
-    """Reserves the slots that drafting writes to (I3).
+    """Makes room for early predictions, where there is some to spare.
 
-    vLLM reserves none for ``custom_class`` proposers, which normally bring tokens only.
-    Drafting writes KV of up to ``max_early_predictions`` tokens past the scheduled
-    ones. When blocks are short the reservation is dropped rather than a request
-    preempted for it; the worker then predicts no further than the blocks that a request
-    owns.
+    Room is of two kinds: tokens of a step in which drafts are verified, and KV slots
+    that drafting writes to (I3), up to ``max_early_predictions`` past the scheduled
+    tokens; vLLM reserves none for ``custom_class`` proposers, which normally bring
+    tokens only. Neither may be taken from what must run: drafts get what the token
+    budget leaves, and where blocks are short nothing is predicted early rather than a
+    request preempted, or not admitted, for it.
 
     It also bounds early predictions by the load: at batch sizes where the model's
     weights are no longer what a step waits for, they cannot save anything.
@@ -38,19 +41,33 @@ class AdaDecodeScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         config = engine_config(self.vllm_config)
         assert config is not None, "start-up named this class for AdaDecode only"
-        self._most_requests = config.disable_by_batch_size
+        self._config = config
         self._report = CounterReport()
-
-    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
-        """Say how many drafts the step may make, before vLLM makes room for them."""
-        requests = len(scheduler_output.num_scheduled_tokens)
-        if self._most_requests is not None and requests > self._most_requests:
-            scheduler_output.num_spec_tokens_to_schedule = 0
-        super()._update_after_schedule(scheduler_output)
+        most, limit = self.num_spec_tokens, config.disable_by_batch_size
+        self._by_requests = [
+            0 if limit is not None and requests > limit else most
+            for requests in range(self.max_num_active_reqs + 1)
+        ]
+        self._nothing = [0] * len(self._by_requests)
+        groups = self.kv_cache_config.kv_cache_groups
+        self._groups = len(groups)
+        self._smallest_block = min(group.kv_cache_spec.block_size for group in groups)
+        # Drafts of a step by its number of requests, vLLM's dynamic speculation. Where
+        # it is None, vLLM fills up requests that have one token left to compute with
+        # drafts that nobody made, for the sake of uniform batches.
+        self.dynamic_sd_lookup = self._by_requests
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule one step; see vLLM."""
-        self.num_lookahead_tokens = self._affordable_lookahead()
+        most = self.num_spec_tokens
+        self.dynamic_sd_lookup = self._by_requests
+        self.num_lookahead_tokens = most if self._has_blocks_for(2 * most) else 0
+        if not self.num_lookahead_tokens and not self._has_blocks_for(most):
+            # Neither for drafts of this step nor for any to be made in it.
+            self.dynamic_sd_lookup = self._nothing
+            self._bound_drafts(0)
+        else:
+            self._bound_drafts(self._spare_tokens())
         return super().schedule(*args, **kwargs)
 
     def update_from_output(
@@ -67,17 +84,54 @@ class AdaDecodeScheduler(Scheduler):
             stats.ec_connector_stats = {CONFIG_KEY: added}
         return stats
 
-    def _affordable_lookahead(self) -> int:
-        """The cap, or 0 if reserving might take a block that a request needs.
+    def _has_blocks_for(self, drafts: int) -> bool:
+        """Whether every request may get so many tokens beyond what must run.
 
-        In one step every running request may need blocks for its scheduled tokens (the
-        sampled one and its drafts) and for the reservation.
+        Counted with one started block a request, and with the request that is admitted
+        next.
         """
-        tokens = 1 + 2 * self.num_spec_tokens
-        blocks = -(-tokens // self.block_size) + 1
-        needed = blocks * (len(self.running) + 1)
+        requests = len(self.running) + 1
         free = self.kv_cache_manager.block_pool.get_num_free_blocks()
-        return self.num_spec_tokens if free >= needed else 0
+
+        def fits(tokens: int) -> bool:
+            tokens += drafts * requests
+            blocks = tokens // self._smallest_block + requests
+            return blocks * self._groups <= free
+
+        # Most caches hold several steps, whatever these consist of.
+        most = self.max_num_scheduled_tokens
+        if fits(most):
+            return True
+        admitted = self.waiting.peek_request().num_tokens if self.waiting else 0
+        return fits(min(most, self._due_tokens() + admitted))
+
+    def _due_tokens(self) -> int:
+        """Tokens that the running requests have to compute, without any draft."""
+        chunks = [request for request in self.running if request.is_prefill_chunk]
+        return len(self.running) - len(chunks) + sum(map(_due_tokens, chunks))
+
+    def _spare_tokens(self) -> int:
+        """Tokens of the step's budget that drafts may have.
+
+        Half of what running requests leave, where others wait to be admitted.
+        """
+        spare = self.max_num_scheduled_tokens - self._due_tokens()
+        return spare // 2 if self.waiting else spare
+
+    def _bound_drafts(self, spare: int) -> None:
+        """Take drafts away from the requests that are scheduled last.
+
+        Args:
+            spare: Tokens that drafts may have.
+        """
+        if spare >= len(self.running) * self.num_spec_tokens:
+            return
+        for request in self.running:
+            drafts = request.spec_token_ids
+            if len(drafts) > spare:
+                # Not in place: requests share a list of placeholders.
+                request.spec_token_ids = drafts = drafts[: max(spare, 0)]
+            spare -= len(drafts)
 
 
 class AdaDecodeAsyncScheduler(AdaDecodeScheduler, AsyncScheduler):
@@ -86,6 +140,23 @@ class AdaDecodeAsyncScheduler(AdaDecodeScheduler, AsyncScheduler):
     The drafts are not known yet then: every request is scheduled with room for all that
     it may get, and the worker fills as much of it as it predicted early.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Read the options that start-up resolved; see vLLM."""
+        super().__init__(*args, **kwargs)
+        # By request id, found once.
+        self._caps: dict[str, int] = {}
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        """Make room in the next step for what this one may predict early."""
+        super()._update_after_schedule(scheduler_output)
+        for request_id in scheduler_output.finished_req_ids:
+            self._caps.pop(request_id, None)
+        for request_id in scheduler_output.num_scheduled_tokens:
+            request = self.requests[request_id]
+            cap = self._cap(request)
+            if len(request.spec_token_ids) > cap:
+                request.spec_token_ids = request.spec_token_ids[:cap]
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: Any
@@ -120,3 +191,19 @@ class AdaDecodeAsyncScheduler(AdaDecodeScheduler, AsyncScheduler):
             num_invalid_spec_tokens,
             request_id,
         )
+
+    def _cap(self, request: Request) -> int:
+        cap = self._caps.get(request.request_id)
+        if cap is None:
+            params = request.sampling_params
+            cap = most_early_predictions(params, self._config)
+            self._caps[request.request_id] = cap
+        return cap
+
+
+def _due_tokens(request: Request) -> int:
+    return (
+        request.num_tokens
+        + request.num_output_placeholders
+        - request.num_computed_tokens
+    )

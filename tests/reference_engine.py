@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -156,7 +157,7 @@ class WholeSteps:
         self.max_tokens = max_tokens
         self.resumed = 0
         self.drafted = 0
-        self.ran_ahead = 0
+        self.ran_ahead = Counter[int]()
 
     def draft(
         self,
@@ -176,12 +177,16 @@ class WholeSteps:
         return self.model.gate(segment, hidden[front], residual[front])
 
     def ahead(
-        self, subset: TokenSubset, states: np.ndarray, token_ids: np.ndarray
-    ) -> None:
-        """Run segment 0 of the last early predictions."""
-        assert len(states) == len(subset.rows) <= self.max_tokens
-        self.ran_ahead += len(states)
-        self._run(0, subset, states, torch.from_numpy(token_ids))
+        self,
+        segment: int,
+        subset: TokenSubset,
+        states: np.ndarray,
+        token_ids: np.ndarray,
+    ) -> torch.Tensor:
+        """Run a segment of the next forward."""
+        assert len(states) == len(token_ids) <= self.max_tokens
+        self.ran_ahead[segment] += len(states)
+        return self._run(segment, subset, states, torch.from_numpy(token_ids))[0]
 
     def resume(
         self,
@@ -536,6 +541,7 @@ class Engine:
                 limits=np.array([limits[number] for number in numbers], np.int64),
                 stop_token_ids=[request.stop_token_ids for request in requests],
                 room=np.array([room[number] for number in numbers], np.int64),
+                alone=len(numbers) == len(self.rows),
             )
         )
         self._check_window(window, [limits[number] for number in numbers])
@@ -572,7 +578,8 @@ class Engine:
             levels = window.levels[index, :length]
             assert (np.diff(levels) <= 0).all(), "I1"
             assert levels[0] > 0, "the newest token ran"
-            assert (levels < self.model.num_segments).all(), "no token is done"
+            done = levels == self.model.num_segments
+            assert done.all() or not done.any(), "all tokens are done, or none"
             exits = window.exits[index, :length]
             assert exits[0] == -1
             assert (exits[1:] >= 0).all()

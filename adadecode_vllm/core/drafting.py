@@ -11,11 +11,18 @@ import numpy as np
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from adadecode_vllm.core.executor import SegmentExecutor, TokenSubset
+from adadecode_vllm.core.executor import SegmentExecutor, StepRunner, TokenSubset
 from adadecode_vllm.core.ledger import Window
 from adadecode_vllm.core.policy import ThresholdPolicy
-from adadecode_vllm.core.states import PendingStates
+from adadecode_vllm.core.states import Finished, PendingStates
 from adadecode_vllm.core.stats import Stats
+
+MOST_AHEAD = 8
+"""Most requests whose next forward runs ahead.
+
+With more, a request that joins them is due in many of the steps, and what it computes
+would need a pass over the weights of its own.
+"""
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,7 @@ class DraftRequests:
             may run ahead of its verification; None for never.
         thresholds: (R, K) the requests' own thresholds on the exits' probabilities;
             None for the policy's.
+        alone: Whether the next step will hold these requests only, as far as is known.
     """
 
     rows: np.ndarray
@@ -43,6 +51,7 @@ class DraftRequests:
     stop_token_ids: list[Collection[int]]
     room: np.ndarray | None = None
     thresholds: np.ndarray | None = None
+    alone: bool = False
 
     def going_on(self) -> np.ndarray:
         """The requests, (r,) int64, that may predict and have not just ended."""
@@ -90,7 +99,7 @@ class _Cycle:
         self._token_ids[:, 0] = requests.token_ids
         self._exits = np.full((size, width), -1, np.int8)
         self._length = np.ones(size, np.int64)
-        self._count = np.zeros((num_segments, size), np.int64)
+        self._count = np.zeros((num_segments + 1, size), np.int64)
         self._count[0] = 1
         self._limit = requests.limits + 1
         self._front = np.array(requests.token_ids, np.int64)
@@ -109,8 +118,20 @@ class _Cycle:
         Returns:
             The n tokens, where their states are kept (n,) and their ids (n,).
         """
+        return self._last(chosen, self._count[level][chosen])
+
+    def up_to(self, level: int) -> tuple[TokenSubset, np.ndarray, np.ndarray]:
+        """The tokens of all requests that stand at a level or below; as above."""
+        count = self._count[: level + 1].sum(0)
+        chosen = np.flatnonzero(count)
+        return self._last(chosen, count[chosen])
+
+    def _last(
+        self, chosen: np.ndarray, count: np.ndarray
+    ) -> tuple[TokenSubset, np.ndarray, np.ndarray]:
+        """So many last tokens of some requests; (r,) both."""
         requests, width = self._requests, self._width
-        count, length = self._count[level][chosen], self._length[chosen]
+        length = self._length[chosen]
         offset = length - count
         subset = TokenSubset(
             requests.rows[chosen], requests.positions[chosen] + offset, count
@@ -128,6 +149,12 @@ class _Cycle:
         self._count[level + 1][chosen] += self._count[level][chosen]
         self._count[level][chosen] = 0
         self.front_level[chosen] = level + 1
+
+    def finish(self) -> None:
+        """Note that all tokens have run all segments."""
+        self._count[-1] = self._count.sum(0)
+        self._count[:-1] = 0
+        self.front_level[:] = len(self._count) - 1
 
     def predict(
         self, chosen: np.ndarray, token_ids: np.ndarray, exit_index: int
@@ -156,6 +183,18 @@ class _Cycle:
             return np.empty(0, np.int64)
         fresh = (self.front_level == 0) & (self._length > 1)
         return np.flatnonzero(fresh & (self._length <= self._requests.room))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all windows."""
+        return int(self._length.sum())
+
+    def has_slots(self) -> bool:
+        """Whether every token has a KV slot: that of a new prediction may not."""
+        room = self._requests.room
+        return room is not None and bool(
+            ((self.front_level > 0) | (self._length <= room)).all()
+        )
 
     def window(self) -> Window:
         """The windows as they are now."""
@@ -232,7 +271,7 @@ class Drafter:
                 token_ids = self.policy.spoil(predicted[confident], self._random)
                 cycle.predict(chosen[confident], token_ids, segment)
         ended = time.perf_counter()
-        self._run_ahead(cycle)
+        self._run_ahead(cycle, requests.alone)
         window = cycle.window()
         for exit_index in range(last_exit + 1):
             predictions = np.count_nonzero(window.exits == exit_index)
@@ -240,20 +279,47 @@ class Drafter:
         self.stats.drafting_seconds += ended - started
         return window
 
-    def _run_ahead(self, cycle: _Cycle) -> None:
-        """Start on the last early predictions while the host schedules the next step.
+    def _run_ahead(self, cycle: _Cycle, alone: bool) -> None:
+        """Let the device work while the host schedules the next step.
 
-        They will run the first segment in any case. Nothing waits for it, so on a
-        device that works on its own it fills the time until the next forward.
+        Nothing waits for it. Where the next step will hold these requests only, all of
+        its forward runs now, and the step finds it done. Otherwise the last early
+        predictions run the first segment, which they will in any case; the rest waits
+        for the other requests, to share a pass over the weights with them.
+
+        Args:
+            cycle: The windows.
+            alone: Whether the next step will hold these requests only.
         """
         steps = self.executor.steps
+        self.states.finished = None
         if steps is None:
+            return
+        if (
+            alone
+            and len(cycle.active) <= MOST_AHEAD
+            and cycle.num_tokens <= steps.max_tokens
+            and cycle.has_slots()
+        ):
+            self._finish(cycle, steps)
             return
         chosen = cycle.fresh_predictions()
         if len(chosen) and len(chosen) <= steps.max_tokens:
-            steps.ahead(*cycle.standing(chosen, 0))
+            steps.ahead(0, *cycle.standing(chosen, 0))
             cycle.advance(chosen, 0)
             self.stats.count_segment(0, len(chosen))
+
+    def _finish(self, cycle: _Cycle, steps: StepRunner) -> None:
+        """Run everything that is left of all tokens."""
+        last = self.executor.num_segments - 1
+        for segment in range(last + 1):
+            subset, states, token_ids = cycle.up_to(segment)
+            if subset.num_tokens:
+                outcome = steps.ahead(segment, subset, states, token_ids)
+                self.stats.count_segment(segment, subset.num_tokens)
+        first = np.concatenate(([0], np.cumsum(subset.count)[:-1]))
+        self.states.finished = Finished(outcome, first)
+        cycle.finish()
 
     def _step(
         self, cycle: _Cycle, chosen: np.ndarray, segment: int

@@ -71,14 +71,23 @@ class StepRunner(Protocol):
         """
 
     def ahead(
-        self, subset: TokenSubset, states: np.ndarray, token_ids: np.ndarray
-    ) -> None:
-        """Run segment 0 and ask nothing; nobody waits for it.
+        self,
+        segment: int,
+        subset: TokenSubset,
+        states: np.ndarray,
+        token_ids: np.ndarray,
+    ) -> torch.Tensor:
+        """Run a segment of the next forward before it is scheduled; nobody waits.
 
         Args:
-            subset: The n tokens of n requests; n is at most :attr:`max_tokens`.
+            segment: Index j of the segment.
+            subset: The n tokens of r requests; n is at most :attr:`max_tokens`.
             states: (n,) int64, where their hidden states are kept.
-            token_ids: (n,) int64.
+            token_ids: (n,) int64; segment 0 alone reads them.
+
+        Returns:
+            What :meth:`resume` returns; it stays until the next :meth:`resume` or
+            :meth:`ahead` of the last segment.
         """
 
     def resume(

@@ -86,13 +86,62 @@ class Resumer:
         self.stats.resumed_forwards += 1
         self.stats.resumed_tokens += int((levels > 0).sum())
 
+        done = levels == self.executor.num_segments
         hidden = (
-            self._run_steps(batch, starts, levels, states)
-            if self.runs_in_steps(batch)
-            else self._run_segments(batch, starts, levels, states)
+            self._join(batch, starts, levels, states, done)
+            if done.any()
+            else self._run(batch, starts, levels, states)
         )
         self.stats.verifying_seconds += time.perf_counter() - started
         return hidden
+
+    def _run(
+        self,
+        batch: ScheduledBatch,
+        starts: np.ndarray,
+        levels: np.ndarray,
+        states: np.ndarray,
+    ) -> torch.Tensor:
+        if self.runs_in_steps(batch):
+            return self._run_steps(batch, starts, levels, states)
+        return self._run_segments(batch, starts, levels, states)
+
+    def _join(
+        self,
+        batch: ScheduledBatch,
+        starts: np.ndarray,
+        levels: np.ndarray,
+        states: np.ndarray,
+        done: np.ndarray,
+    ) -> torch.Tensor:
+        """Put tokens that ran ahead and what is left of the batch together."""
+        finished = self.states.finished
+        assert finished is not None, "tokens with all segments behind them ran ahead"
+        width, device = self.states.window, finished.hidden.device
+        rows = finished.first[states[done] // width] + states[done] % width
+        if done.all():
+            if np.array_equal(rows, np.arange(len(rows))):
+                return finished.hidden[: len(rows)]
+            return finished.hidden.index_select(0, async_tensor_h2d(rows, device))
+        # Before the rest, which may need the same buffer.
+        known = finished.hidden.index_select(0, async_tensor_h2d(rows, device))
+        tokens = np.flatnonzero(~done)
+        index = async_tensor_h2d(tokens, device)
+        subset = _suffix(batch, starts, tokens)
+        rest = ScheduledBatch(
+            rows=subset.rows,
+            first=subset.first,
+            count=subset.count,
+            token_ids=batch.token_ids.index_select(0, index),
+            embeddings=None
+            if batch.embeddings is None
+            else batch.embeddings.index_select(0, index),
+        )
+        starts = np.concatenate(([0], np.cumsum(subset.count)))
+        ran = self._run(rest, starts, levels[tokens], states[tokens])
+        hidden = ran.new_empty((len(done), ran.shape[1]))
+        hidden.index_copy_(0, async_tensor_h2d(np.flatnonzero(done), device), known)
+        return hidden.index_copy_(0, index, ran)
 
     def runs_in_steps(self, batch: ScheduledBatch) -> bool:
         """Whether a batch runs in whole steps, which need no forward context."""

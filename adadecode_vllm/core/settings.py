@@ -3,24 +3,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from vllm.logger import init_logger
 
 from adadecode_vllm.config import AdaDecodeConfig, parse_config
 from adadecode_vllm.core.policy import ThresholdPolicy
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.heads import ExitHeadsConfig
-from adadecode_vllm.request_options import (
-    ENGINES,
-    RequestOptions,
-    parse_request_options,
-)
+from adadecode_vllm.request_options import ENGINES, RequestOptions, options_of
 
-logger = init_logger("vllm.adadecode")
+if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
 
 # What the policy alone depends on; everything else is built at start-up.
 _CHANGEABLE = {
@@ -89,40 +85,32 @@ class Settings:
             )
         self._apply(config)
 
-    def options(
-        self, asked: Iterable[tuple[str, Mapping[str, Any] | None]]
-    ) -> list[RequestOptions] | None:
+    def admit(self, request_id: str, params: SamplingParams | None) -> None:
+        """Learn what a new request asks for.
+
+        Args:
+            request_id: The request.
+            params: Its parameters.
+        """
+        own = options_of(params, self._config)
+        if own == ENGINES:
+            self._options.pop(request_id, None)
+        else:
+            self._options[request_id] = own
+
+    def options(self, request_ids: Sequence[str]) -> list[RequestOptions] | None:
         """What requests ask for.
 
         Args:
-            asked: R request ids, each with its ``SamplingParams.extra_args``.
+            request_ids: R requests that were admitted.
 
         Returns:
             R requests' options; None if all leave everything to the engine, which is
             what a step should find out quickly.
         """
-        asked = list(asked)
-        if not any(extra_args for _, extra_args in asked):
+        if not self._options:
             return None
-        return [self._request_options(*request) for request in asked]
-
-    def _request_options(
-        self, request_id: str, extra_args: Mapping[str, Any] | None
-    ) -> RequestOptions:
-        """What a request asks for; remembered until it is forgotten."""
-        if not extra_args:
-            return ENGINES
-        found = self._options.get(request_id)
-        if found is None:
-            try:
-                # Validated at the front door.
-                found = parse_request_options(extra_args, self._config)
-            except AdaDecodeError as error:
-                # Only a front door without this plugin lets such a request in.
-                logger.warning("adadecode: request %s: %s", request_id, error)
-                found = ENGINES
-            self._options[request_id] = found
-        return found
+        return [self._options.get(request_id, ENGINES) for request_id in request_ids]
 
     def caps(
         self, options: Sequence[RequestOptions] | None, requests: int, most: int

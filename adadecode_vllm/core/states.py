@@ -3,7 +3,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Tokens of a drafting cycle that ran all layers before the step that verifies.
+
+    Attributes:
+        hidden: (n, d), what the final norm returned, request by request.
+        first: (R,) int64, the first row of each slot of the cycle.
+    """
+
+    hidden: torch.Tensor
+    first: np.ndarray
 
 
 class PendingStates:
@@ -13,6 +29,10 @@ class PendingStates:
     works on their unrounded sum, so storing the sum would change the arithmetic.
 
     One more row than there are tokens takes what padding in CUDA graphs writes.
+
+    Attributes:
+        finished: Tokens that have run all layers already, if there are any; valid until
+            the next drafting cycle.
 
     Memory: ``2 * max_requests * (max_early_predictions + 1) * hidden_size`` elements.
     """
@@ -39,6 +59,7 @@ class PendingStates:
         shape = (self.padding_row + 1, hidden_size)
         self.hidden = torch.zeros(shape, dtype=dtype, device=device)
         self.residual = torch.zeros(shape, dtype=dtype, device=device)
+        self.finished: Finished | None = None
 
     def read(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Gather states.

@@ -94,9 +94,7 @@ class AdaDecodeProposer:
         )
         request_ids = [runner.input_batch.req_ids[row] for row in rows]
         states = [runner.requests[request_id] for request_id in request_ids]
-        options = self.adadecode.settings.options(
-            zip(request_ids, map(_extra_args, states), strict=True)
-        )
+        options = self.adadecode.settings.options(request_ids)
         caps = self.adadecode.settings.caps(options, len(rows), runner.most_drafts)
         if caps is None:
             return drafts
@@ -127,11 +125,6 @@ class AdaDecodeProposer:
         for row, early in zip(rows, predicted, strict=True):
             drafts[row] = early
         return drafts
-
-
-def _extra_args(state: CachedRequestState) -> dict[str, Any] | None:
-    params = state.sampling_params
-    return None if params is None else params.extra_args
 
 
 def _remaining_tokens(state: CachedRequestState) -> int:

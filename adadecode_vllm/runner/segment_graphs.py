@@ -332,11 +332,16 @@ class GraphedSteps:
         return answer[:, 0].astype(np.int64), answer[:, 1].astype(np.float32)
 
     def ahead(
-        self, subset: TokenSubset, states: np.ndarray, token_ids: np.ndarray
-    ) -> None:
-        """Run segment 0 of the last early predictions; see the protocol."""
+        self,
+        segment: int,
+        subset: TokenSubset,
+        states: np.ndarray,
+        token_ids: np.ndarray,
+    ) -> torch.Tensor:
+        """Run a step of the next forward; see the protocol."""
         with self._measure("steps ahead"):
-            self._resume(0, subset, states, token_ids)
+            self._resume(segment, subset, states, token_ids if segment == 0 else None)
+        return self._buffers.normed[: len(states)]
 
     def resume(
         self,

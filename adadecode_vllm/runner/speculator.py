@@ -92,7 +92,6 @@ class AdaDecodeSpeculator(BaseSpeculator):
         self._async = bool(vllm_config.scheduler_config.async_scheduling)
         self._states = req_states
         self._stops: dict[str, frozenset[int]] = {}
-        self._extra_args: dict[str, dict[str, Any]] = {}
         # Verified tokens with KV, by row: exact, where vLLM's host copy is an upper
         # bound under asynchronous scheduling.
         self._computed = np.zeros(req_states.max_num_reqs, np.int64)
@@ -220,7 +219,6 @@ class AdaDecodeSpeculator(BaseSpeculator):
         for request_id in gone | self._new:
             self.drafts.pop(request_id, None)
             self._stops.pop(request_id, None)
-            self._extra_args.pop(request_id, None)
         self.adadecode.forget(gone)
 
         self._empty = {}
@@ -241,8 +239,7 @@ class AdaDecodeSpeculator(BaseSpeculator):
             self._computed[row] = request.num_computed_tokens
             params = request.sampling_params
             self._stops[request.req_id] = stop_token_ids(params)
-            if params is not None and params.extra_args:
-                self._extra_args[request.req_id] = params.extra_args
+            self.adadecode.settings.admit(request.req_id, params)
 
     def may_resume(self, scheduler_output: SchedulerOutput) -> bool:
         """Whether the step has a request with pending tokens."""
@@ -363,13 +360,7 @@ class AdaDecodeSpeculator(BaseSpeculator):
         if drafted is None:
             drafted = np.zeros(num_reqs, np.int64)
         reached = self._computed[rows] + input_batch.num_scheduled_tokens
-        # Most steps have no request that asks for anything.
-        options = None
-        if self._extra_args:  # most steps have no request that asks for anything
-            options = self.adadecode.settings.options(
-                (request_id, self._extra_args.get(request_id))
-                for request_id in input_batch.req_ids
-            )
+        options = self.adadecode.settings.options(input_batch.req_ids)
         most = self._draft_tokens.shape[1]
         if num_speculative_tokens is not None:
             most = min(most, num_speculative_tokens)
@@ -432,6 +423,7 @@ class AdaDecodeSpeculator(BaseSpeculator):
                     for request_id in request_ids
                 ],
                 room=owned_slots - positions,
+                alone=len(active) == input_batch.num_reqs,
                 thresholds=self.adadecode.settings.thresholds(
                     options and [options[index] for index in active]
                 ),

@@ -53,7 +53,7 @@ class StepBuffers:
             runner: The model runner, with its KV cache.
             pending: The pending tokens' states.
             max_tokens: T, at least N = ``max_num_seqs``.
-            num_segments: K + 1, the most steps between two answers to the host.
+            num_segments: K + 1, the most steps of a forward.
         """
         device, requests = runner.device, runner.max_num_reqs
         self.runner = runner
@@ -66,10 +66,11 @@ class StepBuffers:
         )
         size = int(self._bounds[-1])
         # The host writes a step's inputs while the copies of earlier ones may still
-        # be under way; it waits for the device at least once a forward.
+        # be under way. Between two waits it sends at most a forward that runs ahead and
+        # one beside it.
         self._hosts = [
             torch.zeros(size, dtype=torch.int64, pin_memory=device.type == "cuda")
-            for _ in range(num_segments + 1)
+            for _ in range(2 * num_segments + 1)
         ]
         self._arrays = [self._split(host.numpy()) for host in self._hosts]
         self._next = 0

@@ -97,6 +97,8 @@ class AdaDecodeCPUModelRunner(CPUModelRunner):
         self.step += 1
         self._scheduled = scheduler_output
         self.adadecode.forget(scheduler_output.finished_req_ids)
+        for request in scheduler_output.scheduled_new_reqs:
+            self.adadecode.settings.admit(request.req_id, request.sampling_params)
         return super().execute_model(scheduler_output, intermediate_tensors)
 
     def _model_forward(

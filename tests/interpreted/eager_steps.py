@@ -28,7 +28,8 @@ class EagerSteps:
     Attributes:
         drafted: Draft steps by number of tokens a request, one or several.
         resumed: Steps of resumed forwards.
-        ran_ahead: Early predictions that ran before the step that verifies them.
+        ran_ahead: Tokens that ran the last segment, or another one, before the step
+            that verifies them.
     """
 
     def __init__(self, runner: Any) -> None:
@@ -50,7 +51,7 @@ class EagerSteps:
         self.max_tokens = MAX_TOKENS
         self.drafted = {"one": 0, "several": 0}
         self.resumed = 0
-        self.ran_ahead = 0
+        self.ran_ahead = {"whole": 0, "parts": 0}
 
     def draft(
         self,
@@ -71,11 +72,22 @@ class EagerSteps:
         return answer[:, 0].astype(np.int64), answer[:, 1].astype(np.float32)
 
     def ahead(
-        self, subset: TokenSubset, states: np.ndarray, token_ids: np.ndarray
-    ) -> None:
-        """Run segment 0 of the last early predictions."""
-        self.ran_ahead += len(states)
-        self._run(StepKind(0, False, self._window), subset, states, token_ids)
+        self,
+        segment: int,
+        subset: TokenSubset,
+        states: np.ndarray,
+        token_ids: np.ndarray,
+    ) -> torch.Tensor:
+        """Run a segment of the next forward."""
+        last = segment == self._steps.executor.num_segments - 1
+        self.ran_ahead["whole" if last else "parts"] += len(states)
+        self._run(
+            StepKind(segment, False, self._window),
+            subset,
+            states,
+            token_ids if segment == 0 else None,
+        )
+        return self._buffers.normed[: len(states)]
 
     def resume(
         self,

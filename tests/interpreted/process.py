@@ -134,7 +134,8 @@ class _Calls:
         return {
             **steps.drafted,
             "resumed": steps.resumed,
-            "ahead": steps.ran_ahead,
+            "ahead": steps.ran_ahead["parts"],
+            "finished": steps.ran_ahead["whole"],
         }
 
     def configure(self, **options: Any) -> None:

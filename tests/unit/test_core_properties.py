@@ -204,7 +204,8 @@ def test_whole_steps_are_used() -> None:
     assert steps is not None
     assert steps.drafted > 0
     assert steps.resumed > 0
-    assert steps.ran_ahead > 0
+    # The first segment runs ahead more often than a whole forward.
+    assert steps.ran_ahead[0] > steps.ran_ahead[1] > 0
 
 
 def test_without_mishaps_right_drafts_save_forwards() -> None:

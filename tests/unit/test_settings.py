@@ -9,13 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from vllm import SamplingParams
 
 from adadecode_vllm.config import AdaDecodeConfig, parse_config
 from adadecode_vllm.core.settings import Settings, exit_thresholds
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.heads import ExitHeadsConfig, load_heads_config
 from adadecode_vllm.heads.config import ExitCalibration
-from adadecode_vllm.request_options import ENGINES, RequestOptions
+from adadecode_vllm.request_options import (
+    ENGINES,
+    NOTHING,
+    RequestOptions,
+    most_early_predictions,
+)
 from tests.harness import HEADS
 
 EXITS = [2, 4, 8]
@@ -73,19 +79,49 @@ def test_thresholds_of_a_mixed_batch() -> None:
 
 def test_options_are_forgotten_with_the_request() -> None:
     running = settings()
-    asks = {"adadecode_threshold": 0.5}
-    assert running.options([("a", None), ("b", {})]) is None
-    first = running.options([("a", asks), ("b", None)])
-    assert first is not None
-    assert first[0].threshold == 0.5
-    assert first[1] is ENGINES
-    again = running.options([("b", None), ("a", asks)])
-    assert again is not None
-    assert again[1] is first[0]
+    running.admit("a", None)
+    running.admit("b", SamplingParams(extra_args={"other": 1}))
+    assert running.options(["a", "b"]) == [NOTHING, ENGINES]
+    running.admit("a", SamplingParams(extra_args={"adadecode_threshold": 0.5}))
+    found = running.options(["b", "a"])
+    assert found is not None
+    assert found[0] is ENGINES
+    assert found[1].threshold == 0.5
     running.forget({"a"})
-    assert running._options == {}
+    assert running.options(["a", "b"]) is None
     # A front door without the plugin may let anything in.
-    assert running.options([("b", {"adadecode_threshold": 9})]) == [ENGINES]
+    running.admit("b", SamplingParams(extra_args={"adadecode_threshold": 9}))
+    assert running.options(["b"]) is None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"min_p": 0.1},
+        {"logit_bias": {3: 1.0}},
+        {"logprobs": 1, "logprob_token_ids": [3]},
+        {"thinking_token_budget": 4},
+    ],
+)
+def test_what_vllm_cannot_verify_gets_no_drafts(options: dict[str, Any]) -> None:
+    params = SamplingParams(**options, extra_args={"adadecode_threshold": 0.1})
+    running = settings()
+    running.admit("a", params)
+    assert running.options(["a", "b"]) == [NOTHING, ENGINES]
+    assert most_early_predictions(params, config()) == 0
+
+
+def test_most_early_predictions_of_a_request() -> None:
+    def most(**asked: Any) -> int:
+        extra_args = {f"adadecode_{name}": value for name, value in asked.items()}
+        params = SamplingParams(extra_args=extra_args)
+        return most_early_predictions(params, config(threshold=1.0))
+
+    cap = config().max_early_predictions
+    assert most() == most(threshold=0.5) == cap
+    assert most(max_early_predictions=2) == 2
+    assert most(enabled=False) == most(threshold=1) == 0
+    assert most(max_early_predictions=0) == 0
 
 
 def test_nothing_is_read_from_heads_that_are_gone(tmp_path: Path) -> None:

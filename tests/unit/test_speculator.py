@@ -28,7 +28,11 @@ def make_speculator(*, ahead: bool = True) -> AdaDecodeSpeculator:
         req_id_to_index={"a": 2, "b": 0, "c": 1},
     )
     speculator = AdaDecodeSpeculator(config, torch.device("cpu"), states)
-    adadecode: Any = SimpleNamespace(ledger=Ledger(), forget=lambda request_ids: None)
+    adadecode: Any = SimpleNamespace(
+        ledger=Ledger(),
+        forget=lambda request_ids: None,
+        settings=SimpleNamespace(admit=lambda request_id, params: None),
+    )
     speculator.adadecode = adadecode
     return speculator
 
