@@ -54,6 +54,9 @@ class Meter:
 
     The lines for a log file are written by a thread of their own: they come also while
     nothing finishes.
+
+    Attributes:
+        note: What else is to be said of the task.
     """
 
     def __init__(self, shown: bool = True) -> None:
@@ -63,6 +66,7 @@ class Meter:
             shown: False for a meter that says nothing, as in the other processes of
                 a training.
         """
+        self.note = ""
         self._shown = shown
         self._task: _Task | None = None
         self._bar: Any = None
@@ -97,6 +101,7 @@ class Meter:
                 second and what follows from them.
         """
         self._finish()
+        self.note = ""
         self._task = _Task(what, unit, total, done, describe)
         if self._shown and not sys.stderr.isatty() and self._lines is None:
             self._lines = threading.Thread(target=self._write_lines, daemon=True)
@@ -110,9 +115,12 @@ class Meter:
         if self._shown and sys.stderr.isatty():
             # Not earlier: what the task starts with may write a log of its own.
             if self._bar is None:
-                self._bar = _make_bar(task)
+                self._bar = _make_bar(task, lambda: self._described(task))
                 self._bar.start()
             self._bar.update(0, completed=task.done)
+
+    def _described(self, task: _Task) -> str:
+        return ", ".join(part for part in (task.describe(), self.note) if part)
 
     def _finish(self) -> None:
         """Leave the last state of the task on the screen."""
@@ -132,7 +140,8 @@ class Meter:
         if task is None:
             return
         with suppress(OSError, ValueError):  # nobody reads it any more, or it is closed
-            sys.stderr.write(task.line() + "\n")
+            line = f"{task.so_far()}, {self._described(task)}".rstrip(", ")
+            sys.stderr.write(f"{line}\n")
             sys.stderr.flush()
 
 
@@ -160,12 +169,11 @@ class _Task:
         self.advanced = True
         self._rate.see(self.done)
 
-    def line(self) -> str:
-        """The task in one line."""
+    def so_far(self) -> str:
+        """What is done, and for how long."""
         of = "" if self.total is None else f" of {self.total:,}"
         passed = duration(time.monotonic() - self._began)
-        parts = [f"{self.done:,}{of} {self.unit} after {passed}", self.describe()]
-        return f"{self.what}: {', '.join(part for part in parts if part)}"
+        return f"{self.what}: {self.done:,}{of} {self.unit} after {passed}"
 
     def _describe(self) -> str:
         rate = self._rate.per_second
@@ -191,7 +199,7 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def _make_bar(task: _Task) -> Any:
+def _make_bar(task: _Task, describe: Callable[[], str]) -> Any:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -205,7 +213,7 @@ def _make_bar(task: _Task) -> Any:
 
     class Described(ProgressColumn):
         def render(self, _task: Task) -> Text:
-            return Text(task.describe())
+            return Text(describe())
 
     bar = Progress(
         TextColumn(f"{task.what}, {task.unit}"),

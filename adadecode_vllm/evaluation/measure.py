@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +80,7 @@ def measure(
     *,
     chunk_tokens: int = 512,
     batch: int = 32,
+    advance: Callable[[int], None] = lambda texts: None,
 ) -> dict[int, ExitMeasure]:
     """Compare every exit with the final layer on all tokens of a source.
 
@@ -89,6 +90,7 @@ def measure(
         lm_head: (V, d).
         chunk_tokens: Tokens whose distributions are in memory at a time.
         batch: Texts read at a time.
+        advance: Called with how many further texts were measured.
 
     Returns:
         By exit, what was found.
@@ -116,6 +118,7 @@ def measure(
                         kl,
                     )
                 )
+        advance(len(indices))
     measures = {}
     for layer, rows in parts.items():
         columns = [

@@ -65,10 +65,31 @@ def save_heads(
     directory.mkdir(parents=True, exist_ok=True)
     files = [directory / WEIGHTS_FILE, directory / CONFIG_FILE]
     with writing_together(files) as (new_weights, new_config):
-        save_file(tensors, new_weights, metadata={"format": "pt"})
+        save_tensors(new_weights, tensors, {"format": "pt"})
         # Without what is not set: earlier versions refuse keys that they do not know.
         text = config.model_dump_json(indent=2, exclude_none=True)
         new_config.write_text(text + "\n", encoding="utf-8")
+
+
+def save_tensors(
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file.
+
+    Args:
+        path: The file.
+        tensors: Its tensors, by name.
+        metadata: Goes into its header.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    try:
+        save_file(dict(tensors), path, None if metadata is None else dict(metadata))
+    except SafetensorError as error:  # also where the disk is full
+        raise OSError(str(error)) from error
 
 
 def load_exit_weights(

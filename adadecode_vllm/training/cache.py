@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -16,13 +17,14 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from adadecode_vllm.errors import AdaDecodeError
-from adadecode_vllm.files import write_whole
+from adadecode_vllm.files import without_temporary, write_whole
 from adadecode_vllm.training.teacher import Teacher, split_by_tokens
 from adadecode_vllm.training.texts import Text, texts_fingerprint
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+_SHARD_NAME = re.compile(r"states-\d{5,}\.bin")
 SHARD_BYTES = 1 << 30
 
 
@@ -209,6 +211,8 @@ def cached_states(
     fingerprint: str,
     live: LiveStates,
     progress: Callable[[int], None] = lambda tokens: None,
+    *,
+    own: bool = False,
 ) -> CachedStates:
     """Open the cache, writing it first where it is missing.
 
@@ -220,6 +224,8 @@ def cached_states(
         fingerprint: Hash of the model's weights.
         live: Computes the states.
         progress: Called with the number of states written since the last call.
+        own: Whether the directory is a run's own, so that what does not fit is
+            written anew.
 
     Returns:
         The states.
@@ -228,14 +234,27 @@ def cached_states(
         AdaDecodeError: If the directory holds something else or the disk is too small.
     """
     key = cache_key(teacher, fingerprint, live.texts, live.layers)
-    manifest = _read_manifest(directory)
-    if manifest is None:
+    try:
+        manifest = _read_manifest(directory)
+        if manifest is not None:
+            if manifest.key != key:
+                raise AdaDecodeError(
+                    f"--cache-dir {directory}: it holds the states of another model, "
+                    "other text or other exit layers; give another directory or delete "
+                    "it"
+                )
+            return CachedStates(directory, manifest, teacher.device)
+    except AdaDecodeError:
+        if not own:
+            raise
+    try:
         manifest = _write(directory, teacher, key, live, progress)
-    elif manifest.key != key:
+    except OSError as error:
         raise AdaDecodeError(
-            f"--cache-dir {directory}: it holds the states of another model, other "
-            "text or other exit layers; give another directory or delete it"
-        )
+            f"--cache-dir {directory}: writing failed ({error.strerror or error}); "
+            "name another directory, or pass --no-cache to compute the states in every "
+            "epoch"
+        ) from error
     return CachedStates(directory, manifest, teacher.device)
 
 
@@ -321,7 +340,8 @@ class _ShardWriter:
                 self.close()
                 self._number += 1
                 path = _shard_path(self._directory, self._number)
-                self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+                # Never through a link that somebody put there.
+                self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
                 self._room = self._shard_tokens
             assert self._file is not None
             part = rows[: self._room].contiguous()
@@ -349,6 +369,5 @@ def _shard_path(directory: Path, number: int) -> Path:
 
 
 def _is_ours(path: Path) -> bool:
-    return path.name.startswith(MANIFEST) or (
-        path.name.startswith("states-") and path.suffix == ".bin"
-    )
+    name = without_temporary(path.name)
+    return name == MANIFEST or _SHARD_NAME.fullmatch(name) is not None

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import logging
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.progress import Meter
 
 if TYPE_CHECKING:
     from adadecode_vllm.training.run import Reporter
@@ -82,7 +84,11 @@ def train_command(
         int, typer.Option(help="Cap that automatic exits are chosen for.")
     ] = 5,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Start again where OUT holds heads.")
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace heads in OUT, once the new ones are trained.",
+        ),
     ] = False,
 ) -> None:
     """Train exit heads for a frozen model; an interrupted run is continued."""
@@ -104,24 +110,32 @@ def train_command(
         pass_tokens=pass_tokens,
     )
     try:
-        from accelerate import Accelerator
+        from accelerate import Accelerator, InitProcessGroupKwargs
     except ImportError as error:
         raise AdaDecodeError(
             "adadecode train: accelerate is not installed; install the extra `train`, "
             "as in pip install 'adadecode-vllm[train]'"
         ) from error
+    from adadecode_vllm.training.output import check_training_output
     from adadecode_vllm.training.run import RunOptions, train_heads
     from adadecode_vllm.training.teacher import Teacher, resolve_dtype
+    from adadecode_vllm.training.together import all_or_none
 
     logging.basicConfig(level=logging.WARNING)
-    processes = Accelerator()
-    teacher = Teacher.load(
-        model, resolve_dtype(dtype, processes.device), processes.device, attn
-    )
+    # The others wait while the main process writes states, which may take hours.
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
+    processes = Accelerator(kwargs_handlers=[patience])
+
+    def load() -> Teacher:
+        check_training_output(output, overwrite=overwrite)  # before the model's minutes
+        name = resolve_dtype(dtype, processes.device)
+        return Teacher.load(model, name, processes.device, attn)
+
+    teacher = all_or_none(processes, load)
     options = RunOptions(
         output, cache, cache_dir, overwrite, threshold, max_early_predictions
     )
-    with _Display(output, processes.is_main_process) as display:
+    with _Display(processes.is_main_process) as display:
         record = train_heads(
             teacher, data, layers, settings, options, processes, display.reporter()
         )
@@ -150,20 +164,18 @@ def _settings(preset: str, **given: Any) -> TrainSettings:
 
 
 class _Display:
-    """Progress bars in the terminal and curves for TensorBoard."""
+    """Progress on stderr and curves for TensorBoard."""
 
-    def __init__(self, output: Path, enabled: bool) -> None:
+    def __init__(self, enabled: bool) -> None:
         self.enabled = enabled
-        self._output = output
-        self._bar: Any = None
+        self._meter = Meter(enabled)
         self._writer: Any = None
 
     def __enter__(self) -> _Display:
         return self
 
-    def __exit__(self, *_exception: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+    def __exit__(self, *exception: object) -> None:
+        self._meter.__exit__(*exception)
         if self._writer is not None:
             self._writer.close()
 
@@ -176,37 +188,26 @@ class _Display:
         return Reporter(
             say=typer.echo,
             choices=_print_choices,
-            states=self._states,
-            steps=self._steps,
+            begin=self._begin,
+            start=self._meter.start,
+            advance=self._meter.advance,
             step=self._step,
             epoch=self._epoch,
         )
 
-    def _new_bar(self, **options: Any) -> None:
-        from tqdm import tqdm
-
-        if self._bar is not None:
-            self._bar.close()
-        self._bar = tqdm(**options)
-
-    def _states(self, count: int) -> None:
-        if self._bar is None:
-            self._new_bar(desc="states", unit=" tokens", unit_scale=True)
-        self._bar.update(count)
-
-    def _steps(self, count: int) -> None:
-        self._new_bar(desc="training", unit=" steps", total=count)
+    def _begin(self, directory: Path) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             typer.echo("TensorBoard is not installed: no curves are written for it")
         else:
-            self._writer = SummaryWriter(str(self._output / "run" / "tensorboard"))
+            from adadecode_vllm.training.output import CURVES_DIRECTORY
+
+            self._writer = SummaryWriter(str(directory / CURVES_DIRECTORY))
 
     def _step(self, record: dict[str, Any]) -> None:
-        self._bar.update(1)
         mean = sum(record["loss"].values()) / len(record["loss"])
-        self._bar.set_postfix(loss=f"{mean:.4f}", epoch=record["epoch"], refresh=False)
+        self._meter.note = f"epoch {record['epoch']}, loss {mean:.4f}"
         self._write("training", record, record["step"], ("loss",))
         if self._writer is not None:
             self._writer.add_scalar(

@@ -9,8 +9,8 @@ cost formula on held-out text.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
@@ -66,6 +66,8 @@ def choose_exits(
     most_exits: int = 3,
     probe_tokens: int = 8192,
     pass_tokens: int = 1024,
+    start: Callable[[int], None] = lambda total: None,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> list[Choice]:
     """Compare sets of exit layers.
 
@@ -78,6 +80,8 @@ def choose_exits(
         most_exits: Largest size of a set.
         probe_tokens: Most tokens of either kind of text.
         pass_tokens: Most tokens of one pass of the model.
+        start: Called at the beginning with the number of sets to compare.
+        advance: Called with how many further ones were compared.
 
     Returns:
         The sets that were compared, the fastest first.
@@ -91,6 +95,10 @@ def choose_exits(
             "share above 0, or name the layers"
         )
     layers = list(range(1, teacher.num_layers))
+    count = sum(math.comb(len(layers), size) for size in range(1, most_exits + 1))
+    grown_only = count > _MOST_SETS
+    sizes = range(min(most_exits, len(layers)))
+    start(sum(len(layers) - size for size in sizes) if grown_only else count)
     fit_on = _first_tokens(training, probe_tokens)
     compare_on = _first_tokens(held_out, probe_tokens)
     weights = _ridge_heads(teacher, fit_on, layers, pass_tokens)
@@ -105,6 +113,7 @@ def choose_exits(
             Counters(exits, teacher.num_layers),
             max_early_predictions,
         )
+        advance(1)
         return Choice(
             exits,
             cost.speedup(counters),
@@ -113,8 +122,7 @@ def choose_exits(
             counters.coverage,
         )
 
-    count = sum(math.comb(len(layers), size) for size in range(1, most_exits + 1))
-    if count <= _MOST_SETS:
+    if not grown_only:
         rated = [
             rate(exits)
             for size in range(1, most_exits + 1)
@@ -134,13 +142,14 @@ def choose_exits(
 
 
 def _first_tokens(texts: Sequence[Text], most: int) -> list[Text]:
+    """The first texts, the last of them cut: one alone may be as long as a book."""
     chosen: list[Text] = []
-    tokens = 0
+    left = most
     for text in texts:
-        if tokens >= most:
+        if left <= 0:
             break
-        chosen.append(text)
-        tokens += text.used
+        chosen.append(replace(text, token_ids=text.token_ids[: text.first + 1 + left]))
+        left -= text.used
     return chosen
 
 

@@ -4,31 +4,27 @@
 from __future__ import annotations
 
 import json
-import logging
 import platform
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.evaluation.measure import fit_calibration, measure
-from adadecode_vllm.files import write_whole
+from adadecode_vllm.files import write_whole, writing
 from adadecode_vllm.heads.config import (
-    CONFIG_FILE,
     ExitCalibration,
     ExitHeadsConfig,
     exit_layers_problem,
 )
 from adadecode_vllm.heads.fingerprint import lm_head_fingerprint
 from adadecode_vllm.heads.hub import save_pretrained
+from adadecode_vllm.heads.io import save_tensors
 from adadecode_vllm.provenance import git_commit, package_versions
 from adadecode_vllm.training.cache import (
     LiveStates,
@@ -37,6 +33,18 @@ from adadecode_vllm.training.cache import (
     cached_states,
 )
 from adadecode_vllm.training.draft_vocabulary import count_tokens, rank_tokens
+from adadecode_vllm.training.output import (
+    CACHE_DIRECTORY,
+    CHECKPOINT_FILE,
+    FULL_HEADS_FILE,
+    HISTORY_FILE,
+    RUN_DIRECTORY,
+    RUN_FILE,
+    begin,
+    check_training_output,
+    choose_run_directory,
+    finish,
+)
 from adadecode_vllm.training.probe import Choice, choose_exits
 from adadecode_vllm.training.settings import TrainSettings
 from adadecode_vllm.training.teacher import Teacher
@@ -47,15 +55,18 @@ from adadecode_vllm.training.texts import (
     split_held_out,
     texts_fingerprint,
 )
+from adadecode_vllm.training.together import all_or_none, in_main, main_first
 from adadecode_vllm.training.trainer import Trainer
 
-logger = logging.getLogger(__name__)
+__all__ = [
+    "FULL_HEADS_FILE",
+    "RUN_DIRECTORY",
+    "Reporter",
+    "RunOptions",
+    "heads_config",
+    "train_heads",
+]
 
-RUN_DIRECTORY = "run"
-HISTORY_FILE = "history.json"
-RUN_FILE = "run.yaml"
-FULL_HEADS_FILE = "full_heads.safetensors"
-_CHECKPOINT = "checkpoint.safetensors"
 _PACKAGES = ("adadecode-vllm", "torch", "transformers", "accelerate", "safetensors")
 
 
@@ -67,7 +78,8 @@ class RunOptions:
         output: The heads directory; run files go to its ``run/``.
         cache: Whether to keep states on disk.
         cache_directory: Where; None for ``run/cache``, which is deleted at the end.
-        overwrite: Start again where heads or an unfinished run are.
+        overwrite: Replace heads, or an unfinished run of another kind, once the new
+            heads are trained.
         threshold: The gate that ``auto`` exits are chosen for.
         max_early_predictions: The cap that they are chosen for.
     """
@@ -87,16 +99,19 @@ class Reporter:
     Attributes:
         say: Called with sentences.
         choices: Called with the table behind automatic exit layers.
-        states: Called with the number of states computed since the last call.
-        steps: Called with the number of all steps before the first.
+        begin: Called with the directory that the run works in.
+        start: Called when something begins that takes long, with what it is, what is
+            counted, and how many there are.
+        advance: Called with how many further ones are done.
         step: Called with each step's record.
         epoch: Called with each epoch's held-out record.
     """
 
     say: Callable[[str], None] = lambda sentence: None
     choices: Callable[[list[Choice]], None] = lambda choices: None
-    states: Callable[[int], None] = lambda count: None
-    steps: Callable[[int], None] = lambda count: None
+    begin: Callable[[Path], None] = lambda directory: None
+    start: Callable[[str, str, int], None] = lambda what, unit, total: None
+    advance: Callable[[int], None] = lambda count: None
     step: Callable[[dict[str, Any]], None] = lambda record: None
     epoch: Callable[[dict[str, Any]], None] = lambda record: None
 
@@ -128,25 +143,30 @@ def train_heads(
         AdaDecodeError: If something of the user's cannot be used.
     """
     started = time.perf_counter()
-    run_directory = options.output / RUN_DIRECTORY
-    if processes.is_main_process:
-        _prepare_output(options, run_directory)
-    processes.wait_for_everyone()
 
-    texts = load_texts(data, teacher, settings.max_length)
+    def read() -> list[Text]:
+        check_training_output(options.output, overwrite=options.overwrite)
+        return load_texts(data, teacher, settings.max_length)
+
+    texts = all_or_none(processes, read)
     training, held_out = split_held_out(texts, settings.held_out, settings.seed)
     reporter.say(
         f"{len(training)} texts to train on with {_used(training)} tokens to predict, "
         f"{len(held_out)} held out with {_used(held_out)}"
     )
     if exit_layers is None:
-        choices = choose_exits(
-            teacher,
-            training,
-            held_out,
-            threshold=options.threshold,
-            max_early_predictions=options.max_early_predictions,
-            pass_tokens=settings.pass_tokens,
+        choices = all_or_none(
+            processes,
+            lambda: choose_exits(
+                teacher,
+                training,
+                held_out,
+                threshold=options.threshold,
+                max_early_predictions=options.max_early_predictions,
+                pass_tokens=settings.pass_tokens,
+                start=lambda total: reporter.start("choosing exits", "sets", total),
+                advance=reporter.advance,
+            ),
         )
         reporter.choices(choices)
         exit_layers = choices[0].exit_layers
@@ -155,35 +175,54 @@ def train_heads(
 
     weights_key = model_fingerprint(teacher)
     data_key = texts_fingerprint(texts)
+    key = settings.digest(weights_key, data_key, repr(list(exit_layers)))
+    # Everything has been read: from here on there is something to write.
+    directory = all_or_none(
+        processes,
+        lambda: choose_run_directory(options.output, key, overwrite=options.overwrite),
+    )
+    in_main(processes, lambda: _to_disk(options.output, lambda: begin(directory, key)))
+    reporter.begin(directory)
     layers = [*exit_layers, teacher.num_layers]
-    with _sources(
+    training_states, held_out_states = _sources(
         teacher, [training, held_out], layers, weights_key, settings, options,
-        processes, reporter,
-    ) as (training_states, held_out_states):  # fmt: skip
-        prepared = time.perf_counter()
-        trainer = Trainer(
-            exit_layers,
-            teacher.lm_head,
-            training_states,
-            held_out_states if held_out else None,
-            settings,
+        directory, processes, reporter,
+    )  # fmt: skip
+    prepared = time.perf_counter()
+    trainer = Trainer(
+        exit_layers,
+        teacher.lm_head,
+        training_states,
+        held_out_states if held_out else None,
+        settings,
+        processes,
+    )
+    checkpoint = directory / CHECKPOINT_FILE
+    if all_or_none(processes, checkpoint.exists):
+        all_or_none(processes, lambda: trainer.load_checkpoint(checkpoint, key))
+        reporter.say(f"Continuing after epoch {trainer.progress.epoch}")
+    reporter.start("training", "steps", trainer.total_steps - trainer.progress.step)
+
+    def save_checkpoint() -> None:
+        _to_disk(options.output, lambda: trainer.save_checkpoint(checkpoint, key))
+
+    def step(record: dict[str, Any]) -> None:
+        reporter.step(record)
+        reporter.advance(1)
+
+    weights = trainer.run(
+        checkpoint=lambda: in_main(processes, save_checkpoint),
+        on_step=step,
+        on_epoch=reporter.epoch,
+    )
+    trained = time.perf_counter()
+    calibration = None
+    if held_out:
+        reporter.start("calibrating", "texts", len(held_out))
+        calibration = all_or_none(
             processes,
+            lambda: _calibrate(teacher, weights, held_out_states, settings, reporter),
         )
-        key = settings.digest(weights_key, data_key, repr(list(exit_layers)))
-        checkpoint = run_directory / _CHECKPOINT
-        if checkpoint.exists():
-            trainer.load_checkpoint(checkpoint, key)
-            reporter.say(f"Continuing after epoch {trainer.progress.epoch}")
-        reporter.steps(trainer.total_steps - trainer.progress.step)
-        weights = trainer.run(
-            checkpoint=lambda: trainer.save_checkpoint(checkpoint, key),
-            on_step=reporter.step,
-            on_epoch=reporter.epoch,
-        )
-        trained = time.perf_counter()
-        calibration = None
-        if held_out:
-            calibration = _calibrate(teacher, weights, held_out_states, settings)
     record = {
         "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "commit": git_commit(Path(__file__).parent),
@@ -210,28 +249,26 @@ def train_heads(
             "training": round(trained - prepared, 1),
         },
     }
-    if processes.is_main_process:
-        _write_outputs(
-            teacher, weights, trainer, training, record, options.output, checkpoint
-        )
-    processes.wait_for_everyone()
+
+    def write() -> None:
+        _write_outputs(teacher, weights, trainer, training, record, options, directory)
+
+    in_main(processes, lambda: _to_disk(options.output, write))
     return record
 
 
-def _prepare_output(options: RunOptions, run_directory: Path) -> None:
-    finished = options.output / CONFIG_FILE
-    if options.overwrite:
-        finished.unlink(missing_ok=True)
-        shutil.rmtree(run_directory, ignore_errors=True)
-    elif finished.exists():
+def _to_disk(output: Path, write: Callable[[], None]) -> None:
+    """Let a failure to write be a sentence."""
+    try:
+        write()
+    except OSError as error:
         raise AdaDecodeError(
-            f"OUT {options.output}: it already holds heads; give another directory, or "
-            "pass --overwrite to train them anew"
-        )
-    run_directory.mkdir(parents=True, exist_ok=True)
+            f"OUT {output}: writing failed ({error.strerror or error}); make room or "
+            "mend the directory and run the command again; it goes on after its last "
+            "whole epoch"
+        ) from error
 
 
-@contextmanager
 def _sources(
     teacher: Teacher,
     texts: Sequence[list[Text]],
@@ -239,32 +276,30 @@ def _sources(
     weights_key: str,
     settings: TrainSettings,
     options: RunOptions,
+    directory: Path,
     processes: Any,
     reporter: Reporter,
-) -> Iterator[list[StateSource]]:
+) -> list[StateSource]:
     """States of several lists of texts, from the cache or computed when asked for."""
     live = [LiveStates(teacher, part, layers, settings.pass_tokens) for part in texts]
     if not options.cache:
-        yield list(live)
-        return
+        return list(live)
     own = options.cache_directory is None
-    root = options.cache_directory or options.output / RUN_DIRECTORY / "cache"
+    root = options.cache_directory or directory / CACHE_DIRECTORY
     size = sum(cache_bytes(teacher, part, layers) for part in texts)
     reporter.say(f"States of {len(layers)} layers: {_size(size)} in {root}")
-    names = ("training", "held_out")
-    sources: list[StateSource] = []
-    # The main process writes, the others then open what it wrote.
-    with processes.main_process_first():
-        for name, source in zip(names, live, strict=True):
-            sources.append(
-                cached_states(
-                    root / name, teacher, weights_key, source, reporter.states
-                )
+    reporter.start("states", "tokens", sum(map(_used, texts)))
+
+    def open_cache() -> list[StateSource]:
+        return [
+            cached_states(
+                root / name, teacher, weights_key, source, reporter.advance, own=own
             )
-    yield sources
-    processes.wait_for_everyone()
-    if own and processes.is_main_process:
-        shutil.rmtree(root)
+            for name, source in zip(("training", "held_out"), live, strict=True)
+        ]
+
+    # The main process writes, the others then open what it wrote.
+    return main_first(processes, open_cache)
 
 
 def _calibrate(
@@ -272,9 +307,14 @@ def _calibrate(
     weights: dict[int, torch.Tensor],
     source: StateSource,
     settings: TrainSettings,
+    reporter: Reporter,
 ) -> dict[str, dict[str, float]]:
     found = measure(
-        weights, source, teacher.lm_head, chunk_tokens=settings.chunk_tokens
+        weights,
+        source,
+        teacher.lm_head,
+        chunk_tokens=settings.chunk_tokens,
+        advance=reporter.advance,
     )
     table = {}
     for layer, exit_measure in found.items():
@@ -294,31 +334,30 @@ def _write_outputs(
     trainer: Trainer,
     training: Sequence[Text],
     record: dict[str, Any],
-    output: Path,
-    checkpoint: Path,
+    options: RunOptions,
+    directory: Path,
 ) -> None:
+    """Write all that was made, then let it take the place of what is in OUT."""
     import yaml
 
-    run_directory = output / RUN_DIRECTORY
     history = json.dumps(trainer.progress.history, indent=1) + "\n"
-    write_whole(run_directory / HISTORY_FILE, history.encode())
-    write_whole(
-        run_directory / RUN_FILE, yaml.safe_dump(record, sort_keys=False).encode()
-    )
+    write_whole(directory / HISTORY_FILE, history.encode())
+    write_whole(directory / RUN_FILE, yaml.safe_dump(record, sort_keys=False).encode())
     if trainer.settings.head == "full":
         tensors = {f"exit_heads.{k}.weight": v.cpu() for k, v in weights.items()}
-        save_file(tensors, run_directory / FULL_HEADS_FILE)
+        with writing(directory / FULL_HEADS_FILE) as temporary:
+            save_tensors(temporary, tensors)
     else:
         counts = count_tokens((text.answer for text in training), teacher.vocab_size)
         save_pretrained(
-            output,
+            options.output,
             weights,
             heads_config(teacher, record),
             draft_token_ids=rank_tokens(counts),
             architectures=teacher.model.config.architectures or (),
             training=record,
         )
-    checkpoint.unlink(missing_ok=True)
+    finish(options.output, directory)
 
 
 def heads_config(teacher: Teacher, record: dict[str, Any]) -> ExitHeadsConfig:

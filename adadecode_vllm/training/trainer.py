@@ -13,9 +13,11 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.files import writing
+from adadecode_vllm.heads.io import save_tensors
+from adadecode_vllm.training import together
 from adadecode_vllm.training.cache import StateSource
 from adadecode_vllm.training.objective import ExitLoss, evaluate
 from adadecode_vllm.training.settings import TrainSettings
@@ -25,12 +27,8 @@ logger = logging.getLogger(__name__)
 _ADAM = ("exp_avg", "exp_avg_sq")
 
 
-class Processes(Protocol):
+class Processes(together.Processes, Protocol):
     """The part of accelerate's ``Accelerator`` that the loop needs."""
-
-    process_index: int
-    num_processes: int
-    is_main_process: bool
 
     def reduce(self, tensor: torch.Tensor, reduction: str) -> torch.Tensor:
         """Sum a tensor over all processes."""
@@ -113,7 +111,7 @@ class Trainer:
         """Train from where :attr:`progress` stands to the end.
 
         Args:
-            checkpoint: Called after every epoch.
+            checkpoint: Called after every epoch, in every process.
             on_step: Called with each step's record.
             on_epoch: Called with each epoch's held-out record.
 
@@ -133,8 +131,7 @@ class Trainer:
             if self.held_out is not None and len(self.held_out):
                 record = self._validate()
                 on_epoch(record)
-            if self.processes.is_main_process:
-                checkpoint()
+            checkpoint()
         return self.best if progress.best_epoch else self.weights
 
     def _stalled(self) -> bool:
@@ -272,6 +269,9 @@ class Trainer:
         Args:
             path: A safetensors file; replaced in one step.
             run_key: What the run depends on; see :meth:`load_checkpoint`.
+
+        Raises:
+            OSError: The file cannot be written; what was there is still there.
         """
         tensors = {}
         for layer, weight in self.weights.items():
@@ -288,13 +288,9 @@ class Trainer:
             "best_epoch": str(progress.best_epoch),
             "history": json.dumps(progress.history),
         }
-        temporary = path.with_suffix(".tmp")
-        save_file(
-            {name: tensor.contiguous().cpu() for name, tensor in tensors.items()},
-            temporary,
-            metadata,
-        )
-        temporary.replace(path)
+        contiguous = {name: t.contiguous().cpu() for name, t in tensors.items()}
+        with writing(path) as temporary:
+            save_tensors(temporary, contiguous, metadata)
 
     def load_checkpoint(self, path: Path, run_key: str) -> None:
         """Continue a run; the weights end up bit for bit as without interruption.

@@ -1,0 +1,471 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`adadecode train` loses neither heads nor files nor epochs."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+
+from adadecode_vllm import progress as progress_module
+from adadecode_vllm.cli import main
+from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.heads import load_exit_weights, load_heads_config
+from adadecode_vllm.training import cache as cache_module
+from adadecode_vllm.training import trainer as trainer_module
+from adadecode_vllm.training.run import Reporter, RunOptions, train_heads
+from adadecode_vllm.training.settings import TrainSettings
+from adadecode_vllm.training.teacher import Teacher
+from tests.data_directory import write_rows
+from tests.harness import ROOT
+from tests.tiny import VOCAB_SIZE, save_tiny_llama
+
+TRAIN = ("--exit-layers", "1,2", "--epochs", "2", "--batch-size", "8")
+STEPS = 5  # of an epoch
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model")
+    save_tiny_llama(directory, max_position_embeddings=64)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def teacher(model: Path) -> Teacher:
+    return Teacher.load(str(model))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(count: int) -> list[int]:
+        return torch.randint(3, VOCAB_SIZE, (count,), generator=generator).tolist()
+
+    rows = [(draw(i % 4), draw(10 + i % 7)) for i in range(40)]
+    return write_rows(
+        tmp_path_factory.mktemp("data") / "d", rows, vocab_size=VOCAB_SIZE
+    )
+
+
+class Killed(BaseException):
+    pass
+
+
+def train(
+    teacher: Teacher,
+    data: Path,
+    output: Path,
+    *,
+    kill_at: int | None = None,
+    rate: float = 1e-2,
+    head: Any = "transform",
+    **options: Any,
+) -> list[int]:
+    """Train two epochs; return the steps that were made."""
+    steps: list[int] = []
+
+    def step(record: dict[str, Any]) -> None:
+        if record["step"] == kill_at:
+            raise Killed
+        steps.append(record["step"])
+
+    train_heads(
+        teacher,
+        [data],
+        [1, 2],
+        TrainSettings(
+            epochs=2, batch_size=8, held_out=0.1, learning_rate=rate, head=head
+        ),
+        RunOptions(output, **options),
+        Accelerator(cpu=True),
+        Reporter(step=step),
+    )
+    return steps
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
+
+
+def run(*argv: object) -> int:
+    with pytest.raises(SystemExit) as exit_:
+        main([str(argument) for argument in argv])
+    return int(exit_.value.code or 0)
+
+
+# Nothing is touched before everything has been read
+
+
+def test_heads_survive_data_that_is_not_there(
+    model: Path,
+    teacher: Teacher,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    heads = tmp_path / "heads"
+    train(teacher, data, heads)
+    before = content(heads)
+    for arguments, flag in (
+        (("--data", "/nonexistent"), "--data /nonexistent: the path does not exist"),
+        (("--data", data, "--exit-layers", "9"), "--exit-layers contains 9"),
+        (("--data", data, "--max-length", "65"), "--max-length 65: the model allows"),
+    ):
+        assert run("train", model, heads, *TRAIN, *arguments, "--overwrite") == 2
+        assert f"error: {flag}" in capsys.readouterr().err
+        assert content(heads) == before
+
+
+def models_directory(directory: Path) -> None:
+    save_tiny_llama(directory, max_position_embeddings=64)
+
+
+def notes(directory: Path) -> None:
+    directory.mkdir()
+    (directory / "README.md").write_text("mine")
+
+
+def results(directory: Path) -> None:
+    (directory / "run").mkdir(parents=True)
+    (directory / "run" / "results.csv").write_text("mine")
+
+
+def replacement(directory: Path) -> None:
+    (directory / "run.new").mkdir(parents=True)
+    (directory / "run.new" / "results.csv").write_text("mine")
+
+
+def a_file(directory: Path) -> None:
+    directory.write_text("mine")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (models_directory, "it holds config.json, but not that of exit heads; give"),
+        (notes, "it holds README.md but no heads; give a directory that is new"),
+        (results, "it holds run/results.csv, which no training wrote; give another"),
+        (replacement, "it holds run.new/results.csv, which no training wrote; give"),
+        (a_file, "the path is a file; give the name of a directory"),
+    ],
+)
+def test_other_directories_are_refused(
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    make: Callable[[Path], None],
+    reason: str,
+    overwrite: bool,
+) -> None:
+    output = tmp_path / "out"
+    make(output)
+    before = content(tmp_path)
+    flags = ["--overwrite"] * overwrite
+    assert run("train", model, output, "--data", data, *TRAIN, *flags) == 2
+    assert f"error: OUT {output}: {reason}" in capsys.readouterr().err
+    assert content(tmp_path) == before
+
+
+# Heads are replaced at the end, or not at all
+
+
+@pytest.mark.parametrize("kill_at", [1, STEPS, 2 * STEPS])
+def test_old_heads_stay_until_the_new_are_trained(
+    teacher: Teacher, data: Path, tmp_path: Path, kill_at: int
+) -> None:
+    output = tmp_path / "out"
+    train(teacher, data, output)
+    (output / "notes.md").write_text("mine")
+    before = content(output)
+    with pytest.raises(Killed):
+        train(teacher, data, output, rate=1e-3, overwrite=True, kill_at=kill_at)
+    assert before.items() <= content(output).items()
+    # The same command, --overwrite included, goes on after the last whole epoch.
+    steps = train(teacher, data, output, rate=1e-3, overwrite=True)
+    assert len(steps) == 2 * STEPS - (kill_at - 1) // STEPS * STEPS
+    record = yaml.safe_load((output / "run" / "run.yaml").read_text())
+    assert record["settings"]["learning_rate"] == 1e-3
+    train(teacher, data, tmp_path / "fresh", rate=1e-3)
+    fresh, replaced = content(tmp_path / "fresh"), content(output)
+    for name in ("config.json", "model.safetensors", "run/history.json"):
+        assert replaced[name] == fresh[name]
+    assert sorted(replaced) == sorted([*fresh, "notes.md"])
+
+
+def test_an_unfinished_run_of_another_kind_stays_until_then(
+    teacher: Teacher, data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(Killed):
+        train(teacher, data, tmp_path, kill_at=STEPS + 1)
+    with pytest.raises(Killed):
+        train(teacher, data, tmp_path, rate=1e-3, overwrite=True, kill_at=STEPS + 1)
+    # Both go on.
+    with pytest.raises(Killed):
+        train(teacher, data, tmp_path, kill_at=2 * STEPS)
+    assert len(train(teacher, data, tmp_path, rate=1e-3, overwrite=True)) == STEPS
+    assert not (tmp_path / "run.new").exists()
+    assert not (tmp_path / "run" / "checkpoint.safetensors").exists()
+
+
+def test_a_third_run_takes_the_place_of_the_second(
+    teacher: Teacher, data: Path, tmp_path: Path
+) -> None:
+    train(teacher, data, tmp_path)
+    with pytest.raises(Killed):
+        train(teacher, data, tmp_path, rate=1e-3, overwrite=True, kill_at=2 * STEPS)
+    assert len(train(teacher, data, tmp_path, rate=1e-4, overwrite=True)) == 2 * STEPS
+    record = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())
+    assert record["settings"]["learning_rate"] == 1e-4
+
+
+@pytest.mark.parametrize("renames", range(7))
+def test_the_end_may_be_interrupted_anywhere(
+    teacher: Teacher,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    renames: int,
+) -> None:
+    """Weights and configuration go and come, then the directory of the run."""
+    train(teacher, data, tmp_path)
+    calls = iter(range(100))
+
+    def interrupt(move: Callable[..., Any]) -> Callable[..., Any]:
+        def moved(source: Path, target: Path) -> Any:
+            # What happens within the new run's directory is none of the old one's.
+            ends = target.name == "run" or target.parent == tmp_path
+            if ends and next(calls) == renames:
+                raise Killed
+            return move(source, target)
+
+        return moved
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", interrupt(os.rename))
+        if renames < 6:
+            with pytest.raises(Killed):
+                train(teacher, data, tmp_path, rate=1e-3, overwrite=True)
+        else:
+            train(teacher, data, tmp_path, rate=1e-3, overwrite=True)
+    load_exit_weights(tmp_path, load_heads_config(tmp_path))  # the old or the new
+    steps = train(teacher, data, tmp_path, rate=1e-3, overwrite=True)
+    assert steps == ([] if renames < 6 else list(range(1, 2 * STEPS + 1)))
+    record = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())
+    assert record["settings"]["learning_rate"] == 1e-3
+    assert sorted(os.listdir(tmp_path)) == [
+        *("README.md", "config.json", "model.safetensors", "run")
+    ]
+
+
+def test_full_size_heads_are_not_overwritten(
+    teacher: Teacher, data: Path, tmp_path: Path
+) -> None:
+    train(teacher, data, tmp_path, head="full")
+    before = content(tmp_path)
+    with pytest.raises(AdaDecodeError, match=r"OUT .*already holds heads"):
+        train(teacher, data, tmp_path, head="full")
+    assert content(tmp_path) == before
+    train(teacher, data, tmp_path, head="full", overwrite=True)
+
+
+@pytest.mark.parametrize("failing", ["checkpoint", "outputs"])
+def test_a_full_disk_is_a_sentence_and_costs_nothing(
+    teacher: Teacher,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    failing: str,
+) -> None:
+    train(teacher, data, tmp_path)
+    before = content(tmp_path)
+
+    def full(*_arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        if failing == "checkpoint":
+            patch.setattr(trainer_module, "save_tensors", full)
+        else:
+            patch.setattr("adadecode_vllm.heads.io.save_tensors", full)
+        with pytest.raises(AdaDecodeError, match=r"OUT .*: writing failed \(No space"):
+            train(teacher, data, tmp_path, rate=1e-3, overwrite=True)
+    assert before.items() <= content(tmp_path).items()
+    steps = train(teacher, data, tmp_path, rate=1e-3, overwrite=True)
+    assert len(steps) == (2 * STEPS if failing == "checkpoint" else 0)
+
+
+def test_checkpoints_follow_no_link(
+    teacher: Teacher, data: Path, tmp_path: Path
+) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    run_directory = tmp_path / "out" / "run"
+    run_directory.mkdir(parents=True)
+    (run_directory / "checkpoint.tmp").symlink_to(precious)
+    with pytest.raises(Killed):
+        train(teacher, data, tmp_path / "out", kill_at=STEPS + 1)
+    assert precious.read_text() == "mine"
+
+
+# The cache
+
+
+def test_states_of_an_interrupted_run_are_used_again(
+    teacher: Teacher, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those of a run that is to replace heads, before its first epoch."""
+
+    def never(*_arguments: Any) -> Any:
+        raise AssertionError("the cache should have been used")
+
+    for options in ({}, {"overwrite": True, "rate": 1e-3}):
+        with pytest.raises(Killed):
+            train(teacher, data, tmp_path, kill_at=2, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(Teacher, "streams", never)
+            train(teacher, data, tmp_path, **options)
+
+
+def test_an_own_cache_that_does_not_fit_is_written_anew(
+    teacher: Teacher, data: Path, tmp_path: Path
+) -> None:
+    other = write_rows(tmp_path / "d", [([], [5] * 9)] * 20, vocab_size=VOCAB_SIZE)
+    output = tmp_path / "out"
+    with pytest.raises(Killed):
+        train(teacher, other, output, kill_at=1)
+    (output / "run" / "cache" / "held_out" / "states-00000.bin").write_bytes(b"")
+    with pytest.raises(Killed):
+        train(teacher, other, output, kill_at=1)
+    (output / "run" / "cache" / "training" / "manifest.json").write_text("{")
+    train(teacher, data, output)
+
+
+@pytest.mark.parametrize("name", ["states-notes.bin", "manifest.json.mine", "a.tmp-b"])
+def test_names_like_those_of_a_cache_are_left_alone(
+    teacher: Teacher, data: Path, tmp_path: Path, name: str
+) -> None:
+    directory = tmp_path / "cache" / "training"
+    directory.mkdir(parents=True)
+    (directory / name).write_text("mine")
+    with pytest.raises(AdaDecodeError, match=r"--cache-dir .*it holds other files"):
+        train(teacher, data, tmp_path / "out", cache_directory=tmp_path / "cache")
+    assert (directory / name).read_text() == "mine"
+
+
+def test_states_follow_no_link(
+    teacher: Teacher, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    directory = tmp_path / "cache" / "training"
+    free = cache_module.shutil.disk_usage
+
+    def plant(path: Path) -> Any:
+        """Somebody else puts a link there just before the file is made."""
+        (directory / "states-00000.bin").symlink_to(precious)
+        return free(path)
+
+    monkeypatch.setattr(cache_module.shutil, "disk_usage", plant)
+    with pytest.raises(AdaDecodeError, match=r"--cache-dir .*writing failed"):
+        train(teacher, data, tmp_path / "out", cache_directory=tmp_path / "cache")
+    assert precious.read_text() == "mine"
+
+
+# Progress
+
+
+def test_progress_without_a_terminal(
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(progress_module, "EVERY", 0.05)
+    arguments = ("--exit-layers", "auto", "--epochs", "2", "--batch-size", "8")
+    assert run("train", model, tmp_path, "--data", data, *arguments) == 0
+    err = capsys.readouterr().err
+    assert "\r" not in err
+    rate = r" after \d s, [\d,.e+]+"
+    for line in (
+        rf"choosing exits: 7 of 7 sets{rate} sets/s",
+        rf"states: \d+ of \d+ tokens{rate} tokens/s",
+        rf"training: 10 of 10 steps{rate} steps/s, epoch 2, loss \d\.\d+",
+        rf"calibrating: 2 of 2 texts{rate} texts/s",
+    ):
+        assert re.search(f"^{line}$", err, re.MULTILINE), err
+
+
+# Several processes
+
+
+def launch(*argv: str) -> list[subprocess.Popen[str]]:
+    """Start two processes that train together, with nobody who would end them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "adadecode_vllm.cli", "train", *argv],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+@pytest.mark.parametrize("what", ["output", "cache"])
+def test_a_failure_of_the_main_process_ends_all(
+    model: Path, data: Path, tmp_path: Path, what: str
+) -> None:
+    if what == "output":
+        (tmp_path / "notes.md").write_text("mine")
+        expected = f"error: OUT {tmp_path}: it holds notes.md but no heads; "
+        flags: list[str] = []
+    else:
+        # Only the main process writes there.
+        cache = tmp_path / "cache"
+        (cache / "held_out").mkdir(parents=True)
+        (cache / "held_out" / "thesis.txt").write_text("mine")
+        expected = f"error: --cache-dir {cache}/held_out: it holds other files"
+        flags = ["--cache-dir", str(cache)]
+    output = str(tmp_path if what == "output" else tmp_path / "out")
+    processes = launch(str(model), output, "--data", str(data), *TRAIN, *flags)
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 2, errors
+            assert expected in errors
+            assert "Traceback" not in errors
+    finally:
+        for process in processes:
+            process.kill()
