@@ -4,6 +4,7 @@
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -57,9 +58,10 @@ def writing_together(paths: Sequence[Path]) -> Iterator[list[Path]]:
         for path in paths:
             temporary.append(_create(path))
             stack.callback(temporary[-1].unlink, missing_ok=True)
+        modes = [stat.S_IMODE(path.stat().st_mode) for path in temporary]
         yield temporary
-        for path in temporary:
-            _sync(path)
+        for path, mode in zip(temporary, modes, strict=True):
+            _settle(path, mode)
         if len(paths) == 1:
             os.replace(temporary[0], paths[0])
         else:
@@ -141,10 +143,12 @@ def _create(path: Path) -> Path:
     return temporary
 
 
-def _sync(path: Path) -> None:
+def _settle(path: Path, mode: int) -> None:
     """Bring a file to the disk before it gets its name: a crash leaves none empty."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     try:
+        # safetensors puts a file in its place that nobody else may read.
+        os.fchmod(descriptor, mode)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -53,7 +53,7 @@ def check_training_output(output: Path, *, overwrite: bool) -> None:
     for run in runs:
         directory = output / run
         names = [p.name for p in directory.iterdir()] if directory.is_dir() else []
-        strange = [n for n in names if without_temporary(n) not in _CONTENT]
+        strange = [name for name in names if not _is_of_a_run(name)]
         if strange or (directory.exists() and not directory.is_dir()):
             what = f"{run}/{min(strange)}" if strange else f"a file {run}"
             raise AdaDecodeError(
@@ -164,6 +164,11 @@ def finish(output: Path, directory: Path) -> None:
         directory.rename(run)
         shutil.rmtree(old, ignore_errors=True)
     (run / CHECKPOINT_FILE).unlink(missing_ok=True)
+
+
+def _is_of_a_run(name: str) -> bool:
+    """Whether a training writes files of a name, or safetensors while it saves one."""
+    return name.startswith(".tmp") or without_temporary(name) in _CONTENT
 
 
 def _is_finished(output: Path) -> bool:

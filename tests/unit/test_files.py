@@ -9,6 +9,8 @@ import stat
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from adadecode_vllm.files import (
     free_name,
@@ -76,9 +78,11 @@ def test_permissions_are_those_of_any_new_file(tmp_path: Path, mask: int) -> Non
     try:
         (tmp_path / "ordinary").write_text("")
         write_whole(tmp_path / "ours", b"")
+        with writing(tmp_path / "tensors") as temporary:
+            save_file({"a": torch.zeros(1)}, temporary)
     finally:
         os.umask(before)
-    modes = {stat.S_IMODE((tmp_path / n).stat().st_mode) for n in ("ordinary", "ours")}
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
     assert modes == {0o666 & ~mask}
 
 
