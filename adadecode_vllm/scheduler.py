@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -13,6 +15,7 @@ from vllm.v1.request import Request
 
 from adadecode_vllm.config import CONFIG_KEY, engine_config
 from adadecode_vllm.metrics.report import CounterReport
+from adadecode_vllm.patches import finished_outcomes
 from adadecode_vllm.request_options import most_early_predictions
 
 UNUSED_DRAFTS = "adadecode_unused_drafts"
@@ -146,6 +149,21 @@ class AdaDecodeAsyncScheduler(AdaDecodeScheduler, AsyncScheduler):
         super().__init__(*args, **kwargs)
         # By request id, found once.
         self._caps: dict[str, int] = {}
+        self._nothing_more = False
+        finished_outcomes.install()
+
+    def has_requests(self) -> bool:
+        """Whether there is something to schedule; see vLLM."""
+        return not self._nothing_more and super().has_requests()
+
+    @contextmanager
+    def nothing_more(self) -> Iterator[None]:
+        """While the engine takes an outcome in, let it schedule nothing."""
+        self._nothing_more = True
+        try:
+            yield
+        finally:
+            self._nothing_more = False
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         """Make room in the next step for what this one may predict early."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 TIE_ULPS = 2
 _BFLOAT16_DIGITS = 7  # bits of the mantissa after the leading one
@@ -79,6 +80,41 @@ def is_tie(reference: Sequence[int], text: Sequence[int], logits: TopLogits) -> 
     (best, first), (second, other) = logits[index][:2]
     close = first - other <= TIE_ULPS * bfloat16_ulp(first)
     return close and {reference[index], text[index]} == {int(best), int(second)}
+
+
+def divergences(
+    reference: Sequence[Sequence[int]],
+    texts: Sequence[Sequence[int]],
+    logits: Sequence[TopLogits] | None,
+) -> list[dict[str, Any]]:
+    """Where texts part, so that a result file can be judged later.
+
+    Args:
+        reference: The reference's token ids by prompt.
+        texts: The other's.
+        logits: The reference's best logits by prompt, or None.
+
+    Returns:
+        For each text that is another: ``text`` and ``token``, its and the token's
+        number; ``best``, the reference's best logits there, as far as they are known;
+        ``found``, the other's token; ``ulps``, the distance of the two best logits.
+    """
+    found = []
+    for number, (expected, text) in enumerate(zip(reference, texts, strict=True)):
+        index = first_difference(expected, text)
+        if index is None:
+            continue
+        best = list(logits[number][index : index + 1]) if logits is not None else []
+        entry: dict[str, Any] = {
+            "text": number,
+            "token": index,
+            "found": text[index] if index < len(text) else None,
+        }
+        if best and len(best[0]) > 1:
+            (_, first), (_, other) = best[0][:2]
+            entry |= {"best": best[0], "ulps": (first - other) / bfloat16_ulp(first)}
+        found.append(entry)
+    return found
 
 
 def compare(

@@ -22,7 +22,7 @@ from benchmarks.arms import (
     obstacle,
     with_identity_heads,
 )
-from benchmarks.parity import compare
+from benchmarks.parity import compare, divergences
 from benchmarks.process import ArmError, ArmProcess
 from benchmarks.result_files import empty_results, write_results
 from benchmarks.roofline import cost_model, predicted_speedup
@@ -357,6 +357,7 @@ class Session:
                 )
             ]
         run["parity"] = vars(compare(reference, run["token_ids"], logits))
+        run["divergences"] = divergences(reference, run["token_ids"], logits)
 
     def _report(
         self, case: Case, run: dict[str, Any], repeat: int, repeats: int

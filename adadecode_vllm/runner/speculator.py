@@ -64,6 +64,7 @@ class AdaDecodeSpeculator(BaseSpeculator):
         adadecode: The method's parts; exists after :meth:`load`.
         drafts: Request id to early predictions that no step has verified yet.
         step: Number of the current engine step.
+        waited: Whether the host knows what the last step sampled.
     """
 
     # What the runner reads of a speculator.
@@ -89,6 +90,7 @@ class AdaDecodeSpeculator(BaseSpeculator):
         self.config = config
         self.drafts: dict[str, list[int]] = {}
         self.step = 0
+        self.waited = False
         self._async = bool(vllm_config.scheduler_config.async_scheduling)
         self._states = req_states
         self._stops: dict[str, frozenset[int]] = {}
@@ -366,7 +368,8 @@ class AdaDecodeSpeculator(BaseSpeculator):
             most = min(most, num_speculative_tokens)
         caps = self.adadecode.settings.caps(options, num_reqs, most)
         tokens = None
-        if caps is not None or input_batch.num_draft_tokens:
+        self.waited = caps is not None or bool(input_batch.num_draft_tokens)
+        if self.waited:
             outcome = torch.stack(
                 (
                     num_sampled[:num_reqs].to(torch.int64),

@@ -119,12 +119,16 @@ class AdaDecodeModelRunner(GPUModelRunner):
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
         """Sample, verify and draft."""
-        grammar_output = self.proposer.trim_grammar(grammar_output)
-        output = super().sample_tokens(grammar_output)
+        output = super().sample_tokens(self.proposer.trim_grammar(grammar_output))
         if self.proposer.unused_drafts and isinstance(output, AsyncOutput):
             setattr(
                 output.model_runner_output, UNUSED_DRAFTS, self.proposer.unused_drafts
             )
+        # What drafting has waited for need not be waited for elsewhere. A grammar sees
+        # drafts only in steps that are scheduled before the outcome is known.
+        waited = self.proposer.waited and grammar_output is None
+        if waited and isinstance(output, AsyncOutput):
+            return output.get_output()
         return output
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:

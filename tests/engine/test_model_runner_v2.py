@@ -221,7 +221,7 @@ def test_structured_output(engine: EngineProcess, some: Case) -> None:
     for threshold in (0.0, 0.5):
         engine.configure(threshold=threshold, max_early_predictions=4)
         assert engine.structured(some[0][:3], SCHEMA, max_tokens=24) == ordinary
-        assert sum(engine.stats()["early_predictions"]) > 0
+        assert sum(engine.stats()["accepted"]) > 0
     mixed = engine.generate(some[0])
     assert mixed == some[1]
 

@@ -12,7 +12,14 @@ import pytest
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.evaluation.cost import CostModel
 from benchmarks import analysis
-from benchmarks.parity import Parity, bfloat16_ulp, compare, first_difference, is_tie
+from benchmarks.parity import (
+    Parity,
+    bfloat16_ulp,
+    compare,
+    divergences,
+    first_difference,
+    is_tie,
+)
 from benchmarks.result_files import provenance, read_results, write_results
 from benchmarks.roofline import cost_model, predicted_speedup
 from benchmarks.tables import results_table
@@ -100,6 +107,17 @@ def test_two_ulp_apart_is_a_tie_and_more_is_not() -> None:
 def test_a_third_token_or_another_length_is_no_tie() -> None:
     assert not is_tie([5, 7, 5], [5, 9, 5], logits_at(0.0))
     assert not is_tie([5, 7, 5], [5, 7], logits_at(0.0))
+
+
+def test_where_texts_part_is_kept() -> None:
+    reference, texts = [[5, 7, 5], [1]], [[5, 8, 9], [1]]
+    (found,) = divergences(reference, texts, [logits_at(0.25), []])
+    assert found["text"] == 0
+    assert (found["token"], found["found"]) == (1, 8)
+    assert found["ulps"] == pytest.approx(2)
+    assert divergences(reference, [[5], [1]], None) == [
+        {"text": 0, "token": 1, "found": None}
+    ]
 
 
 def test_ties_count_only_where_logits_are_given() -> None:

@@ -4,15 +4,19 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from vllm.config import VllmConfig
+from vllm.v1.engine.core import EngineCore
 from vllm.v1.worker.gpu import model_runner, spec_decode
 
 from adadecode_vllm.arguments import SPECULATOR
 from adadecode_vllm.patches import (
+    finished_outcomes,
     init_speculator,
     v2_async_scheduling,
     v2_custom_class,
@@ -174,3 +178,51 @@ def test_vllm_still_lists_the_methods_that_schedule_ahead() -> None:
     source = inspect.getsource(inspect.unwrap(VllmConfig.__post_init__))
     assert "async scheduling is only supported" in source
     assert "custom_class" not in source
+
+
+class _Queue:
+    """What `step_with_batch_queue` reads of an engine: one entry and a scheduler."""
+
+    def __init__(self, *, done: bool) -> None:
+        self.batch_queue: list[Any] = []
+        self.done = done
+        self.idle = False
+        self.scheduler = SimpleNamespace(nothing_more=self.nothing_more)
+
+    @contextmanager
+    def nothing_more(self) -> Iterator[None]:
+        self.idle = True
+        yield
+        self.idle = False
+
+
+def _step(engine: Any) -> tuple[Any, bool]:
+    """Imitates vLLM's: schedules if it may, otherwise hands an outcome over."""
+    if engine.idle:
+        return engine.batch_queue.pop(), False
+    engine.batch_queue.append((SimpleNamespace(done=lambda: engine.done), "outcome"))
+    return None, True
+
+
+def test_an_outcome_that_is_there_is_taken_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(EngineCore, "step_with_batch_queue", _step)
+    finished_outcomes.install()
+    finished_outcomes.install()
+    step: Any = EngineCore.step_with_batch_queue
+    outcome, executed = step(_Queue(done=True))
+    assert outcome[1] == "outcome"
+    assert executed
+    assert step(_Queue(done=False)) == (None, True)
+    ordinary = _Queue(done=True)
+    ordinary.scheduler = SimpleNamespace()
+    assert step(ordinary) == (None, True)
+
+
+def test_the_engine_still_schedules_before_it_takes_an_outcome() -> None:
+    """Fails once vLLM looks at the queue first: then the patch can go."""
+    source = inspect.getsource(inspect.unwrap(EngineCore.step_with_batch_queue))
+    first = source.index("self.scheduler.schedule(")
+    assert first < source.index("batch_queue.pop()")
+    assert ".done()" not in source[:first]
