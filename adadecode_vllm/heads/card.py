@@ -3,6 +3,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shlex
@@ -15,6 +16,8 @@ from adadecode_vllm.files import free_name, write_whole
 from adadecode_vllm.heads.config import ExitHeadsConfig
 from adadecode_vllm.report.schema import Evaluation, ExitFigures, parse_evaluation
 from adadecode_vllm.report.text import count, decimal, percent, ratio, short
+
+logger = logging.getLogger(__name__)
 
 CARD_FILE: Final = "README.md"
 
@@ -111,7 +114,9 @@ def replace_card(directory: str | PathLike[str], card: str) -> Path:
     """
     path = Path(directory) / CARD_FILE
     if os.path.lexists(path) and not _is_as_written(path):
-        path.rename(free_name(path.with_name(f"{CARD_FILE}.old")))
+        old = free_name(path.with_name(f"{CARD_FILE}.old"))
+        logger.warning("%s is not a card as it was written here; kept as %s", path, old)
+        path.rename(old)
     return write_whole(path, card.encode())
 
 

@@ -5,7 +5,8 @@ Heads are downloaded from strangers. Hence only safetensors are opened, never pi
 and no link may lead out of the directory. Nothing here imports torch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -16,6 +17,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 DRAFT_TOKENS = "draft_token_ids"  # the tensor with the draft vocabulary
 
+_FLAG = "--adadecode-heads"
 _PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 _NO_PICKLE = "only safetensors are loaded, never pickle"
 
@@ -31,7 +33,26 @@ def heads_error(directory: Path, reason: str, remedy: str) -> AdaDecodeError:
     Returns:
         The error, to be raised by the caller.
     """
-    return AdaDecodeError(f"--adadecode-heads {directory}: {reason}; {remedy}")
+    return AdaDecodeError(f"{_FLAG} {directory}: {reason}; {remedy}")
+
+
+@contextmanager
+def heads_named(flag: str) -> Iterator[None]:
+    """Let errors about heads name the argument of a command that is not the server's.
+
+    Args:
+        flag: What the user gave the directory to, in place of `--adadecode-heads`.
+
+    Raises:
+        AdaDecodeError: What was raised in the block, with that name.
+    """
+    try:
+        yield
+    except AdaDecodeError as error:
+        text = str(error)
+        if not text.startswith(f"{_FLAG} "):
+            raise
+        raise AdaDecodeError(flag + text.removeprefix(_FLAG)) from error
 
 
 def tensor_name(layer: int) -> str:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writing heads directories and reading their weights."""
 
+import os
+import re
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -88,8 +90,12 @@ def save_tensors(
     """
     try:
         save_file(dict(tensors), path, None if metadata is None else dict(metadata))
-    except SafetensorError as error:  # also where the disk is full
-        raise OSError(str(error)) from error
+    except SafetensorError as error:  # where the disk is full, for example
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if code is None:
+            raise OSError(str(error)) from error
+        number = int(code[1])
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def load_exit_weights(

@@ -59,7 +59,7 @@ def draw_plots(evaluation: Evaluation, history: History | None) -> list[Plot]:
     Raises:
         AdaDecodeError: matplotlib is not installed.
     """
-    _require_matplotlib()
+    require_matplotlib()
     plots = [_agreement(evaluation)]
     if any(figures.thresholds for figures in evaluation.exits):
         plots.append(_gates(evaluation))
@@ -72,8 +72,12 @@ def draw_plots(evaluation: Evaluation, history: History | None) -> list[Plot]:
     return plots
 
 
-def _require_matplotlib() -> None:
-    """Say how to get matplotlib before anything is drawn."""
+def require_matplotlib() -> None:
+    """Say how to get matplotlib before anything is drawn.
+
+    Raises:
+        AdaDecodeError: It is not installed.
+    """
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:

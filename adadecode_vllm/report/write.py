@@ -12,6 +12,12 @@ from adadecode_vllm.report.plots import draw_plots
 from adadecode_vllm.report.schema import parse_evaluation, parse_history
 
 PAGE_FILE = "report.html"
+#: All that a report may consist of.
+REPORT_FILES = (
+    *(f"{name}.png" for name in ("agreement", "gates", "reliability", "speedup")),
+    "loss.png",
+    PAGE_FILE,
+)
 
 
 def write_report(

@@ -500,7 +500,7 @@ def test_missing_heads_or_data_is_one_sentence(
     assert f"error: --data {tmp_path / 'none'}: " in capsys.readouterr().err
     data = small_data(tmp_path / "data")
     assert run("draft-vocabulary", tmp_path / "none", "--data", data) == 2
-    assert "error: --adadecode-heads " in capsys.readouterr().err
+    assert f"error: HEADS {tmp_path / 'none'}: " in capsys.readouterr().err
 
 
 def test_the_shipped_heads_have_one() -> None:

@@ -419,10 +419,10 @@ def test_failed_write_leaves_nothing_half_written(
 ) -> None:
     (tmp_path / "report.html").write_text("old")
 
-    def no_space(self: Path, target: Path) -> None:
+    def no_space(source: Path, target: Path) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(Path, "replace", no_space)
+    monkeypatch.setattr(os, "replace", no_space)
     with pytest.raises(OSError, match="No space left"):
         write_report(tmp_path, make_evaluation())
     assert os.listdir(tmp_path) == ["report.html"]

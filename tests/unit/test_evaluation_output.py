@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`adadecode eval` and the other commands: no file of somebody else is lost."""
+
+from __future__ import annotations
+
+import re
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from adadecode_vllm import progress as progress_module
+from adadecode_vllm.cli import main
+from adadecode_vllm.evaluation.output import EVALUATION_FILE
+from adadecode_vllm.report.write import REPORT_FILES
+from tests.data_directory import write_rows
+from tests.tiny import VOCAB_SIZE, save_tiny_llama
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model")
+    save_tiny_llama(directory, max_position_embeddings=64)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
+    """The model's own answers."""
+    from transformers import AutoModelForCausalLM
+
+    teacher = AutoModelForCausalLM.from_pretrained(model)
+    prompts = torch.randint(
+        3, VOCAB_SIZE, (12, 4), generator=torch.Generator().manual_seed(1)
+    )
+    output = teacher.generate(
+        prompts, max_new_tokens=8, do_sample=False, eos_token_id=None
+    )
+    rows = [(row[:4].tolist(), row[4:].tolist()) for row in output]
+    return write_rows(
+        tmp_path_factory.mktemp("data") / "d", rows, vocab_size=VOCAB_SIZE
+    )
+
+
+@pytest.fixture
+def heads(model: Path, tmp_path: Path) -> Path:
+    assert run("init-heads", model, tmp_path / "heads", "--exit-layers", "1,2") == 0
+    return tmp_path / "heads"
+
+
+def run(*argv: object) -> int:
+    with pytest.raises(SystemExit) as exit_:
+        main([str(argument) for argument in argv])
+    return int(exit_.value.code or 0)
+
+
+@pytest.mark.parametrize("name", [EVALUATION_FILE, "report.html", "loss.png"])
+def test_files_of_the_same_names_are_not_replaced(
+    model: Path,
+    heads: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text("[]")
+    argv = ("eval", model, heads, "--data", data, "--output", tmp_path / "mine")
+    assert run(*argv) == 2
+    expected = f"error: --output {tmp_path / 'mine'}: it holds {name}, which no"
+    assert expected in capsys.readouterr().err
+    assert [p.read_text() for p in (tmp_path / "mine").iterdir()] == ["[]"]
+
+
+def test_an_evaluation_is_replaced_and_other_files_stay(
+    model: Path, heads: Path, data: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "e"
+    output.mkdir()
+    (output / "notes.md").write_text("mine")
+    argv = ("eval", model, heads, "--data", data, "--output", output)
+    for _ in range(2):
+        assert run(*argv) == 0
+    assert (output / "notes.md").read_text() == "mine"
+    written = {path.name for path in output.iterdir()}
+    # `loss.png` is missing: untrained heads have no history.
+    assert written == {EVALUATION_FILE, "notes.md", *REPORT_FILES} - {"loss.png"}
+
+
+def test_a_card_of_ones_own_is_kept(model: Path, heads: Path, data: Path) -> None:
+    (heads / "README.md").write_text("Mine\n")
+    assert run("eval", model, heads, "--data", data, "--no-plots") == 0
+    assert (heads / "README.md.old").read_text() == "Mine\n"
+    assert "## Figures" in (heads / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["history.json", "run.yaml"])
+def test_what_cannot_be_read_is_told_before_anything_is_written(
+    model: Path,
+    heads: Path,
+    data: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    (heads / "run").mkdir()
+    (heads / "run" / name).write_text("{")
+    assert run("eval", model, heads, "--data", data) == 2
+    assert f"error: HEADS {heads}: run/{name} cannot be" in capsys.readouterr().err
+    assert sorted(path.name for path in heads.iterdir()) == [
+        *("config.json", "model.safetensors", "run")
+    ]
+
+
+def test_errors_name_the_argument(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not the server's flag, which nobody has given."""
+    missing = tmp_path / "none"
+    for argv, flag in (
+        (("eval", model, missing, "--data", data), "HEADS"),
+        (("draft-vocabulary", missing, "--data", data), "HEADS"),
+        (("push", missing, "me/heads"), "DIR"),
+    ):
+        assert run(*argv) == 2
+        error = capsys.readouterr().err
+        assert f"error: {flag} {missing}: the path does not exist" in error
+        assert "--adadecode-heads" not in error
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """No file may grow beyond a size, which is what the system says of a quota."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("command", ["init-heads", "draft-vocabulary"])
+def test_a_full_disk_leaves_heads_as_they_were(
+    model: Path,
+    heads: Path,
+    data: Path,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+) -> None:
+    before = {path.name: path.read_bytes() for path in heads.iterdir()}
+    argv: tuple[object, ...] = ("draft-vocabulary", heads, "--data", data)
+    if command == "init-heads":
+        argv = ("init-heads", model, heads, "--exit-layers", "1,2,3", "--overwrite")
+    capsys.readouterr()
+    with full_disk(1000):
+        assert run(*argv) == 2
+    assert re.fullmatch(
+        r"error: .*model\.safetensors\S*: it cannot be written \(File too large\); "
+        r"make room, or correct the permissions\n",
+        capsys.readouterr().err,
+    )
+    assert {path.name: path.read_bytes() for path in heads.iterdir()} == before
+
+
+def test_progress_without_a_terminal(
+    model: Path,
+    heads: Path,
+    data: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(progress_module, "EVERY", 0.05)
+    assert run("eval", model, heads, "--data", data, "--no-plots") == 0
+    err = capsys.readouterr().err
+    for line in (
+        r"measuring: 12 of 12 texts after \d s, \S+ texts/s",
+        r"reading exits: 12 of 12 answers after \d s, \S+ answers/s",
+        r"simulating: 63 of 63 settings after \d s, \S+ settings/s",
+    ):
+        assert re.search(f"^{line}$", err, re.MULTILINE), err
