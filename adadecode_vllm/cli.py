@@ -14,6 +14,7 @@ import typer
 
 from adadecode_vllm import __version__
 from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.remote_code import TrustRemoteCode
 
 #: What no command can know beforehand: no room, no right to write.
 _OF_THE_DISK = frozenset(
@@ -74,6 +75,7 @@ def init_heads_command(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace heads that are in DIR.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write untrained exit heads (T = I) for a model."""
     layers = parse_layers(exit_layers)
@@ -86,7 +88,12 @@ def init_heads_command(
             f"{', '.join(get_args(HeadsDtype))}"
         )
     config = init_heads(
-        model, directory, layers, cast(HeadsDtype, dtype), overwrite=overwrite
+        model,
+        directory,
+        layers,
+        cast(HeadsDtype, dtype),
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
     )
     exits = ", ".join(str(layer) for layer in config.exit_layers)
     typer.echo(f"Wrote heads for exits {exits} of {model} to {directory}")

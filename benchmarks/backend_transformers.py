@@ -28,7 +28,7 @@ class TransformersBackend:
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = AutoModelForCausalLM.from_pretrained(
-            settings.model, dtype=settings.dtype
+            settings.model, dtype=settings.dtype, trust_remote_code=False
         )
         self._model: Any = model.to(device).eval()
         self._early_exit = None

@@ -104,7 +104,9 @@ class Demo:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=False
+        )
         self.model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         self.model.requires_grad_(False)
         self.end = self.tokenizer.eos_token_id

@@ -11,6 +11,7 @@ import typer
 
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.progress import Meter, Rate, duration, number
+from adadecode_vllm.remote_code import TrustRemoteCode
 
 
 def data_command(
@@ -103,6 +104,7 @@ def data_command(
             help="Replace data in OUT, once the new data is complete.",
         ),
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Make training text: the model answers prompts itself, greedily.
 
@@ -141,6 +143,7 @@ def data_command(
                 ray_actors=(ray_actors or 1) if ray else None,
                 ray_address=ray_address,
                 overwrite=overwrite,
+                trust_remote_code=trust_remote_code,
                 argv=tuple(sys.argv[1:]),
             ),
             display,

@@ -24,7 +24,11 @@ from adadecode_vllm.errors import AdaDecodeError
 logger = logging.getLogger(__name__)
 
 _TELL_SECONDS = 5.0
-_OWN_FLAGS = {"model": "--model", "dtype": "--dtype"}
+_OWN_FLAGS = {
+    "model": "--model",
+    "dtype": "--dtype",
+    "trust_remote_code": "--trust-remote-code",
+}
 
 
 @dataclass(frozen=True)
@@ -36,12 +40,14 @@ class EngineSpec:
         dtype: vLLM's `dtype`.
         max_new_tokens: Most tokens of an answer.
         options: Further engine arguments.
+        trust_remote_code: Whether program code that comes with the model may run.
     """
 
     model: str
     dtype: str
     max_new_tokens: int
     options: dict[str, Any] = field(default_factory=dict)
+    trust_remote_code: bool = False
 
 
 #: Rows that are to be answered, by shard: the prompts' token ids by row.
@@ -102,7 +108,12 @@ def model_length(spec: EngineSpec) -> int:
 
     try:
         dtype: Any = spec.dtype  # vLLM checks it
-        arguments = EngineArgs(model=spec.model, dtype=dtype, **spec.options)
+        arguments = EngineArgs(
+            model=spec.model,
+            dtype=dtype,
+            trust_remote_code=spec.trust_remote_code,
+            **spec.options,
+        )
         return int(arguments.create_model_config().max_model_len)
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         raise _refused(spec, error) from error
@@ -138,7 +149,12 @@ class Generator:
     def __init__(self, spec: EngineSpec) -> None:
         from vllm import LLM, SamplingParams
 
-        options = {"enable_prefix_caching": False, **spec.options, "dtype": spec.dtype}
+        options = {
+            "enable_prefix_caching": False,
+            **spec.options,
+            "dtype": spec.dtype,
+            "trust_remote_code": spec.trust_remote_code,
+        }
         try:
             with _in_this_process():
                 self._llm = LLM(spec.model, **options)

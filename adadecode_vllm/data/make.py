@@ -87,7 +87,7 @@ def make_data(options: DataOptions, progress: Progress | None = None) -> Dataset
 
         check_options(options.engine)
     files = input_files(selection, options.inputs)
-    model = load_model(options.model)
+    model = load_model(options.model, trust_remote_code=options.trust_remote_code)
     chat = use_chat_template(model, options.chat, selection.task, options.finished)
     sources = _request(options, model, files, chat)
     try:
@@ -164,6 +164,8 @@ def _request(
             "dtype": options.dtype,
             "engine": {k: v for k, v in options.engine.items() if k not in _ROOM},
         }
+    if options.trust_remote_code:  # data of earlier versions was made without
+        arguments["trust-remote-code"] = True
     inputs = [{"name": p.name, "sha256": file_hash(p)} for p in files]
     content = [arguments, [file["sha256"] for file in inputs]]
     request = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -314,7 +316,11 @@ def _answers(
 def _spec(options: DataOptions) -> EngineSpec:
     """The engine's arguments."""
     return EngineSpec(
-        options.model, options.dtype, options.max_new_tokens, dict(options.engine)
+        options.model,
+        options.dtype,
+        options.max_new_tokens,
+        dict(options.engine),
+        trust_remote_code=options.trust_remote_code,
     )
 
 

@@ -29,6 +29,7 @@ class DataOptions:
         ray_actors: Engines to spread the work over with Ray; None for no Ray.
         ray_address: The Ray cluster; None for one on this machine.
         overwrite: Replace another data set in `out`.
+        trust_remote_code: Whether program code that comes with the model may run.
         argv: The command's arguments, for the record.
     """
 
@@ -46,6 +47,7 @@ class DataOptions:
     ray_actors: int | None = None
     ray_address: str | None = None
     overwrite: bool = False
+    trust_remote_code: bool = False
     argv: tuple[str, ...] = ()
 
 

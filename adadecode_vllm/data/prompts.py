@@ -12,6 +12,7 @@ from typing import Any
 
 from adadecode_vllm.data.tasks import Example
 from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.remote_code import only_trusted_code
 
 logger = logging.getLogger(__name__)
 
@@ -53,23 +54,32 @@ class TokenIds:
     ids: list[int]
 
 
-def load_model(name: str) -> TargetModel:
+def load_model(name: str, *, trust_remote_code: bool = False) -> TargetModel:
     """Read a model's configuration and tokenizer, not its weights.
 
     Args:
         name: A local directory or a Hugging Face name.
+        trust_remote_code: Whether program code that comes with it may run.
 
     Raises:
-        AdaDecodeError: One of them cannot be read, or it is no language model.
+        AdaDecodeError: One of them cannot be read, it is no language model, or it needs
+            code that may not run.
     """
     from huggingface_hub.errors import HfHubHTTPError
     from transformers import AutoConfig, AutoTokenizer
 
     try:
-        config = AutoConfig.from_pretrained(name)
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        with only_trusted_code(f"--model {name}"):
+            config = AutoConfig.from_pretrained(
+                name, trust_remote_code=trust_remote_code
+            )
+            tokenizer = AutoTokenizer.from_pretrained(
+                name, trust_remote_code=trust_remote_code
+            )
         text_config = config.get_text_config()
         vocab_size = int(text_config.vocab_size)
+    except AdaDecodeError:
+        raise
     # OSError: no such model; ValueError: unknown architecture or tokenizer class.
     except (HfHubHTTPError, OSError, ValueError, AttributeError, ImportError) as error:
         raise AdaDecodeError(

@@ -12,6 +12,7 @@ import typer
 
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.progress import Meter
+from adadecode_vllm.remote_code import TrustRemoteCode
 
 
 def eval_command(
@@ -61,6 +62,7 @@ def eval_command(
     plots: Annotated[
         bool, typer.Option("--plots/--no-plots", help="Draw PNGs and an HTML report.")
     ] = True,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Tell from held-out text what heads will do when served."""
     import torch
@@ -93,7 +95,12 @@ def eval_command(
         if history is not None:
             parse_history(history)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    teacher = Teacher.load(model, resolve_dtype(dtype, device), device)
+    teacher = Teacher.load(
+        model,
+        resolve_dtype(dtype, device),
+        device,
+        trust_remote_code=trust_remote_code,
+    )
     grid = SimulationGrid(
         gate=gate, most_answers=answers, overhead=overhead, last_guess=last_guess
     )

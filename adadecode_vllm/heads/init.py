@@ -16,6 +16,7 @@ from adadecode_vllm.heads.config import (
 from adadecode_vllm.heads.fingerprint import read_lm_head
 from adadecode_vllm.heads.io import save_heads
 from adadecode_vllm.heads.output import check_output
+from adadecode_vllm.remote_code import only_trusted_code
 
 # Not `*.safetensors`: some repositories hold the weights twice, in another layout.
 _CHECKPOINT_FILES = ["*.json", "model*.safetensors"]
@@ -28,6 +29,7 @@ def init_heads(
     dtype: HeadsDtype = "float32",
     *,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
 ) -> ExitHeadsConfig:
     """Write a heads directory with T = I for every exit.
 
@@ -39,6 +41,7 @@ def init_heads(
             [1, L - 1] for a model of L decoder layers.
         dtype: Dtype of the stored weights.
         overwrite: Replace heads that are already in `directory`.
+        trust_remote_code: Whether program code that comes with the model may run.
 
     Returns:
         The configuration that was written.
@@ -50,8 +53,10 @@ def init_heads(
     """
     directory = Path(directory)
     check_output(directory, "DIR", overwrite=overwrite)
-    model_dir = _checkpoint(model)
-    hidden_size, vocab_size, num_hidden_layers = _dimensions(model, model_dir)
+    model_dir = _checkpoint(model, with_code=trust_remote_code)
+    hidden_size, vocab_size, num_hidden_layers = _dimensions(
+        model, model_dir, trust_remote_code
+    )
     layers = list(exit_layers)
     if problem := exit_layers_problem(layers, num_hidden_layers):
         raise AdaDecodeError(
@@ -83,7 +88,7 @@ def init_heads(
     return config
 
 
-def _checkpoint(model: str) -> Path:
+def _checkpoint(model: str, *, with_code: bool) -> Path:
     """Return the model's local directory, downloading the checkpoint if needed."""
     if Path(model).is_dir():
         return Path(model)
@@ -91,7 +96,8 @@ def _checkpoint(model: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=_CHECKPOINT_FILES))
+        patterns = [*_CHECKPOINT_FILES, *(["*.py"] if with_code else [])]
+        return Path(snapshot_download(model, allow_patterns=patterns))
     # OSError: no connection; ValueError: not even the form of a repository's name.
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise AdaDecodeError(
@@ -101,14 +107,21 @@ def _checkpoint(model: str) -> Path:
         ) from error
 
 
-def _dimensions(model: str, model_dir: Path) -> tuple[int, int, int]:
+def _dimensions(
+    model: str, model_dir: Path, trust_remote_code: bool
+) -> tuple[int, int, int]:
     """Return (hidden_size, vocab_size, num_hidden_layers) of the language model."""
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(model_dir).get_text_config()
+        with only_trusted_code(f"MODEL {model}"):
+            config = AutoConfig.from_pretrained(
+                model_dir, trust_remote_code=trust_remote_code
+            ).get_text_config()
         return config.hidden_size, config.vocab_size, config.num_hidden_layers
-    except (OSError, ValueError, AttributeError) as error:
+    except AdaDecodeError:
+        raise
+    except (AttributeError, ImportError, OSError, ValueError) as error:
         raise AdaDecodeError(
             f"MODEL {model}: its configuration is not that of a language model "
             f"({str(error).splitlines()[0]}); give a Llama-like model in the Hugging "

@@ -12,6 +12,7 @@ import typer
 
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.progress import Meter
+from adadecode_vllm.remote_code import TrustRemoteCode
 
 if TYPE_CHECKING:
     from adadecode_vllm.training.run import Reporter
@@ -90,6 +91,7 @@ def train_command(
             help="Replace heads in OUT, once the new ones are trained.",
         ),
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Train exit heads for a frozen model; an interrupted run is continued."""
     from adadecode_vllm.cli import parse_layers
@@ -129,7 +131,9 @@ def train_command(
     def load() -> Teacher:
         check_training_output(output, overwrite=overwrite)  # before the model's minutes
         name = resolve_dtype(dtype, processes.device)
-        return Teacher.load(model, name, processes.device, attn)
+        return Teacher.load(
+            model, name, processes.device, attn, trust_remote_code=trust_remote_code
+        )
 
     teacher = all_or_none(processes, load)
     options = RunOptions(

@@ -93,6 +93,8 @@ def data_counts(heads: Path, data: Sequence[Path]) -> torch.Tensor:
             )
         try:
             counts += count_tokens(_answers(read_rows(directory)), vocab_size)
+        except AdaDecodeError:  # a file is damaged
+            raise
         except ValueError as error:
             raise data_error(
                 directory, f"it holds {error}", "run `adadecode data` again"

@@ -12,6 +12,7 @@ from torch import nn
 
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.features import SUPPORTED_ARCHITECTURES
+from adadecode_vllm.remote_code import only_trusted_code
 from adadecode_vllm.training.attention import packed_attention
 
 DTYPES = {
@@ -111,6 +112,8 @@ class Teacher:
         dtype: str = "float32",
         device: torch.device | str = "cpu",
         attention: str = "sdpa",
+        *,
+        trust_remote_code: bool = False,
     ) -> Teacher:
         """Load a model from a directory or the Hugging Face Hub, safetensors only.
 
@@ -119,6 +122,7 @@ class Teacher:
             dtype: A key of :data:`DTYPES`.
             device: Where to put it.
             attention: ``sdpa`` or ``xformers``.
+            trust_remote_code: Whether program code that comes with the model may run.
 
         Returns:
             The teacher.
@@ -132,13 +136,17 @@ class Teacher:
         transformers_logging.disable_progress_bar()
         implementation = packed_attention(attention, device)
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                name,
-                dtype=DTYPES[dtype],
-                attn_implementation=implementation,
-                use_safetensors=True,
-            )
-        except (OSError, ValueError) as error:
+            with only_trusted_code(f"MODEL {name}"):
+                model: Any = AutoModelForCausalLM.from_pretrained(
+                    name,
+                    dtype=DTYPES[dtype],
+                    attn_implementation=implementation,
+                    use_safetensors=True,
+                    trust_remote_code=trust_remote_code,
+                )
+        except AdaDecodeError:
+            raise
+        except (ImportError, OSError, ValueError) as error:
             raise AdaDecodeError(
                 f"MODEL {name}: it cannot be loaded ({str(error).splitlines()[0]}); "
                 "give a directory or a Hugging Face name of a causal language model "

@@ -493,6 +493,19 @@ def test_data_that_cannot_be_used_is_refused(
     assert (demo / "config.json").read_bytes() == before
 
 
+def test_damaged_data_is_called_so(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = small_data(tmp_path / "data")
+    path = data / "part-00000.parquet"
+    content = bytearray(path.read_bytes())
+    content[4:200] = bytes(196)
+    path.write_bytes(content)
+    assert run("draft-vocabulary", demo, "--data", data) == 2
+    expected = f"error: --data {data}: part-00000.parquet is damaged ("
+    assert capsys.readouterr().err.startswith(expected)
+
+
 def test_missing_heads_or_data_is_one_sentence(
     demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
