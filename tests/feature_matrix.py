@@ -115,7 +115,7 @@ two; each row names the tests that show it.
 - *not applicable*: vLLM itself does not do it, on this device or with any speculative
   method.
 
-Tests marked (GPU) need a CUDA device; they have not been run on one yet.
+Tests marked (GPU) need a CUDA device; [gpu.md](gpu.md) says which have been run on one.
 """
 
 

@@ -82,7 +82,8 @@ if wants parity; then
     jobs=()
     tests float32 tests/gpu/test_model_runner_v2.py -k float32 & jobs+=($!)
     tests bfloat16 tests/gpu/test_model_runner_v2.py -k bfloat16 & jobs+=($!)
-    tests others tests/gpu --ignore tests/gpu/test_model_runner_v2.py & jobs+=($!)
+    tests kv tests/gpu/test_kv_cache_dtypes.py tests/gpu/test_packed_attention.py & jobs+=($!)
+    tests sleep tests/gpu/test_sleep.py & jobs+=($!)
     if wants speed; then widen & jobs+=($!); fi
     for job in "${jobs[@]}"; do
         wait "$job" || fail "a job of the parity stage; its log is in $out"
