@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import traceback
 from collections.abc import Sequence
 from typing import Any
@@ -207,7 +208,8 @@ class _Session:
         piece.external_req_id = self._name
         for request in (piece, self._final) if last else (piece,):
             self._core.output_processor.add_request(request, None, None, 0)
-            self._core.engine_core.add_request(request)
+            # In one process both would extend the same list of token ids.
+            self._core.engine_core.add_request(copy.deepcopy(request))
 
     def _process(self, name: str, tokens: list[int], resumable: bool) -> Any:
         return self._core.input_processor.process_inputs(

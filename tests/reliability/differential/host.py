@@ -96,11 +96,21 @@ class Host:
         except (EOFError, OSError) as error:
             self._process.join(20)
             code = self._process.exitcode
-            words = self._log.read_text(errors="replace")[-2000:]
+            words = last_words(self._log.read_text(errors="replace"))
             raise HostDied(f"{name}: the process ended with {code}: {words}") from error
         if failed:
             raise EngineFailed(answer)
         return answer
+
+
+def last_words(log: str) -> str:
+    """What a process that crashed said: a line before the crash and its stack."""
+    before, crashed, stack = log.rpartition("Fatal Python error")
+    if not crashed:
+        return log[-1000:]
+    lines = before.strip().splitlines()[-1:]
+    stack = stack.partition("Extension modules")[0]
+    return "\n".join([*lines, crashed + stack])[:4000]
 
 
 class _Calls:
