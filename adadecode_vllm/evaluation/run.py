@@ -25,7 +25,7 @@ from adadecode_vllm.heads.fingerprint import check_fingerprint
 from adadecode_vllm.heads.io import load_draft_token_ids, load_exit_weights
 from adadecode_vllm.progress import Meter
 from adadecode_vllm.training.cache import LiveStates
-from adadecode_vllm.training.teacher import Teacher, split_by_tokens
+from adadecode_vllm.training.teacher import Teacher
 from adadecode_vllm.training.texts import Text, load_texts
 
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 0.95)
@@ -216,7 +216,7 @@ def known_answers(
     stops = teacher.eos_token_ids()
     answers = []
     lengths = [len(text.token_ids) for text in texts]
-    for group in split_by_tokens(lengths, pass_tokens):
+    for group in teacher.groups(lengths, pass_tokens):
         members = [texts[index] for index in group]
         streams = teacher.streams([text.token_ids for text in members], layers)
         start = 0

@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention over packed sequences with xformers, through Transformers' interface."""
+"""Attention over packed sequences, through Transformers' interface.
+
+Under these names Transformers makes no masks of its own: PyTorch's attention has the
+mask that it is given, or else is causal, which takes none. By itself Transformers makes
+one of tokens x tokens for some families, even where no layer slides.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +15,8 @@ import torch
 
 from adadecode_vllm.errors import AdaDecodeError
 
-_NAME = "adadecode_xformers"
+_SDPA = "adadecode_sdpa"
+_XFORMERS = "adadecode_xformers"
 
 
 def packed_attention(attention: str, device: torch.device | str) -> str:
@@ -27,7 +33,11 @@ def packed_attention(attention: str, device: torch.device | str) -> str:
         AdaDecodeError: If it is unknown, not installed or not for this device.
     """
     if attention == "sdpa":
-        return "sdpa"
+        from transformers import AttentionInterface
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        AttentionInterface.register(_SDPA, sdpa_attention_forward)
+        return _SDPA
     if attention != "xformers":
         raise AdaDecodeError(
             f"--attn {attention}: unknown; choose sdpa or xformers (CUDA only)"
@@ -44,8 +54,8 @@ def packed_attention(attention: str, device: torch.device | str) -> str:
         )
     from transformers import AttentionInterface
 
-    AttentionInterface.register(_NAME, xformers_attention)
-    return _NAME
+    AttentionInterface.register(_XFORMERS, xformers_attention)
+    return _XFORMERS
 
 
 def xformers_attention(

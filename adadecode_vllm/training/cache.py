@@ -83,7 +83,7 @@ class LiveStates:
         chosen = [self.texts[index] for index in indices]
         parts = []
         lengths = [len(text.token_ids) for text in chosen]
-        for group in split_by_tokens(lengths, self.pass_tokens):
+        for group in self.teacher.groups(lengths, self.pass_tokens):
             members = [chosen[index] for index in group]
             streams = self.teacher.streams(
                 [member.token_ids for member in members], self.layers

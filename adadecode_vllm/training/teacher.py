@@ -15,6 +15,9 @@ from adadecode_vllm.features import SUPPORTED_ARCHITECTURES
 from adadecode_vllm.remote_code import only_trusted_code
 from adadecode_vllm.training.attention import packed_attention
 
+#: Most tokens of several texts that run as one, under a mask of tokens x tokens.
+MASKED_TOKENS = 8192
+
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -96,6 +99,9 @@ class Teacher:
                 "untrained ones with `adadecode init-heads`"
             )
         self.model: Any = model.eval().requires_grad_(False)
+        if attention == "sdpa":  # also for a model that was not loaded here
+            device = lm_head.weight.device
+            self.model.set_attn_implementation(packed_attention(attention, device))
         self.name: str = name
         self.attention: str = attention
         self.num_layers: int = config.num_hidden_layers
@@ -176,6 +182,20 @@ class Teacher:
             eos = self.model.config.eos_token_id
         return set(eos if isinstance(eos, list) else [] if eos is None else [eos])
 
+    def groups(self, lengths: Sequence[int], most: int) -> Iterator[range]:
+        """Split consecutive sequences into passes of the model.
+
+        Args:
+            lengths: Tokens of each sequence.
+            most: Most tokens in a pass; a longer sequence runs alone.
+
+        Yields:
+            Ranges of indices, in order.
+        """
+        if self.attention == "sdpa":
+            most = min(most, MASKED_TOKENS)
+        return split_by_tokens(lengths, most)
+
     @torch.inference_mode()
     def streams(
         self, sequences: Sequence[Sequence[int]], layers: Sequence[int]
@@ -246,7 +266,8 @@ def packed_arguments(
 
     Args:
         lengths: Tokens of each sequence, n in all.
-        attention: ``sdpa``: a (1, 1, n, n) mask, true where attention is allowed;
+        attention: ``sdpa``: a (1, 1, n, n) mask, true where attention is allowed, and
+            none for one sequence alone, which is merely causal and may be long;
             ``xformers``: the lengths themselves.
         device: The model's device.
 
@@ -255,6 +276,8 @@ def packed_arguments(
     """
     if attention == "xformers":
         return {"sequence_lengths": list(lengths)}
+    if len(lengths) == 1:
+        return {}
     owner = torch.repeat_interleave(
         torch.arange(len(lengths)), torch.tensor(list(lengths))
     ).to(device)

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -30,7 +32,10 @@ from transformers import (
 )
 
 from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.training import teacher as teacher_module
+from adadecode_vllm.training.cache import LiveStates
 from adadecode_vllm.training.teacher import Teacher, split_by_tokens
+from adadecode_vllm.training.texts import Text
 from tests.tiny import save_tiny_llama
 
 SHAPE = {
@@ -155,6 +160,65 @@ def test_refuses_attention(tmp_path: Path, attention: str, message: str) -> None
     save_tiny_llama(tmp_path / "model")
     with pytest.raises(AdaDecodeError, match=message):
         Teacher.load(str(tmp_path / "model"), attention=attention)
+
+
+class Shapes(TorchDispatchMode):
+    """Remembers the shapes of all tensors that operations returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.seen.add(tuple(tensor.shape))
+        return result
+
+    def squares(self, length: int) -> list[tuple[int, ...]]:
+        """Shapes in which two dimensions reach a length."""
+        return [s for s in self.seen if sum(size >= length for size in s) > 1]
+
+
+@pytest.mark.parametrize("config_class", FAMILIES)
+def test_memory_of_a_long_text_grows_with_its_length_only(config_class: Any) -> None:
+    """At 131,072 tokens a mask of tokens x tokens would be 17 GB."""
+    narrow = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+    teacher = make_teacher(config_class, max_position_embeddings=2048, **narrow)
+    length = min(1500, teacher.max_length - 1)
+    text = Text(tuple(i % 90 for i in range(length)), 0)
+    live = LiveStates(teacher, [text, text], [2, 4], pass_tokens=1024)
+    with Shapes() as shapes:
+        states = live.states([0, 1])
+    assert states.shape == (2, 2 * (length - 1), 16)
+    assert shapes.squares(length) == []
+    # What it says is what the mask says.
+    mask = torch.ones((1, 1, length, length), dtype=torch.bool).tril()
+    with torch.no_grad():
+        masked = teacher.model.model(
+            input_ids=torch.tensor([text.token_ids]), attention_mask=mask
+        )
+    torch.testing.assert_close(
+        states[1, : length - 1],
+        masked.last_hidden_state[0, :-1],
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+def test_the_mask_of_packed_texts_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many tokens --pass-tokens allows."""
+    monkeypatch.setattr(teacher_module, "MASKED_TOKENS", 200)
+    teacher = make_teacher()
+    texts = [Text(tuple(range(60)), 0) for _ in range(40)]
+    live = LiveStates(teacher, texts, [2, 4], pass_tokens=10**6)
+    with Shapes() as shapes:
+        states = live.states(range(40))
+    assert states.shape == (2, 40 * 59, 16)
+    assert shapes.squares(201) == []
 
 
 def test_split_by_tokens() -> None:
