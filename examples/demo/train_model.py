@@ -475,6 +475,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--export-only", action="store_true")
     args = parser.parse_args()
+    ours = (args.out / "training.json").exists()
+    if (args.out / "config.json").exists() and not ours:
+        parser.error(f"--out {args.out}: it holds a model that was not made here")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(args.threads)
     recipe = Recipe()

@@ -43,8 +43,13 @@ def main(
 
 
 def _write(path: Path, texts: Iterable[str]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+    """Write a file, but not over another text."""
+    content = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    if path.exists() and path.read_text(encoding="utf-8") != content:
+        raise typer.BadParameter(
+            f"{path} holds other text; remove it or give another directory"
+        )
+    path.write_text(content, encoding="utf-8")
 
 
 if __name__ == "__main__":
