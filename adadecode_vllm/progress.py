@@ -108,7 +108,7 @@ class Meter:
             self._lines.start()
 
     def advance(self, count: int = 1) -> None:
-        """So many further units are done."""
+        """So many further units are done; 0 only shows the task on a terminal."""
         task = self._task
         assert task is not None, "a task has been started"
         task.advance(count)
@@ -166,7 +166,7 @@ class _Task:
     def advance(self, count: int) -> None:
         """So many further units are done."""
         self.done += count
-        self.advanced = True
+        self.advanced |= count > 0
         self._rate.see(self.done)
 
     def so_far(self) -> str:
@@ -217,7 +217,7 @@ def _make_bar(task: _Task, describe: Callable[[], str]) -> Any:
 
     bar = Progress(
         TextColumn(f"{task.what}, {task.unit}"),
-        BarColumn(),
+        BarColumn(20),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         Described(),

@@ -184,6 +184,7 @@ class Display:
         """Count what unfinished answers have so far."""
         self._unfinished = tokens
         self._rate.see(self.tokens + tokens)
+        self._meter.advance(0)
 
     def answered(self, tokens: int, began: float) -> None:
         """Show a further row."""

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model card, `README.md` of a heads directory."""
 
-import hashlib
 import json
 import logging
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path, PurePath
 from typing import Any, Final
 
 from adadecode_vllm.files import free_name, write_whole
 from adadecode_vllm.heads.config import ExitHeadsConfig
+from adadecode_vllm.heads.signed import change_signed, is_as_written, sign
 from adadecode_vllm.report.schema import Evaluation, ExitFigures, parse_evaluation
 from adadecode_vllm.report.text import count, decimal, percent, ratio, short
 
@@ -38,7 +38,6 @@ _PAPER: Final = "https://arxiv.org/abs/2506.03700"
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~-])/(?:[^\s/]+/)+([^\s/]*)")
 _VOCABULARY_ROW = re.compile(r"^\| Vocabulary \|.*$", re.MULTILINE)
 _DRAFT_VOCABULARY_ROW = re.compile(r"^\| Draft vocabulary \|.*\n", re.MULTILINE)
-_SIGNATURE = re.compile(r"\n<!-- written by adadecode-vllm: ([0-9a-f]{64}) -->\n\Z")
 _HEADS_ARGUMENT = re.compile(r"(--adadecode-heads )(?:'[^']*'|\S+)")
 
 
@@ -113,7 +112,7 @@ def replace_card(directory: str | PathLike[str], card: str) -> Path:
         OSError: The file cannot be written.
     """
     path = Path(directory) / CARD_FILE
-    if os.path.lexists(path) and not _is_as_written(path):
+    if os.path.lexists(path) and not is_as_written(path):
         old = free_name(path.with_name(f"{CARD_FILE}.old"))
         logger.warning("%s is not a card as it was written here; kept as %s", path, old)
         path.rename(old)
@@ -154,7 +153,7 @@ def render_card(
     ]
     if figures:
         parts.append(_figures(figures))
-    return _sign("\n\n".join(parts) + "\n")
+    return sign("\n\n".join(parts) + "\n")
 
 
 def name_repository(card: str, repo_id: str) -> str:
@@ -167,7 +166,7 @@ def name_repository(card: str, repo_id: str) -> str:
     Returns:
         The card's text, changed only behind `--adadecode-heads`.
     """
-    return _change(
+    return change_signed(
         card,
         lambda text: _HEADS_ARGUMENT.sub(
             lambda match: match[1] + shlex.quote(repo_id), text
@@ -187,7 +186,7 @@ def name_draft_vocabulary(card: str, config: ExitHeadsConfig) -> str:
         removed. A card without that table is returned as it is.
     """
     rows = [_table_row(row) for row in _draft_vocabulary(config)]
-    return _change(
+    return change_signed(
         card,
         lambda text: _VOCABULARY_ROW.sub(
             lambda match: "\n".join([match[0], *rows]),
@@ -195,37 +194,6 @@ def name_draft_vocabulary(card: str, config: ExitHeadsConfig) -> str:
             count=1,
         ),
     )
-
-
-def _sign(text: str) -> str:
-    """Add the comment that tells whether the text is as it was written."""
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return f"{text}\n<!-- written by adadecode-vllm: {digest} -->\n"
-
-
-def _signed_text(card: str) -> str | None:
-    """A card's text without the comment; None if it was changed, or has none."""
-    match = _SIGNATURE.search(card)
-    if match is None:
-        return None
-    text = card[: match.start()]
-    return text if _sign(text) == card else None
-
-
-def _change(card: str, change: Callable[[str], str]) -> str:
-    """Change a card; one that was as written is so again."""
-    text = _signed_text(card)
-    return change(card) if text is None else _sign(change(text))
-
-
-def _is_as_written(path: Path) -> bool:
-    """Whether a file is a card of this module that nobody has changed."""
-    if path.is_symlink():
-        return False
-    try:
-        return _signed_text(path.read_bytes().decode()) is not None
-    except (OSError, UnicodeDecodeError):
-        return False
 
 
 def _metadata(config: ExitHeadsConfig, training: Mapping[str, Any]) -> str:

@@ -300,7 +300,8 @@ class Trainer:
             run_key: Must be that of the checkpoint.
 
         Raises:
-            AdaDecodeError: If the checkpoint is another run's or cannot be read.
+            AdaDecodeError: If the checkpoint cannot be read.
+            RuntimeError: If it is another run's.
         """
         from safetensors import SafetensorError
 
@@ -308,11 +309,7 @@ class Trainer:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("run_key") != run_key:
-                    raise AdaDecodeError(
-                        f"OUT {path.parent.parent}: it holds an unfinished run with "
-                        "another model, other text or other options; give the same "
-                        "ones, another directory, or --overwrite"
-                    )
+                    raise RuntimeError("the checkpoint is another run's")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise AdaDecodeError(
