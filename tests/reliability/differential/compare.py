@@ -163,14 +163,11 @@ def _position(
     for token in one.keys() & other.keys():
         if not _close(one[token][0], other[token][0], TOLERANCE):
             return f"token {token}: {one[token][0]} and {other[token][0]}"
-    # The last places of a ranking may be shared.
-    lasts = [
-        min((entry[0] for entry in entries.values()), default=0.0)
-        for entries in (one, other)
-    ]
+    # The last places of a ranking may be shared by other tokens that are as good.
+    lasts = [min(value for value, _ in place.values()) for place in (one, other)]
     for token in one.keys() ^ other.keys():
         value = (one if token in one else other)[token][0]
-        if not any(_close(value, last, TOLERANCE) for last in lasts):
+        if not all(_close(value, last, TOLERANCE) for last in lasts):
             return f"token {token}, {value}, is only in one of them"
     return None
 

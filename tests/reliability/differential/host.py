@@ -147,11 +147,11 @@ def _serve(connection: Connection, log: str, defect: str | None) -> None:
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     faulthandler.enable()
-    from tests.reliability.differential.defects import DEFECTS
+    from tests.reliability.differential.defects import DEFECTS, PLANTED
 
     with ExitStack() as stack:
         if defect is not None:
-            stack.enter_context(DEFECTS[defect]())
+            stack.enter_context({**PLANTED, **DEFECTS}[defect]())
         calls = _Calls()
         try:
             while True:
