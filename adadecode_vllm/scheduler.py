@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.metrics.stats import RequestSpecDecodeMetrics, SchedulerStats
 from vllm.v1.request import Request
 
 from adadecode_vllm.config import CONFIG_KEY, engine_config
@@ -137,6 +138,17 @@ class AdaDecodeScheduler(Scheduler):
             spare -= len(drafts)
 
 
+@dataclass
+class _MetricsOfDrafts(RequestSpecDecodeMetrics):
+    """A request's metrics without the steps whose room stayed empty."""
+
+    def observe(
+        self, num_draft_tokens: int, num_accepted: int, detailed: bool = False
+    ) -> None:
+        if num_draft_tokens > 0:
+            super().observe(num_draft_tokens, num_accepted, detailed)
+
+
 class AdaDecodeAsyncScheduler(AdaDecodeScheduler, AsyncScheduler):
     """The same while the previous step still runs, for Model Runner V2.
 
@@ -151,6 +163,12 @@ class AdaDecodeAsyncScheduler(AdaDecodeScheduler, AsyncScheduler):
         self._caps: dict[str, int] = {}
         self._nothing_more = False
         finished_outcomes.install()
+
+    def add_request(self, request: Request) -> None:
+        """Take a request in; see vLLM."""
+        super().add_request(request)
+        if request.spec_decode_metrics is not None:
+            request.spec_decode_metrics = _MetricsOfDrafts.new(self.num_spec_tokens)
 
     def has_requests(self) -> bool:
         """Whether there is something to schedule; see vLLM."""

@@ -101,3 +101,19 @@ def stats(llm: Any) -> dict[str, Any]:
 def metric(llm: Any, name: str) -> float:
     """The sum of a counter of vLLM's own metrics."""
     return sum(m.value for m in llm.get_metrics() if m.name == name)
+
+
+def drafts_of_requests(llm: Any, prompts: list[Any]) -> list[list[int]]:
+    """Drafts of each step of each request, from vLLM's metrics of requests.
+
+    The engine was started with ``per_request_spec_decode_metrics="detailed"``.
+    """
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=OUTPUT_TOKENS)
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    found = [output.outputs[0].spec_decode_metrics for output in outputs]
+    assert all(
+        sum(metrics.per_step_drafted) == metrics.num_draft_tokens for metrics in found
+    )
+    return [metrics.per_step_drafted for metrics in found]

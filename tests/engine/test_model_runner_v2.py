@@ -42,7 +42,11 @@ def _scheduling(ahead: bool) -> dict[str, Any]:
 def engine(request: Any, some: Case) -> Iterator[EngineProcess]:
     """With and without the next step being scheduled while the last one runs."""
     options = adadecode_options(max_early_predictions=5)
-    with start_engine(**options, **_scheduling(request.param)) as llm:
+    with start_engine(
+        **options,
+        **_scheduling(request.param),
+        per_request_spec_decode_metrics="detailed",
+    ) as llm:
         facts = llm.facts()
         assert facts["v2"]
         assert facts["async_scheduling"] is request.param
@@ -118,6 +122,9 @@ def test_the_metrics_count_real_drafts(engine: EngineProcess, some: Case) -> Non
     )
     counted = engine.stats()
     predicted = sum(counted["early_predictions"])
+    found = engine.drafts_of_requests(some[0])
+    assert sum(map(sum, found)) == drafted
+    assert all(drafts > 0 for steps in found for drafts in steps)
     # What a finished request had drafted is never scheduled or not reported.
     assert 0.8 * predicted <= drafted <= predicted
     assert 0 < accepted <= sum(counted["accepted"])

@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 from vllm import SamplingParams
 
-from tests.harness import adadecode_options, metric, start_engine, stats
+from tests.harness import (
+    adadecode_options,
+    drafts_of_requests,
+    metric,
+    start_engine,
+    stats,
+)
 
 pytestmark = pytest.mark.engine
 
@@ -57,7 +63,11 @@ def ordinary() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def eager() -> Iterator[Any]:
     """Every prediction is submitted."""
-    with start_engine(**adadecode_options(threshold=0.0), max_model_len=512) as llm:
+    with start_engine(
+        **adadecode_options(threshold=0.0),
+        max_model_len=512,
+        per_request_spec_decode_metrics="detailed",
+    ) as llm:
         yield llm
 
 
@@ -85,6 +95,10 @@ def test_nothing_is_counted_that_was_never_drafted(eager: Any) -> None:
     greedy = {**options, "max_tokens": 8}
     run(eager, (0, LONG, greedy), (20, LONG, greedy), (22, [338], greedy))
     assert counted() == before
+    prompts = [{"prompt_token_ids": tokens} for tokens in (LONG, LONG[:9], [338])]
+    found = drafts_of_requests(eager, prompts)
+    assert sum(map(sum, found)) == counted()[1] - before[1] > 0
+    assert all(drafts > 0 for steps in found for drafts in steps)
 
 
 @pytest.mark.parametrize("budget", [8, 17])

@@ -148,6 +148,9 @@ class _Calls:
         """The counters of all tensor-parallel ranks."""
         return self.llm.collective_rpc("adadecode_stats")
 
+    def drafts_of_requests(self, prompts: list[Any]) -> list[list[int]]:
+        return harness.drafts_of_requests(self.llm, prompts)
+
     def metric(self, name: str) -> float:
         return harness.metric(self.llm, name)
 
