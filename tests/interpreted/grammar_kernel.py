@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one kernel of Model Runner V2 that Triton's interpreter cannot run, in torch.
+"""A kernel of Model Runner V2 that Triton's interpreter cannot run, in torch.
 
 It refuses the mask that vLLM's bitmask kernel stores with ("mask has unsupported
 dtype"), with and without this plugin.

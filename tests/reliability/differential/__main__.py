@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.result_files import provenance, write_results
-from tests.reliability.differential.draw import runner_of
+from tests.reliability.differential.draw import requests_of, runner_of
 from tests.reliability.differential.fuzz import Effort, Report, fuzz_engine
 from tests.reliability.differential.pair import Pair
 
@@ -63,7 +63,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output-json", type=Path, help="file for the figures")
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parser.parse_args(arguments)
-    effort = Effort(args.requests, args.shrink_seconds, args.scripts)
     end = time.monotonic() + 60 * args.minutes
     seeds = range(args.seed, args.seed + args.engines)
     if args.only is not None:
@@ -74,6 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
             if time.monotonic() > end:
                 break
             runner = runner_of(seed, args.runner)
+            requests = requests_of(runner, args.runner, args.requests)
+            effort = Effort(requests, args.shrink_seconds, args.scripts)
             reports.append(fuzz_engine(pair, seed, runner, effort, end, _say))
             _say(reports[-1].line())
     totals = _totals(reports)

@@ -122,7 +122,7 @@ class _Calls:
 
     def start(self, arguments: dict[str, Any]) -> None:
         from tests import harness
-        from tests.interpreted import grammar_kernel
+        from tests.interpreted import grammar_kernel, top_k_kernel
         from tests.reliability.differential.drive import Driver
 
         self.stop()
@@ -131,6 +131,7 @@ class _Calls:
         self._engine = engine
         if llm.llm_engine.vllm_config.use_v2_model_runner:
             grammar_kernel.install()
+            top_k_kernel.install()
         self._driver = Driver(llm)
 
     def run(self, requests: Sequence[Request]) -> dict[str, Any]:

@@ -128,7 +128,7 @@ class Pair:
         outcome.ties = len(wrong) - len(real)
         if real:
             sentences = [f"request {one.request}: {one.sentence}" for one in real]
-            outcome.failure = Failure("mismatch", sentences)
+            outcome.failure = Failure("mismatch", [*sentences, *found["books"]])
         elif found["books"]:
             outcome.failure = Failure("books", found["books"])
         return outcome

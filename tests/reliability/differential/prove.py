@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.result_files import provenance, write_results
 from tests.reliability.differential.defects import DEFECTS
-from tests.reliability.differential.draw import runner_of
+from tests.reliability.differential.draw import requests_of, runner_of
 from tests.reliability.differential.fuzz import Effort, fuzz_engine
 from tests.reliability.differential.pair import Pair
 
@@ -37,10 +37,11 @@ def prove(
         `found`, what it was found by or None; `engines`, `cases` and `seconds` it took.
     """
     start, cases = time.monotonic(), 0
-    effort = Effort(requests, shrink_seconds=0, stop_at_failure=True)
     with closing(Pair(defect)) as pair:
         for number in range(engines):
             chosen = runner_of(seed + number, runner)
+            cases_wanted = requests_of(chosen, runner, requests)
+            effort = Effort(cases_wanted, shrink_seconds=0, stop_at_failure=True)
             report = fuzz_engine(pair, seed + number, chosen, effort)
             cases += report.cases
             if report.failures:
