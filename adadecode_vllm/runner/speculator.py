@@ -150,8 +150,6 @@ class AdaDecodeSpeculator(BaseSpeculator):
     @torch.inference_mode()
     def capture(self) -> None:
         """Capture them; vLLM calls it after its own graphs."""
-        if not self.adadecode.policy.can_predict:
-            return
         runner = self._runner
         assert runner is not None, "bound when the KV cache was initialized"
         executor, states = self.adadecode.executor, self.adadecode.states
@@ -353,7 +351,7 @@ class AdaDecodeSpeculator(BaseSpeculator):
         """
         num_reqs = input_batch.num_reqs
         if dummy_run:
-            if is_profile and self.adadecode.policy.can_predict:
+            if is_profile:
                 self.adadecode.executor.warm_up(input_batch.num_tokens)
             return self._draft_tokens[:num_reqs]
 

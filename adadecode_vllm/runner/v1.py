@@ -71,13 +71,16 @@ class AdaDecodeCPUModelRunner(CPUModelRunner):
         self.proposer.bind(self)
 
     def warming_up_model(self) -> None:
-        """Compile the model, then the segments if they will ever run."""
+        """Compile the model, then the segments.
+
+        Also where the engine's threshold never lets them run: a request may ask for
+        another, and what is compiled while requests are served would be compiled for
+        one batch size alone.
+        """
         super().warming_up_model()
-        adadecode = self.adadecode
-        compiles = self.vllm_config.compilation_config.mode != CompilationMode.NONE
-        if compiles and adadecode.policy.can_predict:
+        if self.vllm_config.compilation_config.mode != CompilationMode.NONE:
             with _set_global_compilation_settings(self.vllm_config):
-                adadecode.executor.warm_up()
+                self.adadecode.executor.warm_up()
 
     def _sample(self, logits: Any, spec_decode_metadata: Any) -> Any:
         """Sample; without drafts as ordinary vLLM does, which is cheaper."""

@@ -99,9 +99,14 @@ def test_drafting_stops_above_a_batch_size(
 def test_compiled_as_vllm_does_by_default(
     prompts: list[str], reference: Reference
 ) -> None:
-    options = adadecode_options(threshold=0.5)
+    """Also what the engine's own threshold never lets run and a request asks for."""
+    options = adadecode_options(threshold=1.0)
+    asks = {"adadecode_threshold": 0.5}
     with start_engine(**options, enforce_eager=False) as llm:
-        assert generate(llm, prompts) == reference["texts"]
+        # One request first: what it compiled would be compiled for one row.
+        first = generate(llm, prompts[:1], extra_args=asks)
+        assert first == reference["texts"][:1]
+        assert generate(llm, prompts, extra_args=asks) == reference["texts"]
         assert sum(stats(llm)["accepted"]) > 0
         set_policy(llm, 0.0, 5)
         assert generate(llm, prompts) == reference["texts"]
