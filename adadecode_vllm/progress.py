@@ -26,18 +26,24 @@ class Rate:
     def __init__(self) -> None:
         self._seen: deque[tuple[float, float]] = deque()
 
-    def see(self, total: float) -> None:
+    def see(self, total: float, ago: float = 0.0) -> None:
         """Take note of how much is done now.
 
         Args:
             total: All that is done, ever growing.
+            ago: Seconds since it was so.
         """
-        now = time.monotonic()
+        now = time.monotonic() - ago
         if len(self._seen) > 1 and now - self._seen[-2][0] < 1:
             self._seen.pop()  # one a second is enough
         self._seen.append((now, total))
         while len(self._seen) > 2 and now - self._seen[1][0] > _WINDOW:
             self._seen.popleft()
+
+    @property
+    def started(self) -> bool:
+        """Whether anything was seen."""
+        return bool(self._seen)
 
     @property
     def per_second(self) -> float:

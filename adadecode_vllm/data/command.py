@@ -177,7 +177,6 @@ class Display:
     def start(self, rows: int, done: int) -> None:
         """Show `done` of `rows` rows."""
         self._left = rows - done
-        self._rate.see(0)
         self._meter.start("answers", "rows", rows, done, self._describe)
 
     def unfinished(self, tokens: int) -> None:
@@ -193,6 +192,8 @@ class Display:
         self._left -= 1
         self._unfinished = max(0, self._unfinished - tokens)
         self._began = min(self._began, began)
+        if not self._rate.started:  # what came before was the engine's start
+            self._rate.see(0, time.time() - began)
         self.seconds = time.time() - self._began
         self._rate.see(self.tokens + self._unfinished)
         self._meter.advance()

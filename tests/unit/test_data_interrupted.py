@@ -402,6 +402,24 @@ def test_progress_without_a_terminal(
     assert not any("\r" in line or "\x1b" in line for line in lines)
 
 
+def test_the_rate_leaves_the_start_of_the_engine_out(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with Display() as display:
+        display.start(4, 0)
+        time.sleep(1.5)  # the engine starts
+        began = time.time() - 0.5
+        for _ in range(2):
+            display.answered(1000, began)
+    (line,) = capsys.readouterr().err.splitlines()
+    match = re.fullmatch(
+        r"answers: 2 of 4 rows after 2 s, ([\d,]+) tokens/s, (\d+) s left", line
+    )
+    assert match is not None, line
+    assert 3000 < int(match[1].replace(",", "")) <= 4000
+    assert match[2] in ("0", "1")
+
+
 def test_a_continued_run_says_what_is_left(
     options: DataOptions,
     monkeypatch: pytest.MonkeyPatch,
