@@ -6,9 +6,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -162,26 +163,29 @@ def test_ray_makes_the_same_rows(made: DataOptions) -> None:
 
 
 @needs_ray
-def test_ray_keeps_the_answers_of_an_unfinished_shard(
-    made: DataOptions, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ray_keeps_the_answers_of_an_unfinished_shard(made: DataOptions) -> None:
     """Answers come from an actor as they finish, not at the end of its shard."""
     options = replace(
-        made, out=made.out.with_name("ray-broken"), ray_actors=1, rows_per_shard=10
+        made,
+        out=made.out.with_name("ray-broken"),
+        ray_actors=1,
+        rows_per_shard=10,
+        engine={**ENGINE, "max_num_seqs": 1},  # one after the other
     )
 
     class Interrupting(Silence):
-        rows = 0
+        came: ClassVar[list[float]] = []  # since the actor took up the shard
 
         def answered(self, tokens: int, began: float) -> None:
-            self.rows += 1
-            if self.rows == 3:
+            self.came.append(time.time() - began)
+            if len(self.came) == 8:
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         make_data(options, Interrupting())
+    assert Interrupting.came[0] < 0.5 * Interrupting.came[-1]
     (journal,) = options.out.glob("part-*.jsonl")
-    assert len(journal.read_bytes().splitlines()) == 1 + 3
+    assert len(journal.read_bytes().splitlines()) == 1 + 8
     info = make_data(replace(options, ray_actors=None))
     assert info.fingerprint == load_dataset_info(made.out).fingerprint
 
