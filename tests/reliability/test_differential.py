@@ -82,8 +82,8 @@ def test_engines_answer_alike(
         ("exception", "death: RuntimeError: on purpose"),
     ],
 )
-def test_what_is_put_in_is_found(defect: str, found: str) -> None:
-    answer = prove(defect, seed=2, engines=1, requests=12, runner="v1")
+def test_what_is_put_in_is_found(pair: Pair, defect: str, found: str) -> None:
+    answer = prove(pair, defect, seed=2, engines=1, requests=12, runner="v1")
     assert answer["found"].startswith(found)
     assert answer["cases"] > 0
 

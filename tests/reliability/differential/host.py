@@ -38,21 +38,18 @@ class EngineFailed(Exception):
 class Host:
     """A process with an engine, of one model runner."""
 
-    def __init__(self, runner: str, defect: str | None = None) -> None:
+    def __init__(self, runner: str) -> None:
         """Start the process.
 
         Args:
             runner: "v1" or "v2".
-            defect: Name of a defect to put back there; see `defects.py`.
         """
         context = multiprocessing.get_context("spawn")
         self._seconds = SECONDS[runner]
         self._connection, theirs = context.Pipe()
         self._directory = tempfile.TemporaryDirectory()
         self._log = Path(self._directory.name) / "log"
-        self._process = context.Process(
-            target=_serve, args=(theirs, str(self._log), defect)
-        )
+        self._process = context.Process(target=_serve, args=(theirs, str(self._log)))
         with ExitStack() as stack:
             patch = stack.enter_context(pytest.MonkeyPatch.context())
             patch.setenv("OMP_NUM_THREADS", "1")
@@ -62,16 +59,17 @@ class Host:
             self._process.start()
         theirs.close()  # so that a child that dies ends our waiting
 
-    def start(self, arguments: dict[str, Any]) -> None:
+    def start(self, arguments: dict[str, Any], defect: str | None = None) -> None:
         """Start an engine; an earlier one is shut down.
 
         Args:
             arguments: Of `tests.harness.start_engine`.
+            defect: A name in `defects.py`, to be there as long as the engine.
 
         Raises:
             EngineFailed: With its exception's text.
         """
-        self._call("start", arguments)
+        self._call("start", arguments, defect)
 
     def run(self, requests: Sequence[Request]) -> dict[str, Any]:
         """Run a stream; see `drive.Driver.run`."""
@@ -117,18 +115,21 @@ class _Calls:
     """What the process answers."""
 
     def __init__(self) -> None:
-        self._engine: Any = None
+        self._running = ExitStack()
         self._driver: Any = None
 
-    def start(self, arguments: dict[str, Any]) -> None:
+    def start(self, arguments: dict[str, Any], defect: str | None) -> None:
         from tests import harness
         from tests.interpreted import grammar_kernel, top_k_kernel
+        from tests.reliability.differential.defects import DEFECTS, PLANTED
         from tests.reliability.differential.drive import Driver
 
         self.stop()
-        engine = harness.start_engine(**arguments)
-        llm = engine.__enter__()
-        self._engine = engine
+        with ExitStack() as stack:
+            if defect is not None:
+                stack.enter_context({**PLANTED, **DEFECTS}[defect]())
+            llm = stack.enter_context(harness.start_engine(**arguments))
+            self._running = stack.pop_all()
         if llm.llm_engine.vllm_config.use_v2_model_runner:
             grammar_kernel.install()
             top_k_kernel.install()
@@ -138,28 +139,22 @@ class _Calls:
         return self._driver.run(requests)
 
     def stop(self) -> None:
-        engine, self._engine, self._driver = self._engine, None, None
-        if engine is not None:
-            engine.__exit__(None, None, None)
+        self._driver = None
+        self._running.close()
 
 
-def _serve(connection: Connection, log: str, defect: str | None) -> None:
+def _serve(connection: Connection, log: str) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     faulthandler.enable()
-    from tests.reliability.differential.defects import DEFECTS, PLANTED
-
-    with ExitStack() as stack:
-        if defect is not None:
-            stack.enter_context({**PLANTED, **DEFECTS}[defect]())
-        calls = _Calls()
-        try:
-            while True:
-                name, args = connection.recv()
-                try:
-                    connection.send((False, getattr(calls, name)(*args)))
-                except Exception:
-                    connection.send((True, traceback.format_exc()))
-        except EOFError:
-            calls.stop()
+    calls = _Calls()
+    try:
+        while True:
+            name, args = connection.recv()
+            try:
+                connection.send((False, getattr(calls, name)(*args)))
+            except Exception:
+                connection.send((True, traceback.format_exc()))
+    except EOFError:
+        calls.stop()

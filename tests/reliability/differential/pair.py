@@ -51,17 +51,17 @@ class Refused(Exception):
 
 
 class Pair:
-    """Ordinary vLLM and AdaDecode, in two processes that outlive their engines."""
+    """Ordinary vLLM and AdaDecode, in two processes that outlive their engines.
 
-    def __init__(self, defect: str | None = None) -> None:
-        """Start nothing yet.
+    Attributes:
+        defect: What is put in where AdaDecode runs; see `defects.py`.
+    """
 
-        Args:
-            defect: To put back where AdaDecode runs; see `defects.py`.
-        """
-        self._defect = defect
+    def __init__(self) -> None:
+        """Start nothing yet."""
+        self.defect: str | None = None
         self._ordinary = _Seat()
-        self._ours = _Seat(defect)
+        self._ours = _Seat()
 
     def close(self) -> None:
         """End the processes."""
@@ -86,7 +86,7 @@ class Pair:
         if expected["failure"]:
             return Outcome(void=expected["failure"][1])
         try:
-            self._ours.start(engine.runner, _ours(engine))
+            self._ours.start(engine.runner, _ours(engine), self.defect)
             found = self._ours.run(requests)
         except EngineFailed as error:
             last = str(error).strip().splitlines()[-1]
@@ -192,29 +192,30 @@ class Pair:
 class _Seat:
     """A process and what it runs."""
 
-    def __init__(self, defect: str | None = None) -> None:
-        self._defect = defect
+    def __init__(self) -> None:
         self._host: Host | None = None
         self._runner = ""
-        self._arguments: dict[str, Any] | None = None
+        self._started: tuple[dict[str, Any], str | None] | None = None
 
-    def start(self, runner: str, arguments: dict[str, Any]) -> None:
+    def start(
+        self, runner: str, arguments: dict[str, Any], defect: str | None = None
+    ) -> None:
         if self._host is not None and runner != self._runner:
             self.leave()
         if self._host is None:
-            self._host = Host(runner, self._defect)
+            self._host = Host(runner)
             self._runner = runner
-        if arguments != self._arguments:
-            self._arguments = None
-            self._host.start(arguments)
-            self._arguments = arguments
+        if self._started != (arguments, defect):
+            self._started = None
+            self._host.start(arguments, defect)
+            self._started = arguments, defect
 
     def run(self, requests: Sequence[Request]) -> dict[str, Any]:
         assert self._host is not None, "started before"
         return self._host.run(requests)
 
     def leave(self) -> None:
-        host, self._host, self._arguments = self._host, None, None
+        host, self._host, self._started = self._host, None, None
         if host is not None:
             host.close()
 

@@ -15,19 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.result_files import provenance, write_results
-from tests.reliability.differential.defects import DEFECTS
+from tests.reliability.differential.defects import DEFECTS, PLANTED
 from tests.reliability.differential.draw import requests_of, runner_of
 from tests.reliability.differential.fuzz import Effort, fuzz_engine
 from tests.reliability.differential.pair import Pair
 
 
 def prove(
-    defect: str | None, seed: int, engines: int, requests: int, runner: str
+    pair: Pair, defect: str, seed: int, engines: int, requests: int, runner: str
 ) -> dict[str, Any]:
     """Fuzz with a defect until it is found.
 
     Args:
-        defect: A name in `defects.py`; None for none, when nothing may be found.
+        pair: Where to run.
+        defect: A name in `defects.py`.
         seed: The first engine's.
         engines: Most to try.
         requests: Request-cases of an engine.
@@ -36,31 +37,29 @@ def prove(
     Returns:
         `found`, what it was found by or None; `engines`, `cases` and `seconds` it took.
     """
-    start, cases = time.monotonic(), 0
-    with closing(Pair(defect)) as pair:
-        for number in range(engines):
+    start, cases, found, number = time.monotonic(), 0, None, 0
+    pair.defect = defect
+    try:
+        while found is None and number < engines:
             chosen = runner_of(seed + number, runner)
-            cases_wanted = requests_of(chosen, runner, requests)
-            effort = Effort(cases_wanted, shrink_seconds=0, stop_at_failure=True)
+            effort = Effort(
+                requests_of(chosen, runner, requests),
+                shrink_seconds=0,
+                stop_at_failure=True,
+            )
             report = fuzz_engine(pair, seed + number, chosen, effort)
-            cases += report.cases
+            number, cases = number + 1, cases + report.cases
             if report.failures:
                 _, failure = report.failures[0]
-                return {
-                    "defect": defect,
-                    "found": f"{failure.kind}: {failure.sentences[0]}",
-                    "seed": seed + number,
-                    "engines": number + 1,
-                    "cases": cases,
-                    "seconds": round(time.monotonic() - start),
-                }
-    seconds = round(time.monotonic() - start)
+                found = f"{failure.kind}: {failure.sentences[0]}"
+    finally:
+        pair.defect = None
     return {
         "defect": defect,
-        "found": None,
-        "engines": engines,
+        "found": found,
+        "engines": number,
         "cases": cases,
-        "seconds": seconds,
+        "seconds": round(time.monotonic() - start),
     }
 
 
@@ -69,7 +68,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tests.reliability.differential.prove", description=__doc__
     )
-    parser.add_argument("--defects", nargs="*", choices=DEFECTS, default=list(DEFECTS))
+    parser.add_argument(
+        "--defects", nargs="*", choices=[*DEFECTS, *PLANTED], default=list(DEFECTS)
+    )
     parser.add_argument("--engines", type=int, default=60, help="most to try")
     parser.add_argument("--requests", type=int, default=50, help="of each engine")
     parser.add_argument("--seed", type=int, default=0, help="the first engine's")
@@ -78,15 +79,18 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parser.parse_args(arguments)
     found = []
-    for defect in args.defects:
-        one = prove(defect, args.seed, args.engines, args.requests, args.runner)
-        found.append(one)
-        verdict = "not found" if one["found"] is None else f"found ({one['found']})"
-        sys.stdout.write(
-            f"{defect}: {verdict} after {one['engines']} engines, {one['cases']} "
-            f"cases, {one['seconds']} s\n"
-        )
-        sys.stdout.flush()
+    with closing(Pair()) as pair:
+        for defect in args.defects:
+            one = prove(
+                pair, defect, args.seed, args.engines, args.requests, args.runner
+            )
+            found.append(one)
+            verdict = "not found" if one["found"] is None else f"found ({one['found']})"
+            sys.stdout.write(
+                f"{defect}: {verdict} after {one['engines']} engines, {one['cases']} "
+                f"cases, {one['seconds']} s\n"
+            )
+            sys.stdout.flush()
     if args.output_json is not None:
         command = f"{parser.prog} {shlex.join(arguments)}"
         write_results(
