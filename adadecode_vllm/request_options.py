@@ -103,8 +103,24 @@ def verifiable(params: SamplingParams | None) -> bool:
         params is None
         or params.min_p > _LEAST_MIN_P
         or params.logit_bias
-        or params.logprob_token_ids
+        or needs_plain_steps(params)
+    )
+
+
+def needs_plain_steps(params: SamplingParams | None) -> bool:
+    """Whether a request can be served in steps without any draft only.
+
+    vLLM 0.32 counts rows for these parameters as if no request of the batch had drafts
+    (thinking budgets, replayed traces), or forgets them where one has (the logprobs of
+    chosen tokens). So the drafts of other requests are dropped in such steps.
+
+    Args:
+        params: The request's parameters.
+    """
+    return params is not None and bool(
+        params.logprob_token_ids
         or params.thinking_token_budget is not None
+        or params.trace_decode_token_ids
     )
 
 

@@ -26,6 +26,17 @@ COUNTERS = "adadecode_counters"
 """Attribute of a model runner's output: the worker's counters after the step."""
 
 
+@dataclass
+class _MetricsOfDrafts(RequestSpecDecodeMetrics):
+    """A request's metrics without the steps whose room stayed empty."""
+
+    def observe(
+        self, num_draft_tokens: int, num_accepted: int, detailed: bool = False
+    ) -> None:
+        if num_draft_tokens > 0:
+            super().observe(num_draft_tokens, num_accepted, detailed)
+
+
 class AdaDecodeScheduler(Scheduler):
     """Makes room for early predictions, where there is some to spare.
 
@@ -74,12 +85,49 @@ class AdaDecodeScheduler(Scheduler):
             self._bound_drafts(self._spare_tokens())
         return super().schedule(*args, **kwargs)
 
+    def add_request(self, request: Request) -> None:
+        """Take a request in; see vLLM."""
+        super().add_request(request)
+        if request.spec_decode_metrics is not None:
+            request.spec_decode_metrics = _MetricsOfDrafts.new(self.num_spec_tokens)
+
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: Any
     ) -> Any:
-        """Take a step's outcome in, and the worker's counters with it."""
+        """Take a step's outcome in, and the worker's counters with it.
+
+        Room that stayed empty was never a draft, nor is what the worker dropped.
+        """
         self._report.update(getattr(model_runner_output, COUNTERS, None))
+        unused = getattr(model_runner_output, UNUSED_DRAFTS, None)
+        if unused:
+            # vLLM keeps what a grammar forbade out of its acceptance metrics with the
+            # same dictionary; that count includes the room that stayed empty.
+            scheduler_output.num_invalid_spec_tokens = {
+                **unused,
+                **(scheduler_output.num_invalid_spec_tokens or {}),
+            }
         return super().update_from_output(scheduler_output, model_runner_output)
+
+    def make_spec_decoding_stats(
+        self,
+        spec_decoding_stats: Any,
+        num_draft_tokens: int,
+        num_accepted_tokens: int,
+        num_invalid_spec_tokens: dict[str, int] | None,
+        request_id: str,
+    ) -> Any:
+        """Count a request's drafts; without any it is no speculative step."""
+        invalid = (num_invalid_spec_tokens or {}).get(request_id, 0)
+        if num_draft_tokens <= invalid:
+            return spec_decoding_stats
+        return super().make_spec_decoding_stats(
+            spec_decoding_stats,
+            num_draft_tokens,
+            num_accepted_tokens,
+            num_invalid_spec_tokens,
+            request_id,
+        )
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """A step's statistics, with what the worker counted since the last ones."""
@@ -138,17 +186,6 @@ class AdaDecodeScheduler(Scheduler):
             spare -= len(drafts)
 
 
-@dataclass
-class _MetricsOfDrafts(RequestSpecDecodeMetrics):
-    """A request's metrics without the steps whose room stayed empty."""
-
-    def observe(
-        self, num_draft_tokens: int, num_accepted: int, detailed: bool = False
-    ) -> None:
-        if num_draft_tokens > 0:
-            super().observe(num_draft_tokens, num_accepted, detailed)
-
-
 class AdaDecodeAsyncScheduler(AdaDecodeScheduler, AsyncScheduler):
     """The same while the previous step still runs, for Model Runner V2.
 
@@ -163,12 +200,6 @@ class AdaDecodeAsyncScheduler(AdaDecodeScheduler, AsyncScheduler):
         self._caps: dict[str, int] = {}
         self._nothing_more = False
         finished_outcomes.install()
-
-    def add_request(self, request: Request) -> None:
-        """Take a request in; see vLLM."""
-        super().add_request(request)
-        if request.spec_decode_metrics is not None:
-            request.spec_decode_metrics = _MetricsOfDrafts.new(self.num_spec_tokens)
 
     def has_requests(self) -> bool:
         """Whether there is something to schedule; see vLLM."""
@@ -193,40 +224,6 @@ class AdaDecodeAsyncScheduler(AdaDecodeScheduler, AsyncScheduler):
             cap = self._cap(request)
             if len(request.spec_token_ids) > cap:
                 request.spec_token_ids = request.spec_token_ids[:cap]
-
-    def update_from_output(
-        self, scheduler_output: SchedulerOutput, model_runner_output: Any
-    ) -> Any:
-        """Take a step's outcome in; room that stayed empty was never a draft."""
-        unused = getattr(model_runner_output, UNUSED_DRAFTS, None)
-        if unused:
-            # vLLM keeps what a grammar forbade out of its acceptance metrics with the
-            # same dictionary; that count includes the room that stayed empty.
-            scheduler_output.num_invalid_spec_tokens = {
-                **unused,
-                **(scheduler_output.num_invalid_spec_tokens or {}),
-            }
-        return super().update_from_output(scheduler_output, model_runner_output)
-
-    def make_spec_decoding_stats(
-        self,
-        spec_decoding_stats: Any,
-        num_draft_tokens: int,
-        num_accepted_tokens: int,
-        num_invalid_spec_tokens: dict[str, int] | None,
-        request_id: str,
-    ) -> Any:
-        """Count a request's drafts; without any it is no speculative step."""
-        invalid = (num_invalid_spec_tokens or {}).get(request_id, 0)
-        if num_draft_tokens <= invalid:
-            return spec_decoding_stats
-        return super().make_spec_decoding_stats(
-            spec_decoding_stats,
-            num_draft_tokens,
-            num_accepted_tokens,
-            num_invalid_spec_tokens,
-            request_id,
-        )
 
     def _cap(self, request: Request) -> int:
         cap = self._caps.get(request.request_id)

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``InputProcessor`` refuses bad per-request options before the engine sees them.
+"""``InputProcessor`` refuses bad per-request options, and no good ones.
 
-Symptom without it: a wrong ``adadecode_threshold`` in ``vllm_xargs`` would be met by
-the worker, in the middle of a batch, where the only ways out are to ignore it or to end
-the engine. vLLM validates ``extra_args`` through custom logits processors only, which
-it refuses together with any speculative method.
+Symptom without it: requests with ``min_p`` or ``logit_bias`` are answered with HTTP
+400, all of them where the model's generation_config.json has a min_p, because vLLM does
+not verify drafts of such requests; here they get none. And a wrong
+``adadecode_threshold`` in ``vllm_xargs`` would be met by the worker, in the middle of a
+batch, where the only ways out are to ignore it or to end the engine. vLLM validates
+``extra_args`` through custom logits processors only.
 
 Upstream: ``_validate_params`` in
 https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/v1/engine/input_processor.py
@@ -49,6 +51,9 @@ def install() -> None:
         from adadecode_vllm.request_options import parse_request_options
 
         extra_args = getattr(params, "extra_args", None)
+        if self.speculative_config is not None and engine_config(self.vllm_config):
+            # It is read for what vLLM cannot verify with drafts, and for nothing else.
+            self.speculative_config = None
         config = engine_config(self.vllm_config) if extra_args else None
         if config is not None:
             try:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,12 @@ from adadecode_vllm.config import AdaDecodeConfig, parse_config
 from adadecode_vllm.core.policy import ThresholdPolicy
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.heads import ExitHeadsConfig
-from adadecode_vllm.request_options import ENGINES, RequestOptions, options_of
+from adadecode_vllm.request_options import (
+    ENGINES,
+    RequestOptions,
+    needs_plain_steps,
+    options_of,
+)
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
@@ -51,6 +56,7 @@ class Settings:
         self._heads = heads
         self._room = config.max_early_predictions
         self._options: dict[str, RequestOptions] = {}
+        self._plain: set[str] = set()
         self._apply(config)
 
     def _apply(self, config: AdaDecodeConfig) -> None:
@@ -92,11 +98,17 @@ class Settings:
             request_id: The request.
             params: Its parameters.
         """
+        if needs_plain_steps(params):
+            self._plain.add(request_id)
         own = options_of(params, self._config)
         if own == ENGINES:
             self._options.pop(request_id, None)
         else:
             self._options[request_id] = own
+
+    def forbid_drafts(self, request_ids: Collection[str]) -> bool:
+        """Whether a step with these requests has to do without any draft."""
+        return bool(self._plain) and not self._plain.isdisjoint(request_ids)
 
     def options(self, request_ids: Sequence[str]) -> list[RequestOptions] | None:
         """What requests ask for.
@@ -160,6 +172,7 @@ class Settings:
 
     def forget(self, request_ids: set[str]) -> None:
         """Release what is remembered of finished requests."""
+        self._plain -= request_ids
         for request_id in request_ids:
             self._options.pop(request_id, None)
 

@@ -6,9 +6,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from vllm.v1.sample.logits_processor import (
+    BUILTIN_LOGITS_PROCESSORS,
+    AdapterLogitsProcessor,
+)
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
+    from vllm.v1.worker.gpu_input_batch import InputBatch
 
 
 def draft_limits(
@@ -52,3 +57,26 @@ def stop_token_ids(params: SamplingParams | None) -> frozenset[int]:
     if params.eos_token_id is not None:
         stops.add(params.eos_token_id)
     return frozenset(stops)
+
+
+def processed_rows(input_batch: InputBatch, rows: np.ndarray) -> np.ndarray:
+    """Rows whose logits a custom logits processor may change.
+
+    vLLM applies custom processors to one token a request, so drafts would be verified
+    without them. Those that vLLM's adapter makes say whose request they concern;
+    others may concern any.
+
+    Args:
+        input_batch: Model Runner V1's batch.
+        rows: (R,) int64.
+
+    Returns:
+        (R,) bool.
+    """
+    processed = np.zeros(len(rows), bool)
+    for processor in input_batch.logitsprocs.all:
+        if isinstance(processor, AdapterLogitsProcessor):
+            processed |= np.isin(rows, list(processor.req_info))
+        elif not isinstance(processor, tuple(BUILTIN_LOGITS_PROCESSORS)):
+            processed[:] = True
+    return processed

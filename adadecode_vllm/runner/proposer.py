@@ -12,7 +12,11 @@ from adadecode_vllm.config import engine_config
 from adadecode_vllm.core.adadecode import AdaDecode
 from adadecode_vllm.core.batch import AttentionBatcher, KVGroup
 from adadecode_vllm.core.drafting import DraftRequests
-from adadecode_vllm.runner.limits import draft_limits, stop_token_ids
+from adadecode_vllm.runner.limits import (
+    draft_limits,
+    processed_rows,
+    stop_token_ids,
+)
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -94,10 +98,14 @@ class AdaDecodeProposer:
         )
         request_ids = [runner.input_batch.req_ids[row] for row in rows]
         states = [runner.requests[request_id] for request_id in request_ids]
-        options = self.adadecode.settings.options(request_ids)
-        caps = self.adadecode.settings.caps(options, len(rows), runner.most_drafts)
+        settings = self.adadecode.settings
+        if settings.forbid_drafts(runner.input_batch.req_ids):
+            return drafts
+        options = settings.options(request_ids)
+        caps = settings.caps(options, len(rows), runner.most_drafts)
         if caps is None:
             return drafts
+        caps = np.where(processed_rows(runner.input_batch, rows), 0, caps)
 
         positions = num_tokens_no_spec[rows].astype(np.int64) - 1
         batcher = self.adadecode.executor.batcher
@@ -119,7 +127,7 @@ class AdaDecodeProposer:
                 stop_token_ids=[
                     stop_token_ids(state.sampling_params) for state in states
                 ],
-                thresholds=self.adadecode.settings.thresholds(options),
+                thresholds=settings.thresholds(options),
             ),
         )
         for row, early in zip(rows, predicted, strict=True):

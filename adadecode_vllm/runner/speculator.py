@@ -223,7 +223,13 @@ class AdaDecodeSpeculator(BaseSpeculator):
 
         self._empty = {}
         if not self._warming_up:
-            scheduler_output, self._empty = fill_room(scheduler_output, self.drafts)
+            for request in scheduler_output.scheduled_new_reqs:
+                self.adadecode.settings.admit(request.req_id, request.sampling_params)
+            plain = self.adadecode.settings.forbid_drafts(
+                scheduler_output.num_scheduled_tokens
+            )
+            drafts = {} if plain else self.drafts
+            scheduler_output, self._empty = fill_room(scheduler_output, drafts)
         self._scheduled = scheduler_output
         return scheduler_output
 
@@ -239,7 +245,6 @@ class AdaDecodeSpeculator(BaseSpeculator):
             self._computed[row] = request.num_computed_tokens
             params = request.sampling_params
             self._stops[request.req_id] = stop_token_ids(params)
-            self.adadecode.settings.admit(request.req_id, params)
 
     def may_resume(self, scheduler_output: SchedulerOutput) -> bool:
         """Whether the step has a request with pending tokens."""
@@ -364,6 +369,8 @@ class AdaDecodeSpeculator(BaseSpeculator):
         most = self._draft_tokens.shape[1]
         if num_speculative_tokens is not None:
             most = min(most, num_speculative_tokens)
+        if self.adadecode.settings.forbid_drafts(input_batch.req_ids):
+            most = 0
         caps = self.adadecode.settings.caps(options, num_reqs, most)
         tokens = None
         self.waited = caps is not None or bool(input_batch.num_draft_tokens)

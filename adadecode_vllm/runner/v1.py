@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 from vllm.config import CompilationMode
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
 from vllm.v1.worker.cpu_model_runner import (
     CPUModelRunner,
     _set_global_compilation_settings,
@@ -16,7 +17,10 @@ from vllm.v1.worker.cpu_model_runner import (
 from adadecode_vllm.core.adadecode import AdaDecode
 from adadecode_vllm.core.ledger import Resumable
 from adadecode_vllm.core.resume import ScheduledBatch
+from adadecode_vllm.patches import logits_processors
+from adadecode_vllm.runner.draft_room import fill_room, trim_grammar
 from adadecode_vllm.runner.proposer import AdaDecodeProposer
+from adadecode_vllm.scheduler import UNUSED_DRAFTS
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -39,9 +43,11 @@ class AdaDecodeCPUModelRunner(CPUModelRunner):
             vllm_config: The engine's configuration.
             device: The CPU.
         """
-        super().__init__(vllm_config, device)
+        with logits_processors.beside_drafts():
+            super().__init__(vllm_config, device)
         self.step = 0
         self._scheduled: SchedulerOutput | None = None
+        self._dropped: dict[str, int] = {}
         # vLLM replaces all drafts of a batch by zeros once one request comes within
         # num_speculative_tokens of the drafter's length. Early predictions are bounded
         # request by request instead.
@@ -69,6 +75,11 @@ class AdaDecodeCPUModelRunner(CPUModelRunner):
         """Allocate the KV cache and tell the proposer about its groups."""
         super().initialize_kv_cache(*args, **kwargs)
         self.proposer.bind(self)
+        holder = self.input_batch.thinking_budget_state_holder
+        if holder is not None:
+            # Requests with a budget run in steps without drafts, where vLLM would look
+            # for their rows as if there were some.
+            holder.in_spec_mode = False
 
     def warming_up_model(self) -> None:
         """Compile the model, then the segments.
@@ -98,11 +109,26 @@ class AdaDecodeCPUModelRunner(CPUModelRunner):
     ) -> Any:
         """Run one engine step."""
         self.step += 1
-        self._scheduled = scheduler_output
+        settings = self.adadecode.settings
         self.adadecode.forget(scheduler_output.finished_req_ids)
         for request in scheduler_output.scheduled_new_reqs:
-            self.adadecode.settings.admit(request.req_id, request.sampling_params)
+            settings.admit(request.req_id, request.sampling_params)
+        self._dropped = {}
+        if settings.forbid_drafts(scheduler_output.num_scheduled_tokens):
+            scheduler_output, self._dropped = fill_room(scheduler_output, {})
+        self._scheduled = scheduler_output
         return super().execute_model(scheduler_output, intermediate_tensors)
+
+    def sample_tokens(self, grammar_output: Any) -> Any:  # type: ignore[override]
+        """Sample, verify and draft."""
+        scheduled = self._scheduled
+        if scheduled is not None:
+            drafts = scheduled.scheduled_spec_decode_tokens
+            grammar_output = trim_grammar(grammar_output, drafts, self._dropped)
+        output = super().sample_tokens(grammar_output)
+        if self._dropped and output is not EMPTY_MODEL_RUNNER_OUTPUT:
+            setattr(output, UNUSED_DRAFTS, self._dropped)
+        return output
 
     def _model_forward(
         self,

@@ -207,6 +207,25 @@ def test_parameters_of_sampling(
         assert sum(engine.stats()["early_predictions"]) > 0
 
 
+def test_what_is_served_without_drafts_beside_requests_with_drafts(
+    engine: EngineProcess, some: Case
+) -> None:
+    chosen = [3, 17, 201]
+    greedy = {"temperature": 0, "max_tokens": 16}
+    options = [
+        greedy,
+        {"temperature": 1.0, "min_p": 1.0, "max_tokens": 12},
+        {**greedy, "logit_bias": {16: 50.0, 201: 45.0}},
+        {**greedy, "max_tokens": 5, "logprob_token_ids": chosen},
+    ]
+    engine.configure(threshold=1.0)
+    expected = engine.mixed(some[0][:4], options)
+    assert all(set(chosen) <= set(tokens) for tokens in expected[3][1])
+    engine.configure(threshold=0.0)
+    assert engine.mixed(some[0][:4], options) == expected
+    assert sum(engine.stats()["accepted"]) > 0
+
+
 @pytest.mark.feature("options of a request", "supported")
 def test_options_of_a_request(engine: EngineProcess, some: Case) -> None:
     prompts, texts = some

@@ -49,7 +49,7 @@ def run(llm: Any, *arrivals: tuple[int, list[int], dict[str, Any]]) -> list[list
                 texts[int(name)] = list(output.outputs[0].token_ids)
         if len(texts) == len(arrivals):
             break
-    left = [key for key in engine.output_processor.request_states]
+    left = list(engine.output_processor.request_states)
     engine.abort_request(left)
     return [texts.get(number, []) for number in range(len(arrivals))]
 

@@ -13,13 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from vllm.exceptions import VLLMValidationError
 
 from tests.harness import (
     Reference,
     adadecode_options,
-    configure,
-    generate,
     set_policy,
     start_engine,
     stats,
@@ -248,37 +245,3 @@ def test_several_answers_to_one_prompt(
     greedy = [text[:MAX_TOKENS] for text in reference["texts"][:PROMPTS]]
     assert ordinary.parallel == [[text] * 3 for text in greedy]
     assert found.parallel == ordinary.parallel
-
-
-@pytest.mark.parametrize(
-    "option",
-    [
-        pytest.param(
-            {"logit_bias": {5: 10.0}},
-            marks=pytest.mark.feature(
-                "logit bias",
-                "refused",
-                "by vLLM, request by request, with every speculative method",
-            ),
-        ),
-        pytest.param(
-            {"min_p": 0.1, "temperature": 1.0},
-            marks=pytest.mark.feature(
-                "min-p",
-                "refused",
-                "by vLLM, request by request, with every speculative method",
-            ),
-        ),
-    ],
-)
-def test_what_vllm_refuses_with_drafts_ends_that_request_only(
-    engine: Any, prompts: list[str], reference: Reference, option: dict[str, Any]
-) -> None:
-    from vllm import SamplingParams
-
-    params = SamplingParams(**{"temperature": 0, "max_tokens": 8, **option})
-    with pytest.raises(VLLMValidationError, match="not yet supported with speculative"):
-        engine.generate(prompts[:1], params, use_tqdm=False)
-    configure(engine)
-    assert generate(engine, prompts) == reference["texts"]
-    assert sum(stats(engine)["accepted"]) > 0

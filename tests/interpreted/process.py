@@ -102,6 +102,22 @@ class _Calls:
             for output in outputs
         ]
 
+    def mixed(
+        self, prompts: list[Any], options: list[dict[str, Any]]
+    ) -> list[tuple[list[int], list[list[int]]]]:
+        """Token ids, and the tokens that have logprobs; one batch of all kinds."""
+        from vllm import SamplingParams
+
+        params = [SamplingParams(**own) for own in options]
+        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        return [
+            (
+                list(text.token_ids),
+                [sorted(logprobs) for logprobs in text.logprobs or ()],
+            )
+            for (text,) in (output.outputs for output in outputs)
+        ]
+
     def structured(self, prompts: list[Any], schema: Any, **options: Any) -> list[str]:
         """Texts that follow a JSON schema, greedily."""
         from vllm import SamplingParams

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.input_processor import InputProcessor
 
@@ -114,7 +115,10 @@ def test_anything_is_read_or_refused(options: dict[str, Any]) -> None:
 
 def front_door(options: dict[str, Any] | None) -> Any:
     additional = {} if options is None else {"adadecode": options}
-    return SimpleNamespace(vllm_config=SimpleNamespace(additional_config=additional))
+    return SimpleNamespace(
+        vllm_config=SimpleNamespace(additional_config=additional),
+        speculative_config="drafts",
+    )
 
 
 @pytest.fixture
@@ -133,6 +137,23 @@ def test_the_front_door_refuses(validate: Any) -> None:
     good = SimpleNamespace(extra_args={"adadecode_threshold": 0.2})
     assert validate(front_door({"heads": "H"}), good, ()) == "vLLM's"
     assert validate(front_door({"heads": "H"}), SimpleNamespace(), ()) == "vLLM's"
+
+
+def test_the_front_door_lets_in_what_is_served_without_drafts(validate: Any) -> None:
+    """vLLM refuses min_p and others to engines with a speculative method."""
+    ours, other = front_door({"heads": "H"}), front_door(None)
+    for door in (ours, other):
+        assert validate(door, SimpleNamespace(), ()) == "vLLM's"
+    assert ours.speculative_config is None
+    assert other.speculative_config == "drafts"
+
+
+def test_vllm_still_asks_for_the_speculative_method_there() -> None:
+    """And for nothing else: it is taken away from the front door."""
+    source = inspect.getsource(InputProcessor)
+    assert source.count("self.speculative_config") == 2
+    verify = inspect.getsource(SamplingParams.verify)
+    assert verify.count("speculative_config") == 3
 
 
 @pytest.mark.parametrize("options", [None, {"heads": "H", "enabled": False}])

@@ -9,10 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from vllm import SamplingParams
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 
+from adadecode_vllm.config import parse_config
 from adadecode_vllm.core.ledger import Ledger, Window
+from adadecode_vllm.core.settings import Settings
+from adadecode_vllm.heads import load_heads_config
 from adadecode_vllm.runner.speculator import AdaDecodeSpeculator
+from tests.harness import HEADS
 
 CAP = 3
 
@@ -31,7 +36,9 @@ def make_speculator(*, ahead: bool = True) -> AdaDecodeSpeculator:
     adadecode: Any = SimpleNamespace(
         ledger=Ledger(),
         forget=lambda request_ids: None,
-        settings=SimpleNamespace(admit=lambda request_id, params: None),
+        settings=Settings(
+            parse_config({"heads": HEADS, "exit_layers": [2]}), load_heads_config(HEADS)
+        ),
     )
     speculator.adadecode = adadecode
     return speculator
@@ -41,6 +48,7 @@ def schedule(
     counts: dict[str, int],
     drafts: dict[str, list[int]],
     new: tuple[str, ...] = (),
+    params: SamplingParams | None = None,
     **changes: Any,
 ) -> SchedulerOutput:
     output = SchedulerOutput.make_empty()
@@ -48,7 +56,7 @@ def schedule(
     output.total_num_scheduled_tokens = sum(counts.values())
     output.scheduled_spec_decode_tokens = drafts
     output.scheduled_new_reqs = [
-        SimpleNamespace(req_id=name, num_computed_tokens=5, sampling_params=None)
+        SimpleNamespace(req_id=name, num_computed_tokens=5, sampling_params=params)
         for name in new
     ]
     for name, value in changes.items():
@@ -69,6 +77,19 @@ def test_room_that_stayed_empty_is_removed() -> None:
     # The scheduler keeps its own; it reads what was rejected off it.
     assert given.num_scheduled_tokens == {"a": 4, "b": 4, "c": 6}
     assert given.scheduled_spec_decode_tokens == {"a": room, "b": room}
+
+
+def test_drafts_are_dropped_beside_a_request_that_needs_a_plain_step() -> None:
+    speculator = make_speculator()
+    speculator.drafts = {"a": [7, 8]}
+    scoring = SamplingParams(logprob_token_ids=[3])
+    drafts = {"a": [-1] * CAP}
+    given = schedule({"a": 4, "b": 6}, drafts, new=("b",), params=scoring)
+    assert speculator.start_step(given).num_scheduled_tokens == {"a": 1, "b": 6}
+    assert speculator.unused_drafts == {"a": CAP}
+    speculator.drafts = {"a": [7, 8]}
+    given = schedule({"a": 4}, drafts, finished_req_ids={"b"})
+    assert speculator.start_step(given).num_scheduled_tokens == {"a": 3}
 
 
 def test_what_fits_is_passed_on_as_it_is() -> None:
