@@ -44,8 +44,8 @@ class AdaDecodeScheduler(Scheduler):
     that drafting writes to (I3), up to ``max_early_predictions`` past the scheduled
     tokens; vLLM reserves none for ``custom_class`` proposers, which normally bring
     tokens only. Neither may be taken from what must run: drafts get what the token
-    budget leaves, and where blocks are short nothing is predicted early rather than a
-    request preempted, or not admitted, for it.
+    budget leaves, and where blocks are short what fits into blocks that their request
+    has, rather than a request be preempted, or not admitted, for them.
 
     It also bounds early predictions by the load: at batch sizes where the model's
     weights are no longer what a step waits for, they cannot save anything.
@@ -59,30 +59,24 @@ class AdaDecodeScheduler(Scheduler):
         self._config = config
         self._report = CounterReport()
         most, limit = self.num_spec_tokens, config.disable_by_batch_size
-        self._by_requests = [
-            0 if limit is not None and requests > limit else most
-            for requests in range(self.max_num_active_reqs + 1)
-        ]
-        self._nothing = [0] * len(self._by_requests)
         groups = self.kv_cache_config.kv_cache_groups
         self._groups = len(groups)
         self._smallest_block = min(group.kv_cache_spec.block_size for group in groups)
         # Drafts of a step by its number of requests, vLLM's dynamic speculation. Where
         # it is None, vLLM fills up requests that have one token left to compute with
         # drafts that nobody made, for the sake of uniform batches.
-        self.dynamic_sd_lookup = self._by_requests
+        self.dynamic_sd_lookup = [
+            0 if limit is not None and requests > limit else most
+            for requests in range(self.max_num_active_reqs + 1)
+        ]
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule one step; see vLLM."""
         most = self.num_spec_tokens
-        self.dynamic_sd_lookup = self._by_requests
         self.num_lookahead_tokens = most if self._has_blocks_for(2 * most) else 0
         if not self.num_lookahead_tokens and not self._has_blocks_for(most):
-            # Neither for drafts of this step nor for any to be made in it.
-            self.dynamic_sd_lookup = self._nothing
-            self._bound_drafts(0)
-        else:
-            self._bound_drafts(self._spare_tokens())
+            self._keep_to_own_blocks()
+        self._bound_drafts(self._spare_tokens())
         return super().schedule(*args, **kwargs)
 
     def add_request(self, request: Request) -> None:
@@ -156,6 +150,23 @@ class AdaDecodeScheduler(Scheduler):
             return True
         admitted = self.waiting.peek_request().num_tokens if self.waiting else 0
         return fits(min(most, self._due_tokens() + admitted))
+
+    def _keep_to_own_blocks(self) -> None:
+        """Take away the drafts that would need another block."""
+        for request in self.running:
+            drafts = request.spec_token_ids
+            if not drafts:
+                continue
+            owned = min(
+                len(blocks) * group.kv_cache_spec.block_size
+                for blocks, group in zip(
+                    self.kv_cache_manager.get_block_ids(request.request_id),
+                    self.kv_cache_config.kv_cache_groups,
+                    strict=True,
+                )
+            )
+            taken = request.num_tokens + request.num_output_placeholders
+            request.spec_token_ids = drafts[: max(owned - taken, 0)]
 
     def _due_tokens(self) -> int:
         """Tokens that the running requests have to compute, without any draft."""

@@ -84,7 +84,7 @@ def _adadecode(draw: Random) -> dict[str, Any]:
     if draw.random() < 0.2:
         found["gate"] = "acceptance"
     if draw.random() < 0.3:
-        found["draft_vocabulary_size"] = draw.choice((1, 64, 500, 829))
+        found["draft_vocabulary_size"] = draw.choice((16, 64, 500, 829))
     if draw.random() < 0.3:
         found["last_guess"] = False
     if draw.random() < 0.2:
@@ -93,9 +93,9 @@ def _adadecode(draw: Random) -> dict[str, Any]:
 
 
 def _arguments(draw: Random, runner: str, cap: int) -> dict[str, Any]:
-    length = draw.choice((48, 96, 160, 256))
+    length = draw.choice((48, 96, 96, 160, 256))
     block = draw.choice((32, 32, 32, 64))
-    most = draw.choice((1, 2, 3, 4, 8, 16))
+    most = draw.choice((1, 2, 3, 4, 8, 8, 16))
     found: dict[str, Any] = {
         "max_model_len": length,
         "block_size": block,
@@ -120,9 +120,9 @@ def _arguments(draw: Random, runner: str, cap: int) -> dict[str, Any]:
         found["max_num_batched_tokens"] = max(budget, least)
     blocks = groups * -(-length // block) + 1
     kind = draw.random()
-    if kind < 0.3:
+    if kind < 0.45:
         found["num_gpu_blocks_override"] = blocks + draw.randint(0, 2)
-    elif kind < 0.6:
+    elif kind < 0.75:
         found["num_gpu_blocks_override"] = 2 * blocks + draw.randint(0, 4)
     if draw.random() < 0.25:
         found["scheduling_policy"] = "priority"
@@ -169,7 +169,7 @@ class _Stream:
 
     def requests(self, size: int) -> list[Request]:
         draw, arrives = self._draw, 0
-        gap = draw.choice((0, 1, 3, 8))
+        gap = draw.choice((0, 1, 2, 8))
         found = []
         for _ in range(size):
             found.append(self._request(arrives))
@@ -242,7 +242,8 @@ class _Stream:
 
     def _params(self, room: int) -> dict[str, Any]:
         draw = self._draw
-        most = draw.choice((1, 2, 3, draw.randint(4, 12), draw.randint(13, 40), room))
+        some, many = draw.randint(3, 12), draw.randint(13, 40)
+        most = draw.choice((1, 2, some, some, many, many, room))
         params: dict[str, Any] = {"max_tokens": max(1, most)}
         if most == room and draw.random() < 0.5:
             params["max_tokens"] = None
