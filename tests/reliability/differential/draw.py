@@ -96,6 +96,10 @@ def _arguments(draw: Random, runner: str, cap: int) -> dict[str, Any]:
     length = draw.choice((48, 96, 96, 160, 256))
     block = draw.choice((32, 32, 32, 64))
     most = draw.choice((1, 2, 3, 4, 8, 8, 16))
+    # A budget of tokens that room for one request's drafts exceeds.
+    tight = draw.random() < 0.3
+    if tight:
+        most = min(most, cap)
     found: dict[str, Any] = {
         "max_model_len": length,
         "block_size": block,
@@ -115,10 +119,14 @@ def _arguments(draw: Random, runner: str, cap: int) -> dict[str, Any]:
         found["enable_chunked_prefill"] = False
         found["max_num_batched_tokens"] = max(length, most)
     else:
-        least = max(most, draw.choice((cap, cap + 1, cap + 2, 2 * cap + 1)))
-        budget = draw.choice((least, least, least, 32, 33, 48, 64, 2048))
+        least = max(most, draw.choice((cap + 1, cap + 2, 2 * cap + 1)))
+        budget = draw.choice((least, least, 32, 33, 48, 2048))
+        if tight:
+            least = budget = draw.choice((cap, cap, cap + 1))
         found["max_num_batched_tokens"] = max(budget, least)
-    blocks = groups * -(-length // block) + 1
+    # As few as one request needs; a window may need one more than the whole text.
+    windows = "hf_overrides" in found
+    blocks = groups * (-(-length // block) + windows) + 1
     kind = draw.random()
     if kind < 0.45:
         found["num_gpu_blocks_override"] = blocks + draw.randint(0, 2)
@@ -163,6 +171,9 @@ class _Stream:
         # How often an option is drawn: some streams have none, some are full of them.
         self._odd = draw.choice((0.0, 0.04, 0.08, 0.15))
         self._kind = draw.choice(("text", "random", "both"))
+        # Some are about the last token of the vocabulary, beside which an index of -1
+        # is, and requests that have one token left to compute when they arrive.
+        self._edges = draw.random() < 0.35
         # With `logprob_token_ids` in a batch vLLM returns nothing but as many tokens as
         # the longest list has, also to requests that ask for others.
         self._listed = draw.choice((0, 0, 0, 1, 3))
@@ -220,6 +231,9 @@ class _Stream:
             most + draw.choice((-3, -1, 0, 1)),
         )
         length = max(1, min(draw.choice(lengths), self._length - 1))
+        if self._edges and draw.random() < 0.4:
+            # Not cached, or cached up to the last token where it comes again.
+            length = min(draw.choice((1, block + 1)), self._length - 1)
         prompt: list[int] = []
         if self._prompts and draw.random() < 0.25:
             earlier = draw.choice(self._prompts)
@@ -306,10 +320,12 @@ class _Stream:
             params.pop("ignore_eos", None)
             params.pop("min_tokens", None)
             return {"structured_outputs": draw.choice(_STRUCTURES)}
-        if self._odds():
+        edge = self._edges and draw.random() < 0.3
+        if edge or self._odds():
             for name in ("min_tokens", "stop_token_ids"):
                 params.pop(name, None)
-            return {"allowed_token_ids": self._some(draw.choice((1, 1, 4, 300)))}
+            some = self._some(draw.choice((1, 1, 4, 300)))
+            return {"allowed_token_ids": [VOCABULARY - 1] if edge else some}
         found: dict[str, Any] = {}
         if self._odds():
             found["bad_words"] = draw.sample(_texts()[1], draw.choice((1, 4, 30)))

@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import copy
+import time
 import traceback
 from collections.abc import Sequence
 from typing import Any
+
+from vllm.v1.request import RequestStatus
 
 from tests.reliability.differential.books import Books
 from tests.reliability.differential.case import Request
@@ -79,6 +82,9 @@ class Driver:
                 idle = tokenless = 0
             if self._scheduled > before or stream.waits_for_input:
                 idle = 0
+            elif self._waits_for_grammar():
+                idle = tokenless = 0
+                time.sleep(0.001)
             if idle > IDLE_STEPS or tokenless > TOKENLESS_STEPS:
                 waiting = self._scheduler.get_request_counts()
                 return (
@@ -87,6 +93,13 @@ class Driver:
                     f"{tokenless} without new ones; running and waiting: {waiting}",
                 )
         return None
+
+    def _waits_for_grammar(self) -> bool:
+        """Whether a grammar is still being compiled, in a thread of its own."""
+        waits = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
+        return any(
+            request.status == waits for request in self._scheduler.requests.values()
+        )
 
 
 class _Stream:
