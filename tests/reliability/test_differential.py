@@ -315,6 +315,7 @@ class _StuckCore:
         self.scheduler = SimpleNamespace(
             schedule=lambda: SimpleNamespace(total_num_scheduled_tokens=tokens),
             get_request_counts=lambda: (0, 1),
+            requests={},
         )
         self.engine_core = SimpleNamespace(
             engine_core=SimpleNamespace(scheduler=self.scheduler)
@@ -345,7 +346,7 @@ def test_a_hang_is_noticed(
     driver = drive.Driver(SimpleNamespace(llm_engine=_StuckCore(tokens)))
     found = driver.run(REQUESTS[:1])
     kind, sentence = found["failure"]
-    assert kind == "hang"
+    assert kind == "hang", sentence
     assert "running and waiting: (0, 1)" in sentence
     assert found["counts"]["steps"] == steps + 1
 

@@ -84,5 +84,91 @@ PLANTED: dict[str, Defect] = {
 }
 """Faults that nobody ever made, one for each way to fail; for the fuzzer's own test."""
 
-DEFECTS: dict[str, Defect] = {}
+
+def _filled_up(below_budget: bool) -> AbstractContextManager[None]:
+    """Requests with one token left are filled up with drafts that nobody made.
+
+    Where the step's budget is too small for that, vLLM does not schedule them at all.
+
+    Args:
+        below_budget: Whether to put the one back, or the other.
+    """
+
+    def make(schedule: Any) -> Any:
+        def changed(self: Any, *args: Any, **kwargs: Any) -> Any:
+            small = self.max_num_scheduled_tokens < 1 + self.num_spec_tokens
+            if small != below_budget:
+                self.dynamic_sd_lookup = None
+            return schedule(self, *args, **kwargs)
+
+        return changed
+
+    return _replaced("schedule", make)
+
+
+@contextmanager
+def _replaced_in(module: str, name: str, value: Any) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"{module}.{name}", value)
+        yield
+
+
+def _late_compilation() -> AbstractContextManager[None]:
+    """Segments that only a request's own threshold lets run are not compiled ahead."""
+    from adadecode_vllm.runner.v1 import AdaDecodeCPUModelRunner
+
+    warm_up = AdaDecodeCPUModelRunner.warming_up_model
+
+    def changed(self: Any) -> None:
+        if self.adadecode.policy.can_predict:
+            warm_up(self)
+        else:
+            super(AdaDecodeCPUModelRunner, self).warming_up_model()
+
+    name = "AdaDecodeCPUModelRunner.warming_up_model"
+    return _replaced_in("adadecode_vllm.runner.v1", name, changed)
+
+
+def _drafts_of_all() -> AbstractContextManager[None]:
+    """Requests get drafts that vLLM verifies without their logits processors."""
+
+    def changed(params: Any) -> bool:
+        from adadecode_vllm.request_options import needs_plain_steps
+
+        return params is not None and not needs_plain_steps(params)
+
+    return _replaced_in("adadecode_vllm.request_options", "verifiable", changed)
+
+
+def _drafts_in_plain_steps() -> AbstractContextManager[None]:
+    """Logprobs of chosen tokens are asked for in steps with drafts of others."""
+    return _replaced_in(
+        "adadecode_vllm.core.settings.Settings", "forbid_drafts", lambda *_: False
+    )
+
+
+def _budgets_with_rows_of_drafts() -> AbstractContextManager[None]:
+    """Thinking budgets look for rows as if there were drafts."""
+    from adadecode_vllm.runner.v1 import AdaDecodeCPUModelRunner
+
+    initialize = AdaDecodeCPUModelRunner.initialize_kv_cache
+
+    def changed(self: Any, *args: Any, **kwargs: Any) -> None:
+        initialize(self, *args, **kwargs)
+        holder = self.input_batch.thinking_budget_state_holder
+        if holder is not None:
+            holder.in_spec_mode = True
+
+    name = "AdaDecodeCPUModelRunner.initialize_kv_cache"
+    return _replaced_in("adadecode_vllm.runner.v1", name, changed)
+
+
+DEFECTS: dict[str, Defect] = {
+    "requests filled up with drafts": lambda: _filled_up(below_budget=True),
+    "room above the token budget": lambda: _filled_up(below_budget=False),
+    "segments compiled while serving": _late_compilation,
+    "drafts verified without processors": _drafts_of_all,
+    "drafts beside logprobs of chosen tokens": _drafts_in_plain_steps,
+    "thinking budgets on rows of drafts": _budgets_with_rows_of_drafts,
+}
 """Faults that were mended, put back by undoing what mended them."""

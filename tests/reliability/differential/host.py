@@ -10,6 +10,7 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import os
+import signal
 import tempfile
 import traceback
 from collections.abc import Sequence
@@ -84,18 +85,29 @@ class Host:
             self._process.join()
         self._directory.cleanup()
 
+    def _abort(self) -> str:
+        """End the process if need be; its exit code, and where it was."""
+        self._process.join(5)
+        if self._process.is_alive():
+            # Its fault handler then writes down what every thread is doing.
+            os.kill(self._process.pid or 0, signal.SIGABRT)
+            self._process.join(20)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        words = last_words(self._log.read_text(errors="replace"))
+        return f"exit code {self._process.exitcode}: {words}"
+
     def _call(self, name: str, *args: Any) -> Any:
         try:
             self._connection.send((name, args))
             if not self._connection.poll(self._seconds):
-                self._process.kill()
-                raise HostDied(f"{name}: no answer within {self._seconds:.0f} s")
+                raise HostDied(
+                    f"{name}: no answer within {self._seconds:.0f} s: {self._abort()}"
+                )
             failed, answer = self._connection.recv()
         except (EOFError, OSError) as error:
-            self._process.join(20)
-            code = self._process.exitcode
-            words = last_words(self._log.read_text(errors="replace"))
-            raise HostDied(f"{name}: the process ended with {code}: {words}") from error
+            raise HostDied(f"{name}: the process ended: {self._abort()}") from error
         if failed:
             raise EngineFailed(answer)
         return answer
