@@ -3,6 +3,8 @@
 
 PYTHON := .venv/bin/python
 RUN := scripts/run.sh $(PYTHON)
+# Processes that run tests, a file at a time; an engine of the tests uses one thread.
+JOBS ?= 2
 # More arguments for pytest, as in: make test PYTEST_ARGS="-k ledger"
 PYTEST_ARGS ?=
 
@@ -19,7 +21,7 @@ demo: setup ## run the demonstration
 	@$(RUN) examples/demo/run_demo.py
 
 test: setup ## run all tests that need no GPU
-	@$(RUN) -m pytest tests -m "not gpu" $(PYTEST_ARGS)
+	@$(RUN) -m pytest tests -m "not gpu" -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 lint: setup ## check style, formatting and types
 	@$(PYTHON) -m ruff check .
