@@ -6,8 +6,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from adadecode_vllm.data.info import DatasetInfo
 from adadecode_vllm.data.shards import DataRow, ShardWriter
+from tests.tiny import VOCAB_SIZE
 
 
 def write_rows(
@@ -44,3 +47,36 @@ def write_rows(
         writer.write(shard, data[ids.start : ids.stop])
     writer.finish()
     return directory
+
+
+def write_answers(directory: Path, model: Path, count: int, tokens: int) -> Path:
+    """A tiny model's own answers, greedily, as `adadecode data` would write them.
+
+    Args:
+        directory: Receives the data.
+        model: The model's directory.
+        count: Prompts, of four tokens each.
+        tokens: Tokens of an answer.
+    """
+    from transformers import AutoModelForCausalLM
+
+    teacher = AutoModelForCausalLM.from_pretrained(model)
+    prompts = torch.randint(
+        3, VOCAB_SIZE, (count, 4), generator=torch.Generator().manual_seed(1)
+    )
+    output = teacher.generate(
+        prompts, max_new_tokens=tokens, do_sample=False, eos_token_id=None
+    )
+    rows = [(row[:4].tolist(), row[4:].tolist()) for row in output]
+    return write_rows(directory, rows, vocab_size=VOCAB_SIZE)
+
+
+def write_random_texts(directory: Path) -> Path:
+    """40 texts of random tokens."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(count: int) -> list[int]:
+        return torch.randint(3, VOCAB_SIZE, (count,), generator=generator).tolist()
+
+    rows = [(draw(i % 4), draw(10 + i % 7)) for i in range(40)]
+    return write_rows(directory, rows, vocab_size=VOCAB_SIZE)

@@ -10,14 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
 
 from adadecode_vllm import progress as progress_module
 from adadecode_vllm.cli import main
 from adadecode_vllm.evaluation.output import EVALUATION_FILE
 from adadecode_vllm.report.write import REPORT_FILES
-from tests.data_directory import write_rows
-from tests.tiny import VOCAB_SIZE, save_tiny_llama
+from tests.data_directory import write_answers
+from tests.tiny import save_tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -29,20 +28,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
-    """The model's own answers."""
-    from transformers import AutoModelForCausalLM
-
-    teacher = AutoModelForCausalLM.from_pretrained(model)
-    prompts = torch.randint(
-        3, VOCAB_SIZE, (12, 4), generator=torch.Generator().manual_seed(1)
-    )
-    output = teacher.generate(
-        prompts, max_new_tokens=8, do_sample=False, eos_token_id=None
-    )
-    rows = [(row[:4].tolist(), row[4:].tolist()) for row in output]
-    return write_rows(
-        tmp_path_factory.mktemp("data") / "d", rows, vocab_size=VOCAB_SIZE
-    )
+    return write_answers(tmp_path_factory.mktemp("data") / "d", model, 12, 8)
 
 
 @pytest.fixture

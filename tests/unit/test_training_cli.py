@@ -15,9 +15,9 @@ import yaml
 
 from adadecode_vllm.cli import main
 from adadecode_vllm.heads import load_exit_weights, load_heads_config
-from tests.data_directory import write_rows
+from tests.data_directory import write_answers
 from tests.harness import ROOT
-from tests.tiny import VOCAB_SIZE, save_tiny_llama
+from tests.tiny import save_tiny_llama
 
 TRAIN = ("--exit-layers", "1,2", "--epochs", "2", "--batch-size", "8")
 
@@ -31,20 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
-    """The model's own answers, greedily, as `adadecode data` would write them."""
-    from transformers import AutoModelForCausalLM
-
-    teacher = AutoModelForCausalLM.from_pretrained(model)
-    prompts = torch.randint(
-        3, VOCAB_SIZE, (24, 4), generator=torch.Generator().manual_seed(1)
-    )
-    output = teacher.generate(
-        prompts, max_new_tokens=12, do_sample=False, eos_token_id=None
-    )
-    rows = [(row[:4].tolist(), row[4:].tolist()) for row in output]
-    return write_rows(
-        tmp_path_factory.mktemp("data") / "d", rows, vocab_size=VOCAB_SIZE
-    )
+    return write_answers(tmp_path_factory.mktemp("data") / "d", model, 24, 12)
 
 
 def run(*argv: object) -> int:

@@ -22,7 +22,7 @@ from adadecode_vllm.training import cache as cache_module
 from adadecode_vllm.training.run import Reporter, RunOptions, train_heads
 from adadecode_vllm.training.settings import TrainSettings
 from adadecode_vllm.training.teacher import Teacher
-from tests.data_directory import write_rows
+from tests.data_directory import write_random_texts, write_rows
 from tests.tiny import NUM_LAYERS, VOCAB_SIZE, save_tiny_llama
 
 SETTINGS: dict[str, Any] = {
@@ -44,15 +44,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    generator = torch.Generator().manual_seed(1)
-
-    def draw(count: int) -> list[int]:
-        return torch.randint(3, VOCAB_SIZE, (count,), generator=generator).tolist()
-
-    rows = [(draw(i % 4), draw(10 + i % 7)) for i in range(40)]
-    return write_rows(
-        tmp_path_factory.mktemp("data") / "d", rows, vocab_size=VOCAB_SIZE
-    )
+    return write_random_texts(tmp_path_factory.mktemp("data") / "d")
 
 
 class Killed(Exception):
