@@ -331,7 +331,11 @@ class _Stream:
             found["bad_words"] = draw.sample(_texts()[1], draw.choice((1, 4, 30)))
         if self._odds():
             tokens = self._some(draw.choice((1, 8)))
-            found["logit_bias"] = {token: draw.choice((-8.0, 3.0)) for token in tokens}
+            # One token alone, so strongly that it decides.
+            strength = 10.0 if len(tokens) == 1 else 1.0
+            found["logit_bias"] = {
+                token: strength * draw.choice((-8.0, 3.0)) for token in tokens
+            }
         return found
 
     def _logprobs(self) -> dict[str, Any]:
