@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
     from vllm.v1.worker.gpu_input_batch import InputBatch
 
+_BUILT_IN = tuple(BUILTIN_LOGITS_PROCESSORS)
+
 
 def draft_limits(
     *,
@@ -77,6 +79,6 @@ def processed_rows(input_batch: InputBatch, rows: np.ndarray) -> np.ndarray:
     for processor in input_batch.logitsprocs.all:
         if isinstance(processor, AdapterLogitsProcessor):
             processed |= np.isin(rows, list(processor.req_info))
-        elif not isinstance(processor, tuple(BUILTIN_LOGITS_PROCESSORS)):
+        elif not isinstance(processor, _BUILT_IN):
             processed[:] = True
     return processed

@@ -223,11 +223,10 @@ class AdaDecodeSpeculator(BaseSpeculator):
 
         self._empty = {}
         if not self._warming_up:
+            settings = self.adadecode.settings
             for request in scheduler_output.scheduled_new_reqs:
-                self.adadecode.settings.admit(request.req_id, request.sampling_params)
-            plain = self.adadecode.settings.forbid_drafts(
-                scheduler_output.num_scheduled_tokens
-            )
+                settings.admit(request.req_id, request.sampling_params)
+            plain = settings.forbid_drafts(scheduler_output.num_scheduled_tokens)
             drafts = {} if plain else self.drafts
             scheduler_output, self._empty = fill_room(scheduler_output, drafts)
         self._scheduled = scheduler_output
@@ -365,13 +364,14 @@ class AdaDecodeSpeculator(BaseSpeculator):
         if drafted is None:
             drafted = np.zeros(num_reqs, np.int64)
         reached = self._computed[rows] + input_batch.num_scheduled_tokens
-        options = self.adadecode.settings.options(input_batch.req_ids)
+        settings = self.adadecode.settings
+        options = settings.options(input_batch.req_ids)
         most = self._draft_tokens.shape[1]
         if num_speculative_tokens is not None:
             most = min(most, num_speculative_tokens)
-        if self.adadecode.settings.forbid_drafts(input_batch.req_ids):
+        if settings.forbid_drafts(input_batch.req_ids):
             most = 0
-        caps = self.adadecode.settings.caps(options, num_reqs, most)
+        caps = settings.caps(options, num_reqs, most)
         tokens = None
         self.waited = caps is not None or bool(input_batch.num_draft_tokens)
         if self.waited:
