@@ -3,12 +3,20 @@
 
 import os
 
+import pytest
+
 # The demo model is far too small to gain from threads, and OpenMP workers that wait for
 # each other make a busy machine many times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 # Processes that run tests side by side would all bind their engines to the same core.
+CORES = sorted(os.sched_getaffinity(0))
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
-    cores = sorted(os.sched_getaffinity(0))
-    core = cores[int(worker.removeprefix("gw")) % len(cores)]
+    core = CORES[int(worker.removeprefix("gw")) % len(CORES)]
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(core))
+
+
+@pytest.fixture
+def a_core_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes of one engine, or two engines, have a core each."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{CORES[0]}|{CORES[-1]}")

@@ -121,30 +121,31 @@ def train_command(
     from adadecode_vllm.training.output import check_training_output
     from adadecode_vllm.training.run import RunOptions, train_heads
     from adadecode_vllm.training.teacher import Teacher, resolve_dtype
-    from adadecode_vllm.training.together import all_or_none
+    from adadecode_vllm.training.together import all_or_none, leaving_together
 
     logging.basicConfig(level=logging.WARNING)
     # The others wait while the main process writes states, which may take hours.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
-    processes = Accelerator(kwargs_handlers=[patience])
+    with leaving_together(Accelerator(kwargs_handlers=[patience])) as processes:
 
-    def load() -> Teacher:
-        check_training_output(output, overwrite=overwrite)  # before the model's minutes
-        name = resolve_dtype(dtype, processes.device)
-        return Teacher.load(
-            model, name, processes.device, attn, trust_remote_code=trust_remote_code
-        )
+        def load() -> Teacher:
+            # Before the minutes that loading the model takes.
+            check_training_output(output, overwrite=overwrite)
+            name = resolve_dtype(dtype, processes.device)
+            return Teacher.load(
+                model, name, processes.device, attn, trust_remote_code=trust_remote_code
+            )
 
-    teacher = all_or_none(processes, load)
-    options = RunOptions(
-        output, cache, cache_dir, overwrite, threshold, max_early_predictions
-    )
-    with _Display(processes.is_main_process) as display:
-        record = train_heads(
-            teacher, data, layers, settings, options, processes, display.reporter()
+        teacher = all_or_none(processes, load)
+        options = RunOptions(
+            output, cache, cache_dir, overwrite, threshold, max_early_predictions
         )
-    if processes.is_main_process:
-        _summarize(record, output)
+        with _Display(processes.is_main_process) as display:
+            record = train_heads(
+                teacher, data, layers, settings, options, processes, display.reporter()
+            )
+        if processes.is_main_process:
+            _summarize(record, output)
 
 
 def _settings(preset: str, **given: Any) -> TrainSettings:

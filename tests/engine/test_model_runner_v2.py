@@ -274,9 +274,8 @@ def test_chunked_prefill_and_preemption(some: Case, async_scheduling: bool) -> N
 
 
 @pytest.mark.feature("tensor parallel", "supported")
-def test_tensor_parallel_2(some: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensor_parallel_2(some: Case, a_core_each: None) -> None:
     """Every rank counts drafts and decides alike (I7), in processes of their own."""
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     prompts, texts = some
     with start_engine(
         **adadecode_options(threshold=0.3),

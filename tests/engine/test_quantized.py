@@ -13,7 +13,11 @@ from tests.tiny_quantized import quantize
 
 pytestmark = pytest.mark.engine
 
-TIES = "in 16 bits only, as in vLLM; a text may part at a tie"
+needs_avx512 = pytest.mark.skipif(
+    not torch.cpu._is_avx512_supported(), reason="vLLM's kernels for it need AVX-512"
+)
+
+TIES = "in 16 bits only, as in vLLM; a text may part at a tie; on CPUs with AVX-512"
 
 
 @pytest.mark.parametrize(
@@ -28,12 +32,18 @@ TIES = "in 16 bits only, as in vLLM; a text may part at a tie"
         pytest.param(
             "awq",
             "bfloat16",
-            marks=pytest.mark.feature("quantized: AWQ", "supported", TIES),
+            marks=[
+                needs_avx512,
+                pytest.mark.feature("quantized: AWQ", "supported", TIES),
+            ],
         ),
         pytest.param(
             "gptq",
             "bfloat16",
-            marks=pytest.mark.feature("quantized: GPTQ", "supported", TIES),
+            marks=[
+                needs_avx512,
+                pytest.mark.feature("quantized: GPTQ", "supported", TIES),
+            ],
         ),
     ],
 )
@@ -48,10 +58,7 @@ def test_quantized_weights(scheme: str, dtype: str, tmp_path: Path) -> None:
         check_texts(llm, expected)
 
 
-@pytest.mark.skipif(
-    not torch.cpu._is_avx512_supported(),
-    reason="on CPUs vLLM's fp8 KV cache needs AVX-512",
-)
+@needs_avx512
 @pytest.mark.feature("fp8 KV cache", "supported", "on CPUs those with AVX-512")
 @pytest.mark.parametrize("kv_cache_dtype", ["fp8_e4m3", "fp8_e5m2"])
 def test_fp8_kv_cache(kv_cache_dtype: str, tmp_path: Path) -> None:

@@ -115,10 +115,9 @@ def test_compiled_as_vllm_does_by_default(
 
 @pytest.mark.feature("tensor parallel", "supported")
 def test_tensor_parallel_2(
-    prompts: list[str], reference: Reference, monkeypatch: pytest.MonkeyPatch
+    prompts: list[str], reference: Reference, a_core_each: None
 ) -> None:
     """Every rank takes the same decisions (I7), with a vocab-parallel LM head."""
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     options = adadecode_options(threshold=0.0)
     with start_engine(**options, multiprocessing=True, tensor_parallel_size=2) as llm:
         assert generate(llm, prompts) == reference["texts"]
@@ -131,10 +130,7 @@ def test_tensor_parallel_2(
 
 
 def test_a_ranking_of_half_the_vocabulary_is_used_by_default(
-    tmp_path: Path,
-    prompts: list[str],
-    reference: Reference,
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, prompts: list[str], reference: Reference, a_core_each: None
 ) -> None:
     """Also where two ranks share the LM head and the ranking does not divide."""
     config = load_heads_config(HEADS)
@@ -147,7 +143,6 @@ def test_a_ranking_of_half_the_vocabulary_is_used_by_default(
         config.model_copy(update={"draft_vocabulary": size}),
         token_ids[:size],
     )
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     options = adadecode_options(str(tmp_path / "heads"), threshold=0.3)
     with start_engine(**options, multiprocessing=True, tensor_parallel_size=2) as llm:
         additional = llm.llm_engine.vllm_config.additional_config

@@ -141,7 +141,10 @@ def test_tool_calls(
 
 @pytest.mark.feature("data parallel", "supported")
 def test_data_parallel(
-    prompts: list[str], expected: Expected, tmp_path_factory: pytest.TempPathFactory
+    prompts: list[str],
+    expected: Expected,
+    tmp_path_factory: pytest.TempPathFactory,
+    a_core_each: None,
 ) -> None:
     """Every engine predicts early on its own and counts under its own label."""
     log = tmp_path_factory.mktemp("engines") / "log"
