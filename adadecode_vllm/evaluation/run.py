@@ -126,10 +126,14 @@ def evaluate_heads(
     )
     meter = meter or Meter(shown=False)
     meter.start("measuring", "texts", len(texts))
+    draft_token_ids = None
+    if config.default_draft_vocabulary:
+        draft_token_ids = load_draft_token_ids(directory, config)
     measures = measure(
         weights,
         live,
         teacher.lm_head,
+        draft_token_ids=draft_token_ids,
         chunk_tokens=chunk_tokens,
         advance=meter.advance,
     )
@@ -156,9 +160,6 @@ def evaluate_heads(
         "best": None,
     }
     overhead = grid.overhead if grid else 0.0
-    draft_token_ids = None
-    if config.default_draft_vocabulary:
-        draft_token_ids = load_draft_token_ids(directory, config)
     cost = CostModel.of_model(
         teacher.model,
         identity=identity,

@@ -164,8 +164,7 @@ class ExitHeadsConfig(BaseModel):
 
         A ranking of nearly the whole vocabulary would save little and can miss a token.
         """
-        ranked = self.draft_vocabulary or 0
-        return ranked if 2 * ranked <= self.vocab_size else 0
+        return default_draft_vocabulary(self.draft_vocabulary or 0, self.vocab_size)
 
     def guess_threshold(self, layer: int) -> float:
         """When an exit's top token is worth verifying though the gate is not sure.
@@ -185,6 +184,14 @@ class ExitHeadsConfig(BaseModel):
         if self.calibration is None:
             return share
         return self.calibration[str(layer)].probability_threshold(share)
+
+
+def default_draft_vocabulary(ranked: int, vocab_size: int) -> int:
+    """Tokens that gates look at by default, of so many that are ranked; 0 for all.
+
+    A gate that knew a single token would always be sure of it.
+    """
+    return ranked if 2 <= ranked <= vocab_size // 2 else 0
 
 
 def exit_layers_problem(layers: list[int], num_hidden_layers: int) -> str | None:

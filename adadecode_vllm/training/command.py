@@ -62,6 +62,13 @@ def train_command(
     max_length: Annotated[
         int | None, typer.Option(help="Tokens after which a text is cut.")
     ] = None,
+    draft_vocabulary: Annotated[
+        int | None,
+        typer.Option(
+            help="Train on, and let gates look at, only so many of the most frequent "
+            "tokens; by default train on all."
+        ),
+    ] = None,
     chunk_tokens: Annotated[
         int | None, typer.Option(help="Tokens whose distributions are in memory.")
     ] = None,
@@ -108,6 +115,7 @@ def train_command(
         patience=patience,
         seed=seed,
         max_length=max_length,
+        draft_vocabulary=draft_vocabulary,
         chunk_tokens=chunk_tokens,
         pass_tokens=pass_tokens,
     )

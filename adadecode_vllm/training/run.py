@@ -20,6 +20,7 @@ from adadecode_vllm.files import write_whole, writing
 from adadecode_vllm.heads.config import (
     ExitCalibration,
     ExitHeadsConfig,
+    default_draft_vocabulary,
     exit_layers_problem,
 )
 from adadecode_vllm.heads.fingerprint import lm_head_fingerprint
@@ -32,7 +33,11 @@ from adadecode_vllm.training.cache import (
     cache_bytes,
     cached_states,
 )
-from adadecode_vllm.training.draft_vocabulary import count_tokens, rank_tokens
+from adadecode_vllm.training.draft_vocabulary import (
+    MAX_TOKENS,
+    count_tokens,
+    rank_tokens,
+)
 from adadecode_vllm.training.output import (
     CACHE_DIRECTORY,
     CHECKPOINT_FILE,
@@ -189,9 +194,20 @@ def train_heads(
         directory, processes, reporter,
     )  # fmt: skip
     prepared = time.perf_counter()
+    size = settings.draft_vocabulary
+    counts = count_tokens((text.answer for text in training), teacher.vocab_size)
+    draft_token_ids = rank_tokens(counts, size or MAX_TOKENS)
+    lm_head = teacher.lm_head
+    if size is not None:
+        lm_head = lm_head[draft_token_ids.to(lm_head.device)]
+        share = counts[draft_token_ids].sum() / counts.sum()
+        reporter.say(
+            f"Trained on {len(draft_token_ids):,} of {teacher.vocab_size:,} tokens, "
+            f"{share:.1%} of the text"
+        )
     trainer = Trainer(
         exit_layers,
-        teacher.lm_head,
+        lm_head,
         training_states,
         held_out_states if held_out else None,
         settings,
@@ -221,7 +237,9 @@ def train_heads(
         reporter.start("calibrating", "texts", len(held_out))
         calibration = all_or_none(
             processes,
-            lambda: _calibrate(teacher, weights, held_out_states, settings, reporter),
+            lambda: _calibrate(
+                teacher, weights, draft_token_ids, held_out_states, settings, reporter
+            ),
         )
     record = {
         "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -251,7 +269,9 @@ def train_heads(
     }
 
     def write() -> None:
-        _write_outputs(teacher, weights, trainer, training, record, options, directory)
+        _write_outputs(
+            teacher, weights, draft_token_ids, trainer, record, options, directory
+        )
 
     in_main(processes, lambda: _to_disk(options.output, write))
     return record
@@ -305,14 +325,18 @@ def _sources(
 def _calibrate(
     teacher: Teacher,
     weights: dict[int, torch.Tensor],
+    draft_token_ids: torch.Tensor,
     source: StateSource,
     settings: TrainSettings,
     reporter: Reporter,
 ) -> dict[str, dict[str, float]]:
+    """Calibrate for the tokens that gates will look at by default."""
+    few = default_draft_vocabulary(len(draft_token_ids), teacher.vocab_size)
     found = measure(
         weights,
         source,
         teacher.lm_head,
+        draft_token_ids=draft_token_ids if few else None,
         chunk_tokens=settings.chunk_tokens,
         advance=reporter.advance,
     )
@@ -331,8 +355,8 @@ def _calibrate(
 def _write_outputs(
     teacher: Teacher,
     weights: dict[int, torch.Tensor],
+    draft_token_ids: torch.Tensor,
     trainer: Trainer,
-    training: Sequence[Text],
     record: dict[str, Any],
     options: RunOptions,
     directory: Path,
@@ -348,12 +372,11 @@ def _write_outputs(
         with writing(directory / FULL_HEADS_FILE) as temporary:
             save_tensors(temporary, tensors)
     else:
-        counts = count_tokens((text.answer for text in training), teacher.vocab_size)
         save_pretrained(
             options.output,
             weights,
             heads_config(teacher, record),
-            draft_token_ids=rank_tokens(counts),
+            draft_token_ids=draft_token_ids,
             architectures=teacher.model.config.architectures or (),
             training=record,
         )

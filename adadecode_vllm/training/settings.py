@@ -6,7 +6,14 @@ from __future__ import annotations
 import hashlib
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+)
 
 UnitInterval = Annotated[float, Field(ge=0, lt=1)]
 
@@ -30,6 +37,8 @@ class TrainSettings(BaseModel):
             for never.
         seed: Of the order and the held-out share.
         max_length: Tokens after which a text is cut; None for the model's length.
+        draft_vocabulary: The objective sees only so many tokens, those that the texts
+            have most often, as if there were no others; None for all.
         chunk_tokens: Tokens whose distributions are in memory at a time.
         pass_tokens: Tokens in one pass of the model.
     """
@@ -46,8 +55,16 @@ class TrainSettings(BaseModel):
     patience: Annotated[int, Field(ge=0)] = 0
     seed: int = 0
     max_length: PositiveInt | None = None
+    draft_vocabulary: Annotated[int | None, Field(ge=2)] = None
     chunk_tokens: PositiveInt = 512
     pass_tokens: PositiveInt = 1024
+
+    @field_validator("draft_vocabulary")
+    @classmethod
+    def _check_vocabulary(cls, value: int | None, others: ValidationInfo) -> int | None:
+        if value is not None and others.data.get("head") == "full":
+            raise ValueError("full-size heads have the whole vocabulary")
+        return value
 
     def digest(self, *more: str) -> str:
         """Hash of the options and of what else decides the weights."""

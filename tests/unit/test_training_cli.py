@@ -73,6 +73,11 @@ def test_train_then_eval(
         (("--objective", "mse"), "--objective mse: input should be 'kl' or 'greedy'"),
         (("--epochs", "0"), "--epochs 0: input should be greater than 0"),
         (("--held-out", "1"), "--held-out 1.0: input should be less than 1"),
+        (("--draft-vocabulary", "1"), "--draft-vocabulary 1: input should be"),
+        (
+            ("--head", "full", "--draft-vocabulary", "9"),
+            "--draft-vocabulary 9: value error, full-size heads have the whole",
+        ),
         (("--dtype", "int8"), "--dtype int8: unknown dtype"),
         (("--attn", "xformers"), "--attn xformers: its kernels"),
         (("--held-out", "0"), "--exit-layers auto: the choice needs held-out text"),

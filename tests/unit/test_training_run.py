@@ -16,12 +16,19 @@ import yaml
 from accelerate import Accelerator
 
 from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.evaluation.measure import measure
 from adadecode_vllm.evaluation.run import SimulationGrid, evaluate_heads
-from adadecode_vllm.heads import load_exit_weights, load_heads_config
+from adadecode_vllm.heads import (
+    load_draft_token_ids,
+    load_exit_weights,
+    load_heads_config,
+)
 from adadecode_vllm.training import cache as cache_module
+from adadecode_vllm.training.cache import LiveStates
 from adadecode_vllm.training.run import Reporter, RunOptions, train_heads
 from adadecode_vllm.training.settings import TrainSettings
 from adadecode_vllm.training.teacher import Teacher
+from adadecode_vllm.training.texts import load_texts, split_held_out
 from tests.data_directory import write_random_texts, write_rows
 from tests.tiny import NUM_LAYERS, VOCAB_SIZE, save_tiny_llama
 
@@ -339,3 +346,50 @@ def test_evaluation_reports_what_the_heads_do(
     # Random texts are not the model's own answers, so nothing can be simulated.
     assert report["cost"]["transform_share"] > 0
     json.dumps(report)
+
+
+def test_training_sees_the_draft_vocabulary_only(
+    teacher: Teacher, data: Path, tmp_path: Path
+) -> None:
+    few = {"draft_vocabulary": 20, "batch_size": 100, "epochs": 2}
+    record = train(teacher, data, tmp_path, settings=few)
+    config = load_heads_config(tmp_path)
+    token_ids = load_draft_token_ids(tmp_path, config)
+    assert token_ids is not None
+    assert config.default_draft_vocabulary == len(token_ids) == 20
+    # The first step is of T = I on all texts: the divergence among these tokens.
+    texts = load_texts([data], teacher, None)
+    training, _ = split_held_out(texts, record["settings"]["held_out"], 0)
+    states = LiveStates(teacher, training, [1, 2, NUM_LAYERS], 1024).states(
+        range(len(training))
+    )
+    logits = states[[2, 0, 1]] @ teacher.lm_head[token_ids].T
+    target, *exits = logits.log_softmax(-1)
+    history = json.loads((tmp_path / "run" / "history.json").read_text())
+    for layer, log_probs in zip(("1", "2"), exits, strict=True):
+        loss = (target.exp() * (target - log_probs)).sum(-1).mean()
+        assert history["steps"][0]["loss"][layer] == pytest.approx(
+            loss.item(), rel=1e-2
+        )
+
+
+def test_exits_are_measured_on_the_tokens_that_gates_look_at(
+    teacher: Teacher, data: Path
+) -> None:
+    texts = load_texts([data], teacher, None)
+    source = LiveStates(teacher, texts, [1, NUM_LAYERS], 1024)
+    states = source.states(range(len(texts)))
+    weights = {1: torch.eye(states.shape[-1])}
+    token_ids = torch.tensor([5, 90, 17, 3])
+    everything = measure(weights, source, teacher.lm_head)[1]
+    found = measure(weights, source, teacher.lm_head, draft_token_ids=token_ids)[1]
+    logits = states[0] @ teacher.lm_head[token_ids].T
+    top = token_ids[logits.argmax(-1)]
+    assert found.token.tolist() == top.tolist()
+    final = (states[-1] @ teacher.lm_head.T).argmax(-1)
+    assert found.agreed.tolist() == (top == final).tolist()
+    probability = logits.softmax(-1).max(-1).values.numpy()
+    assert found.probability == pytest.approx(probability, rel=1e-4)
+    best = logits.topk(2).values
+    assert found.margin == pytest.approx((best[:, 0] - best[:, 1]).numpy(), rel=1e-3)
+    assert found.kl == pytest.approx(everything.kl)

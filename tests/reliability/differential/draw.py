@@ -22,7 +22,8 @@ FIRST_TOKEN = 3
 """Of ordinary text; those before have a meaning of their own."""
 
 PROCESSOR = "tests.reliability.differential.processor:Shift"
-_THINKING = {"reasoning_start_str": "Steps", "reasoning_end_str": "\n"}
+_THINKING = {"reasoning_start_str": "Steps", "reasoning_end_str": "Answer"}
+"""A problem ends with the one, and its answer begins with the other."""
 
 
 def runner_of(seed: int, choice: str) -> str:
@@ -104,7 +105,8 @@ def _arguments(draw: Random, runner: str, cap: int) -> dict[str, Any]:
         "max_model_len": length,
         "block_size": block,
         "max_num_seqs": most,
-        "enable_prefix_caching": draw.random() < 0.6,
+        # It is what leaves a request with a single token to compute.
+        "enable_prefix_caching": draw.random() < (0.9 if tight else 0.5),
     }
     groups = 1
     if draw.random() < 0.3:
@@ -231,8 +233,11 @@ class _Stream:
             most + draw.choice((-3, -1, 0, 1)),
         )
         length = max(1, min(draw.choice(lengths), self._length - 1))
-        if self._edges and draw.random() < 0.4:
+        if self._edges and draw.random() < 0.5:
             # Not cached, or cached up to the last token where it comes again.
+            again = [p for p in self._prompts if len(p) % block == 1]
+            if again and draw.random() < 0.5:
+                return draw.choice(again)
             length = min(draw.choice((1, block + 1)), self._length - 1)
         prompt: list[int] = []
         if self._prompts and draw.random() < 0.25:
