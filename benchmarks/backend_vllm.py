@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from typing import Any
 
@@ -91,6 +91,14 @@ class VllmBackend:
             answer["top_logits"] = [_top_logits(output) for output in outputs]
         return answer
 
+    def stream(
+        self, prompt: Sequence[int], output_tokens: int
+    ) -> Iterator[dict[str, Any]]:
+        """Generate one text; see :meth:`benchmarks.process.ArmProcess.stream`."""
+        return stream(
+            self._llm, str(next(self._ids)), prompt, output_tokens, self._counts
+        )
+
     def close(self) -> None:
         """End the engine's processes."""
         self._llm.llm_engine.engine_core.shutdown()
@@ -128,6 +136,62 @@ class VllmBackend:
             if metric.name in names:
                 totals[names[metric.name]] += metric.value
         return totals
+
+
+def stream(
+    llm: Any,
+    request_id: str,
+    prompt: Sequence[int],
+    output_tokens: int,
+    predicts_early: bool,
+) -> Iterator[dict[str, Any]]:
+    """Generate one text greedily, step by step.
+
+    Args:
+        llm: A ``vllm.LLM`` whose engine runs in this process, with nothing else to do.
+        request_id: Of the request.
+        prompt: Token ids.
+        output_tokens: Most tokens to generate.
+        predicts_early: Whether it has AdaDecode.
+
+    Yields:
+        See :meth:`benchmarks.process.ArmProcess.stream`.
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=output_tokens,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+    )
+    engine = llm.llm_engine
+    started = time.perf_counter()
+    engine.add_request(request_id, {"prompt_token_ids": list(prompt)}, params)
+    drafts: list[tuple[int, int]] = []
+    while engine.has_unfinished_requests():
+        outputs = engine.step()
+        seconds = time.perf_counter() - started
+        new = [token for output in outputs for token in output.outputs[0].token_ids]
+        # The step verified the drafts: the first ones are what the model says itself.
+        accepted = 0
+        for (draft, _), token in zip(drafts, new, strict=False):
+            if draft != token:
+                break
+            accepted += 1
+        layers = [layer for _, layer in drafts[:accepted]]
+        layers += [None] * (len(new) - accepted)
+        yield {
+            "seconds": seconds,
+            "tokens": list(zip(new, layers, strict=True)),
+            # A text that ends needs no further drafts, right or wrong.
+            "rejected": drafts[accepted:] if len(new) > accepted else [],
+        }
+        drafts = []
+        if predicts_early:
+            (found,) = llm.collective_rpc("adadecode_drafts")
+            drafts = next(iter(found.values()), [])
 
 
 def _drive(

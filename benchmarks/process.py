@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -38,7 +38,12 @@ class ArmProcess:
     """
 
     def __init__(
-        self, arm: Arm, settings: EngineSettings, logs: Path | None = None
+        self,
+        arm: Arm,
+        settings: EngineSettings,
+        logs: Path | None = None,
+        *,
+        step_by_step: bool = False,
     ) -> None:
         """Start the engine and wait until it can generate.
 
@@ -47,6 +52,7 @@ class ArmProcess:
             settings: What all arms of the comparison have in common.
             logs: Directory that keeps the engine's log, with what vLLM says while it
                 starts; None to keep errors only, and those to the end of the arm.
+            step_by_step: Run the engine in the arm's own process, as `stream` needs it.
 
         Raises:
             ArmError: If the engine does not start; with the end of its log.
@@ -57,6 +63,8 @@ class ArmProcess:
         # The CPU build of vLLM 0.32 cannot load its ahead-of-time artefacts again and
         # would compile at every start. The compiled code is the same without them.
         environment.setdefault("VLLM_USE_AOT_COMPILE", "0")
+        if step_by_step:
+            environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         if arm.kind == REFERENCE:
             environment["VLLM_PLUGINS"] = ""
         self._log = _open_log(arm, logs)
@@ -125,6 +133,30 @@ class ArmProcess:
             }
         )
 
+    def stream(
+        self, prompt: Sequence[int], output_tokens: int
+    ) -> Iterator[dict[str, Any]]:
+        """Generate one text greedily and tell of every step; vLLM's arms only.
+
+        Args:
+            prompt: Token ids.
+            output_tokens: Most tokens to generate.
+
+        Yields:
+            Of each step ``tokens``, the new ones, and ``rejected``, early predictions
+            that were not accepted, both as [token id, layer count of the exit or None];
+            ``seconds`` since the text was asked for.
+
+        Raises:
+            ArmError: If the engine fails; with the end of its log.
+        """
+        step = self._ask(
+            {"stream": {"prompt": list(prompt), "output_tokens": output_tokens}}
+        )
+        while step:
+            yield step
+            step = self._read()
+
     def memory_mib(self) -> dict[str, float]:
         """Memory of the arm's processes, summed.
 
@@ -171,15 +203,16 @@ class ArmProcess:
         self._log.close()
 
     def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        stdin, stdout = self._process.stdin, self._process.stdout
+        stdin = self._process.stdin
         assert stdin is not None
-        assert stdout is not None
-        try:
+        with suppress(BrokenPipeError):  # the answer, or its absence, tells
             stdin.write(json.dumps(question) + "\n")
             stdin.flush()
-            answer = stdout.readline()
-        except BrokenPipeError:
-            answer = ""
+        return self._read()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        answer = self._process.stdout.readline()
         if not answer:
             self._process.wait()
             self._log.seek(0)
@@ -234,6 +267,10 @@ def _serve() -> None:
         question = json.loads(line)
         if "configure" in question:
             backend.configure(**question["configure"])
+            answer({})
+        elif "stream" in question:
+            for step in backend.stream(**question["stream"]):
+                answer(step)
             answer({})
         else:
             answer(backend.generate(**question["generate"]))

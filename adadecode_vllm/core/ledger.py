@@ -95,6 +95,28 @@ class Ledger:
         """The requests with an entry."""
         return self._request_ids
 
+    def drafts(self) -> dict[str, list[tuple[int, int]]]:
+        """Early predictions that wait for their verification.
+
+        Returns:
+            By request, in order, the token and the index of its exit.
+        """
+        window = self._window
+        if window is None:
+            return {}
+        return {
+            request_id: list(
+                zip(
+                    window.token_ids[row, 1:length].tolist(),
+                    window.exits[row, 1:length].tolist(),
+                    strict=True,
+                )
+            )
+            for row, (request_id, length) in enumerate(
+                zip(self._request_ids, window.length.tolist(), strict=True)
+            )
+        }
+
     def record(self, step: int, request_ids: Sequence[str], window: Window) -> None:
         """Replace the ledger's content by a new cycle's.
 

