@@ -283,12 +283,14 @@ def check_heads_fit(
                 heads.base_model,
             )
 
-    from adadecode_vllm.heads import read_lm_head
+    from adadecode_vllm.heads import read_lm_head, same_lm_head
 
     model_dir = Path(model_config.model)
     lm_head = read_lm_head(model_dir) if model_dir.is_dir() else None
     # A model that is not a local safetensors checkpoint is checked once it is loaded.
-    if lm_head is not None and lm_head.fingerprint != heads.lm_head_fingerprint:
+    if lm_head is not None and not same_lm_head(
+        heads.lm_head_fingerprint, lm_head.fingerprint
+    ):
         raise fingerprint_mismatch(directory, model_config.model, heads.base_model)
 
 

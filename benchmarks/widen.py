@@ -36,6 +36,7 @@ from adadecode_vllm.heads import (
     load_exit_weights,
     load_heads_config,
     read_lm_head,
+    same_lm_head,
     save_heads,
 )
 from adadecode_vllm.provenance import git_commit, package_versions
@@ -195,7 +196,9 @@ def _read_heads(model: Path, heads: Path) -> ExitHeadsConfig:
     """Read the heads' configuration, if they are the source's."""
     config = load_heads_config(heads)
     lm_head = read_lm_head(model)
-    if lm_head is None or lm_head.fingerprint != config.lm_head_fingerprint:
+    if lm_head is None or not same_lm_head(
+        config.lm_head_fingerprint, lm_head.fingerprint
+    ):
         raise AdaDecodeError(
             f"--heads {heads}: they were made for another LM head than that of "
             f"{model}; give the heads of this model"

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 HIDDEN_SIZE = 16
 VOCAB_SIZE = 96
 NUM_LAYERS = 4
-FINGERPRINT = "bf16x16:" + "-".join(["0123abcd"] * 16)
+FINGERPRINT = "sim64x16:" + "-".join(["0123456789abcdef"] * 16)
 
 
 def save_tiny_llama(

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         check_fingerprint,
         lm_head_fingerprint,
         read_lm_head,
+        same_lm_head,
     )
     from adadecode_vllm.heads.hub import (
         from_pretrained,
@@ -55,6 +56,7 @@ __all__ = [
     "push_to_hub",
     "read_lm_head",
     "resolve_heads",
+    "same_lm_head",
     "save_heads",
     "save_pretrained",
     "write_card",
@@ -77,6 +79,7 @@ _MODULE_OF = {
     "load_exit_weights": "io",
     "load_heads_config": "config",
     "read_lm_head": "fingerprint",
+    "same_lm_head": "fingerprint",
     "save_heads": "io",
 }
 

@@ -99,7 +99,7 @@ class ExitHeadsConfig(BaseModel):
     num_hidden_layers: Annotated[int, Field(ge=2)]
     base_model: str
     lm_head_fingerprint: Annotated[
-        str, Field(pattern=r"^bf16x16:[0-9a-f]{8}(-[0-9a-f]{8}){15}$")
+        str, Field(pattern=r"^sim64x16:[0-9a-f]{16}(-[0-9a-f]{16}){15}$")
     ]
     library_version: str = __version__
     dtype: HeadsDtype = "float32"

@@ -30,6 +30,7 @@ from adadecode_vllm.heads import (
     load_heads_config,
     read_lm_head,
     resolve_heads,
+    same_lm_head,
 )
 from tests.harness import HEADS, MODEL
 
@@ -189,7 +190,7 @@ def _start_up(directory: Path) -> str:
     assert lm_head is not None
     try:
         config = load_heads_config(resolve_heads(str(directory)))
-        if config.lm_head_fingerprint != lm_head.fingerprint:
+        if not same_lm_head(config.lm_head_fingerprint, lm_head.fingerprint):
             return "other model"
         heads = ExitHeads(load_exit_weights(directory, config), torch.float32)
         tokens = load_draft_token_ids(directory, config)

@@ -19,7 +19,7 @@ from tests.tiny import save_tiny_llama
         ({"vocab_size": 97}, "their vocabulary size is 97 and that of"),
         ({"num_hidden_layers": 5}, "their number of layers is 5 and that of"),
         (
-            {"lm_head_fingerprint": "bf16x16:" + "-".join(["0123abcd"] * 16)},
+            {"lm_head_fingerprint": "sim64x16:" + "-".join(["0123456789abcdef"] * 16)},
             "they were made for an LM head with other weights than that of",
         ),
     ],
