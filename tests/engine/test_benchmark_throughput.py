@@ -9,18 +9,23 @@ from typing import Any
 
 import pytest
 
+from benchmarks.benchmark_throughput import main
+from benchmarks.options import run_command
 from tests.harness import HEADS, MODEL, ROOT
 
 pytestmark = pytest.mark.engine
 
-ENGINE = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "256"]
+COMMON = [
+    *("--model", MODEL, "--adadecode-heads", HEADS, "--dtype", "float32"),
+    *("--enforce-eager", "--max-model-len", "256"),
+]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [
             *(sys.executable, str(ROOT / "benchmarks" / "benchmark_throughput.py")),
-            *("--model", MODEL, "--adadecode-heads", HEADS, *ENGINE, *arguments),
+            *(*COMMON, *arguments),
         ],
         capture_output=True,
         text=True,
@@ -67,8 +72,16 @@ def test_all_arms_give_the_same_text(tmp_path: Path) -> None:
         (["--adadecode-config", '{"cap": 3}'], "unknown option 'cap'"),
     ],
 )
-def test_mistakes_end_with_a_sentence(arguments: list[str], sentence: str) -> None:
-    answer = run(*arguments)
-    assert answer.returncode == 2
-    assert sentence in answer.stderr
-    assert "Traceback" not in answer.stderr
+def test_mistakes_end_with_a_sentence(
+    arguments: list[str],
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmark_throughput.py", *COMMON, *arguments])
+    with pytest.raises(SystemExit) as end:
+        run_command(main)
+    assert end.value.code == 2
+    errors = capsys.readouterr().err
+    assert sentence in errors
+    assert "Traceback" not in errors

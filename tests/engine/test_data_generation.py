@@ -17,6 +17,7 @@ from adadecode_vllm.data import generate as generate_module
 from adadecode_vllm.data import load_dataset_info, read_rows
 from adadecode_vllm.data.make import make_data
 from adadecode_vllm.data.options import DataOptions, Silence
+from adadecode_vllm.data.ray_generate import import_ray
 from adadecode_vllm.errors import AdaDecodeError
 from tests.harness import MAX_MODEL_LEN, MODEL, demo_corpus, generate, start_engine
 
@@ -151,6 +152,22 @@ def test_what_vllm_refuses(
     assert "\n" not in str(caught.value)
 
 
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """A Ray of this machine's that is already there: starting one takes long."""
+    ray = import_ray()
+    ray.init(address="local", include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@needs_ray
+def test_a_ray_that_does_not_answer(made: DataOptions) -> None:
+    options = replace(made, out=made.out.with_name("mistakes"), ray_actors=1)
+    with pytest.raises(AdaDecodeError, match=r"--ray-address 127\.0\.0\.1:1: nobody"):
+        make_data(replace(options, ray_address="127.0.0.1:1"))
+
+
 @needs_ray
 def test_ray_makes_the_same_rows(made: DataOptions) -> None:
     options = replace(made, out=made.out.with_name("ray"), ray_actors=2)
@@ -163,7 +180,9 @@ def test_ray_makes_the_same_rows(made: DataOptions) -> None:
 
 
 @needs_ray
-def test_ray_keeps_the_answers_of_an_unfinished_shard(made: DataOptions) -> None:
+def test_ray_keeps_the_answers_of_an_unfinished_shard(
+    made: DataOptions, cluster: None
+) -> None:
     """Answers come from an actor as they finish, not at the end of its shard."""
     options = replace(
         made,
@@ -191,10 +210,8 @@ def test_ray_keeps_the_answers_of_an_unfinished_shard(made: DataOptions) -> None
 
 
 @needs_ray
-def test_mistakes_with_ray(made: DataOptions) -> None:
+def test_mistakes_with_ray(made: DataOptions, cluster: None) -> None:
     options = replace(made, out=made.out.with_name("mistakes"), ray_actors=1)
-    with pytest.raises(AdaDecodeError, match=r"--ray-address 127\.0\.0\.1:1: nobody"):
-        make_data(replace(options, ray_address="127.0.0.1:1"))
     # Only the actor can tell that this is too little.
     engine = {**ENGINE, "kv_cache_memory_bytes": 1}
     with pytest.raises(AdaDecodeError, match="vLLM cannot serve it") as caught:
@@ -203,7 +220,7 @@ def test_mistakes_with_ray(made: DataOptions) -> None:
 
 
 @needs_ray
-def test_too_many_actors(made: DataOptions) -> None:
+def test_too_many_actors(made: DataOptions, cluster: None) -> None:
     options = replace(
         made, out=made.out.with_name("many"), rows_per_shard=1, ray_actors=999
     )

@@ -215,23 +215,42 @@ def test_bench_throughput() -> None:
     assert "AdaDecodeProposer" in result.stdout + result.stderr
 
 
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (["--plugin", "adadecode"], "--adadecode-heads: no exit heads given."),
-        (["--adadecode-heads", HEADS], "--adadecode-heads: it has no effect without"),
-        ([*PLUGIN, "--adadecode-config", "{"], "--adadecode-config: '{' is not JSON"),
-        ([*PLUGIN, "--enable-lora"], "--enable-lora: not with AdaDecode"),
-    ],
-)
-def test_a_mistake_ends_with_one_sentence(arguments: list[str], sentence: str) -> None:
+def test_a_mistake_ends_the_process_with_one_sentence() -> None:
     result = subprocess.run(
-        [VLLM, "serve", MODEL, *ENGINE, *arguments],
+        [VLLM, "serve", MODEL, *ENGINE, "--plugin", "adadecode"],
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
     assert result.returncode == 2
+    sentence = "--adadecode-heads: no exit heads given."
     assert f"vllm: error: {sentence}" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--adadecode-heads", HEADS], "--adadecode-heads: it has no effect without"),
+        ([*PLUGIN, "--adadecode-config", "{"], "--adadecode-config: '{' is not JSON"),
+        ([*PLUGIN, "--enable-lora"], "--enable-lora: not with AdaDecode"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    arguments: list[str],
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The same program, in this process, which has imported vLLM already."""
+    from vllm.entrypoints.cli.main import main
+
+    monkeypatch.setattr(sys, "argv", ["vllm", "serve", MODEL, *ENGINE, *arguments])
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # main sets it, too
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    errors = capsys.readouterr().err
+    assert f"vllm: error: {sentence}" in errors
+    assert "Traceback" not in errors
