@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.v1.request import RequestStatus
 
 from tests.reliability.differential import drive
 from tests.reliability.differential.case import Engine, Request, literal
@@ -74,16 +75,18 @@ def test_engines_answer_alike(
 
 @pytest.mark.server
 @pytest.mark.parametrize(
-    ("defect", "found"),
+    ("defect", "seed", "found"),
     [
-        ("wrong token", "mismatch: request"),
-        ("nothing scheduled", "hang: step"),
-        ("block kept", "books: "),
-        ("exception", "death: RuntimeError: on purpose"),
+        ("wrong token", 3, "mismatch: request"),
+        ("nothing scheduled", 3, "hang: step"),
+        ("block kept", 9, "books: "),
+        ("exception", 3, "death: RuntimeError: on purpose"),
     ],
 )
-def test_what_is_put_in_is_found(pair: Pair, defect: str, found: str) -> None:
-    answer = prove(pair, defect, seed=2, engines=1, requests=12, runner="v1")
+def test_what_is_put_in_is_found(
+    pair: Pair, defect: str, seed: int, found: str
+) -> None:
+    answer = prove(pair, defect, seed, engines=1, requests=12, runner="v1")
     assert answer["found"].startswith(found)
     assert answer["cases"] > 0
 
@@ -349,6 +352,19 @@ def test_a_hang_is_noticed(
     assert kind == "hang", sentence
     assert "running and waiting: (0, 1)" in sentence
     assert found["counts"]["steps"] == steps + 1
+
+
+def test_a_grammar_that_nobody_looks_at_is_a_hang(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(drive, "GRAMMAR_SECONDS", 0.05)
+    core = _StuckCore(0)
+    waits = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
+    core.scheduler.requests["1"] = SimpleNamespace(status=waits)
+    books = SimpleNamespace(open=lambda: None, counts={})
+    monkeypatch.setattr(drive, "Books", lambda llm: books)
+    found = drive.Driver(SimpleNamespace(llm_engine=core)).run(REQUESTS[:1])
+    assert found["failure"][0] == "hang"
 
 
 def test_a_report_tells_what_happened() -> None:

@@ -14,6 +14,8 @@ from vllm.v1.request import RequestStatus
 from tests.reliability.differential.books import Books
 from tests.reliability.differential.case import Request
 
+GRAMMAR_SECONDS = 20
+"""Most that the compilation of a grammar may take."""
 IDLE_STEPS = 60
 """So many steps that schedule nothing, with requests unfinished, are a hang."""
 
@@ -75,6 +77,7 @@ class Driver:
 
     def _drive(self, stream: _Stream) -> tuple[str, str] | None:
         idle = tokenless = 0
+        progress = time.monotonic()
         while stream.go_on():
             before = self._scheduled
             idle, tokenless = idle + 1, tokenless + 1
@@ -82,7 +85,12 @@ class Driver:
                 idle = tokenless = 0
             if self._scheduled > before or stream.waits_for_input:
                 idle = 0
-            elif self._waits_for_grammar():
+                progress = time.monotonic()
+            elif (
+                # A request that is never looked at again waits for ever.
+                time.monotonic() - progress < GRAMMAR_SECONDS
+                and self._waits_for_grammar()
+            ):
                 idle = tokenless = 0
                 time.sleep(0.001)
             if idle > IDLE_STEPS or tokenless > TOKENLESS_STEPS:
