@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -174,9 +175,16 @@ def test_ray_makes_the_same_rows(made: DataOptions) -> None:
     info = make_data(options)
     assert info.fingerprint == load_dataset_info(made.out).fingerprint
     assert list(read_rows(options.out)) == list(read_rows(made.out))
-    # Of the directory nothing tells how it was made: Ray continues it, or not.
+
+
+@needs_ray
+def test_ray_continues_what_was_begun_without(made: DataOptions, cluster: None) -> None:
+    """Of the directory nothing tells how it was made."""
+    options = replace(made, out=made.out.with_name("ray-continues"), ray_actors=1)
+    shutil.copytree(made.out, options.out)
     (options.out / "part-00001.parquet").unlink()
-    assert make_data(replace(options, ray_actors=1)) == info
+    assert make_data(options) == load_dataset_info(made.out)
+    assert list(read_rows(options.out)) == list(read_rows(made.out))
 
 
 @needs_ray

@@ -253,7 +253,11 @@ def test_bad_selections(selection: Selection, message: str) -> None:
         ("a.jsonl", b'{"text": null}\n', "the field 'text' is NoneType instead"),
         ("a.jsonl", b'{"text": " "}\n', "no record has any text"),
         ("a.jsonl.gz", b"not gzip", "a.jsonl.gz: not a whole gzip file"),
-        ("a.jsonl.gz", gzip.compress(b"x" * 999, mtime=0)[:20], "not a whole gzip file"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b"x" * 999, mtime=0)[:20],
+            "not a whole gzip file",
+        ),
         ("a.json", b'{"text": "x"}', "a.json: not a JSON array"),
         ("a.json", b"[", "a.json: not JSON ("),
         ("a.json", b"[1]", "a.json, element 0: not a JSON object"),
