@@ -6,11 +6,12 @@ from __future__ import annotations
 import logging
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
 from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.heads.config import HeadsDtype
 from adadecode_vllm.progress import Meter
 from adadecode_vllm.remote_code import TrustRemoteCode
 
@@ -78,6 +79,9 @@ def train_command(
     dtype: Annotated[
         str, typer.Option(help="The model's: auto (bfloat16 on GPU, float32 on CPU).")
     ] = "auto",
+    heads_dtype: Annotated[
+        str, typer.Option(help="The heads': float32, bfloat16 or float16.")
+    ] = "float32",
     attn: Annotated[str, typer.Option(help="sdpa, or xformers on CUDA.")] = "sdpa",
     cache: Annotated[
         bool, typer.Option("--cache/--no-cache", help="Keep the states on disk.")
@@ -104,6 +108,11 @@ def train_command(
     from adadecode_vllm.cli import parse_layers
 
     layers = None if exit_layers == "auto" else parse_layers(exit_layers)
+    if heads_dtype not in get_args(HeadsDtype):
+        raise AdaDecodeError(
+            f"--heads-dtype {heads_dtype}: unknown dtype; choose one of "
+            f"{', '.join(get_args(HeadsDtype))}"
+        )
     settings = _settings(
         preset,
         objective=objective,
@@ -146,7 +155,13 @@ def train_command(
 
         teacher = all_or_none(processes, load)
         options = RunOptions(
-            output, cache, cache_dir, overwrite, threshold, max_early_predictions
+            output,
+            cache,
+            cache_dir,
+            overwrite,
+            threshold,
+            max_early_predictions,
+            cast(HeadsDtype, heads_dtype),
         )
         with _Display(processes.is_main_process) as display:
             record = train_heads(

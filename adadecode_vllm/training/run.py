@@ -20,6 +20,7 @@ from adadecode_vllm.files import write_whole, writing
 from adadecode_vllm.heads.config import (
     ExitCalibration,
     ExitHeadsConfig,
+    HeadsDtype,
     default_draft_vocabulary,
     exit_layers_problem,
 )
@@ -87,6 +88,7 @@ class RunOptions:
             heads are trained.
         threshold: The gate that ``auto`` exits are chosen for.
         max_early_predictions: The cap that they are chosen for.
+        heads_dtype: Of the weights that are written; they are trained in float32.
     """
 
     output: Path
@@ -95,6 +97,7 @@ class RunOptions:
     overwrite: bool = False
     threshold: float = 0.75
     max_early_predictions: int = 5
+    heads_dtype: HeadsDtype = "float32"
 
 
 @dataclass
@@ -375,7 +378,7 @@ def _write_outputs(
         save_pretrained(
             options.output,
             weights,
-            heads_config(teacher, record),
+            heads_config(teacher, record, options.heads_dtype),
             draft_token_ids=draft_token_ids,
             architectures=teacher.model.config.architectures or (),
             training=record,
@@ -383,12 +386,15 @@ def _write_outputs(
     finish(options.output, directory)
 
 
-def heads_config(teacher: Teacher, record: dict[str, Any]) -> ExitHeadsConfig:
+def heads_config(
+    teacher: Teacher, record: dict[str, Any], dtype: HeadsDtype
+) -> ExitHeadsConfig:
     """The heads' ``config.json``.
 
     Args:
         teacher: The model.
         record: Of the run, with ``exit_layers`` and ``calibration``.
+        dtype: Of the stored weights.
 
     Returns:
         The configuration.
@@ -400,6 +406,7 @@ def heads_config(teacher: Teacher, record: dict[str, Any]) -> ExitHeadsConfig:
         vocab_size=teacher.vocab_size,
         num_hidden_layers=teacher.num_layers,
         base_model=teacher.name,
+        dtype=dtype,
         lm_head_fingerprint=lm_head_fingerprint(teacher.lm_head),
         calibration=calibration
         and {

@@ -55,6 +55,7 @@ class Demo:
         max_early_predictions: The cap.
         options: More of AdaDecode's.
         max_model_len: Most tokens of a prompt and its answer.
+        count: Prompts of each kind.
     """
 
     directory: Path
@@ -62,6 +63,7 @@ class Demo:
     max_early_predictions: int
     options: Mapping[str, Any]
     max_model_len: int
+    count: int
 
     def prompts(self, count: int) -> dict[str, list[list[int]]]:
         """Token ids of so many prompts of each kind."""
@@ -73,20 +75,38 @@ class Demo:
                 for name in ("problems", "code")
             }
         return {
-            path.stem: load_workload("text", model, path=path, count=count).prompts
-            for path in sorted(questions.glob("*.jsonl"))
+            name: load_workload(
+                "text", model, path=questions / f"{name}.jsonl", count=count
+            ).prompts
+            for name in ("problems", "code", "chat")
         }
 
 
 DEMOS = {
-    "small": Demo(EXAMPLES / "demo", 0.75, 5, {}, 512),
-    "smollm2": Demo(EXAMPLES / "smollm2", 0.75, 5, {}, 1024),
+    "small": Demo(
+        EXAMPLES / "demo",
+        threshold=0.75,
+        max_early_predictions=5,
+        options={},
+        max_model_len=512,
+        count=6,
+    ),
+    "smollm2": Demo(
+        EXAMPLES / "smollm2",
+        threshold=0.5,
+        max_early_predictions=3,
+        options={"exit_layers": [2], "gate": "acceptance"},
+        max_model_len=1024,
+        count=3,
+    ),
 }
 
 
 def main(
     model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}")] = "auto",
-    prompts: Annotated[int, typer.Option(min=1, help="Prompts of each kind")] = 6,
+    prompts: Annotated[
+        int | None, typer.Option(min=1, help="Prompts of each kind")
+    ] = None,
     output_tokens: Annotated[int, typer.Option(min=1)] = 64,
     threshold: Annotated[float | None, typer.Option(min=0, max=1)] = None,
     max_early_predictions: Annotated[int | None, typer.Option(min=1)] = None,
@@ -101,7 +121,7 @@ def main(
         raise typer.Exit(2)
     name = _available(model, console)
     demo = DEMOS[name]
-    workloads = demo.prompts(prompts)
+    workloads = demo.prompts(prompts or demo.count)
     settings = EngineSettings(
         model=str(demo.directory / "model"),
         heads=str(demo.directory / "heads"),

@@ -39,7 +39,7 @@ answer xsum "$xsum" "${ROWS_XSUM:-200}"
 
 "${adadecode[@]}" train "$model" "$work/heads" --exit-layers "${LAYERS:-2,4,8,15}" \
     --data "$work/data/gsm8k" --data "$work/data/mbpp" --data "$work/data/xsum" \
-    --draft-vocabulary 4096 --batch-size 16 --learning-rate 2e-3 \
+    --draft-vocabulary 4096 --heads-dtype bfloat16 --batch-size 16 --learning-rate 2e-3 \
     --epochs "${EPOCHS:-6}" --cache-dir "$work/states"
 
 if [[ -n $heads ]]; then

@@ -78,6 +78,7 @@ def test_train_then_eval(
             ("--head", "full", "--draft-vocabulary", "9"),
             "--draft-vocabulary 9: value error, full-size heads have the whole",
         ),
+        (("--heads-dtype", "int8"), "--heads-dtype int8: unknown dtype"),
         (("--dtype", "int8"), "--dtype int8: unknown dtype"),
         (("--attn", "xformers"), "--attn xformers: its kernels"),
         (("--held-out", "0"), "--exit-layers auto: the choice needs held-out text"),

@@ -352,8 +352,9 @@ def test_training_sees_the_draft_vocabulary_only(
     teacher: Teacher, data: Path, tmp_path: Path
 ) -> None:
     few = {"draft_vocabulary": 20, "batch_size": 100, "epochs": 2}
-    record = train(teacher, data, tmp_path, settings=few)
+    record = train(teacher, data, tmp_path, settings=few, heads_dtype="bfloat16")
     config = load_heads_config(tmp_path)
+    assert {w.dtype for w in weights_of(tmp_path).values()} == {torch.bfloat16}
     token_ids = load_draft_token_ids(tmp_path, config)
     assert token_ids is not None
     assert config.default_draft_vocabulary == len(token_ids) == 20
