@@ -198,7 +198,8 @@ def _show_one(
 
     tokenizer = AutoTokenizer.from_pretrained(demo.directory / "model")
     config = json.loads((demo.directory / "heads" / "config.json").read_text())
-    colours = dict(zip(config["exit_layers"], _cycle(COLOURS), strict=False))
+    layers = demo.options.get("exit_layers", config["exit_layers"])
+    colours = dict(zip(layers, _cycle(COLOURS), strict=False))
     shown = tokenizer.decode(prompt, skip_special_tokens=True).strip()
     console.print(Panel(Text(shown), title="Prompt"))
     answers = {arm: Answer(ARMS[arm], tokenizer, colours) for arm in arms}
