@@ -8,7 +8,7 @@ Commands import what they need when they run: `--help` must not wait for torch.
 import errno
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, cast, get_args
+from typing import Annotated
 
 import typer
 
@@ -79,19 +79,14 @@ def init_heads_command(
 ) -> None:
     """Write untrained exit heads (T = I) for a model."""
     layers = parse_layers(exit_layers)
-    from adadecode_vllm.heads.config import HeadsDtype
+    from adadecode_vllm.heads.config import parse_heads_dtype
     from adadecode_vllm.heads.init import init_heads
 
-    if dtype not in get_args(HeadsDtype):
-        raise AdaDecodeError(
-            f"--dtype {dtype}: unknown dtype; choose one of "
-            f"{', '.join(get_args(HeadsDtype))}"
-        )
     config = init_heads(
         model,
         directory,
         layers,
-        cast(HeadsDtype, dtype),
+        parse_heads_dtype("--dtype", dtype),
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
     )

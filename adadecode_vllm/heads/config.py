@@ -5,7 +5,7 @@ import json
 import math
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, cast, get_args
 
 from pydantic import (
     BaseModel,
@@ -184,6 +184,27 @@ class ExitHeadsConfig(BaseModel):
         if self.calibration is None:
             return share
         return self.calibration[str(layer)].probability_threshold(share)
+
+
+def parse_heads_dtype(flag: str, text: str) -> HeadsDtype:
+    """Check the dtype that heads are to be stored in.
+
+    Args:
+        flag: That it was given with.
+        text: What was given.
+
+    Returns:
+        The same.
+
+    Raises:
+        AdaDecodeError: Heads are not stored in it.
+    """
+    if text not in get_args(HeadsDtype):
+        raise AdaDecodeError(
+            f"{flag} {text}: unknown dtype; choose one of "
+            f"{', '.join(get_args(HeadsDtype))}"
+        )
+    return cast(HeadsDtype, text)
 
 
 def default_draft_vocabulary(ranked: int, vocab_size: int) -> int:

@@ -6,12 +6,12 @@ from __future__ import annotations
 import logging
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from adadecode_vllm.errors import AdaDecodeError
-from adadecode_vllm.heads.config import HeadsDtype
+from adadecode_vllm.heads.config import parse_heads_dtype
 from adadecode_vllm.progress import Meter
 from adadecode_vllm.remote_code import TrustRemoteCode
 
@@ -108,11 +108,7 @@ def train_command(
     from adadecode_vllm.cli import parse_layers
 
     layers = None if exit_layers == "auto" else parse_layers(exit_layers)
-    if heads_dtype not in get_args(HeadsDtype):
-        raise AdaDecodeError(
-            f"--heads-dtype {heads_dtype}: unknown dtype; choose one of "
-            f"{', '.join(get_args(HeadsDtype))}"
-        )
+    stored_dtype = parse_heads_dtype("--heads-dtype", heads_dtype)
     settings = _settings(
         preset,
         objective=objective,
@@ -161,7 +157,7 @@ def train_command(
             overwrite,
             threshold,
             max_early_predictions,
-            cast(HeadsDtype, heads_dtype),
+            stored_dtype,
         )
         with _Display(processes.is_main_process) as display:
             record = train_heads(

@@ -14,12 +14,12 @@ one where it can be had. Both engines run without compilation, which would take 
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,6 +34,7 @@ from rich.text import Text
 EXAMPLES = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(EXAMPLES.parent))
 
+from adadecode_vllm.heads import load_heads_config  # noqa: E402
 from benchmarks.analysis import tokens_per_forward, tokens_per_s  # noqa: E402
 from benchmarks.arms import Arm, EngineSettings  # noqa: E402
 from benchmarks.process import ArmProcess  # noqa: E402
@@ -197,9 +198,9 @@ def _show_one(
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(demo.directory / "model")
-    config = json.loads((demo.directory / "heads" / "config.json").read_text())
-    layers = demo.options.get("exit_layers", config["exit_layers"])
-    colours = dict(zip(layers, _cycle(COLOURS), strict=False))
+    heads = load_heads_config(demo.directory / "heads")
+    layers = demo.options.get("exit_layers", heads.exit_layers)
+    colours = dict(zip(layers, cycle(COLOURS), strict=False))
     shown = tokenizer.decode(prompt, skip_special_tokens=True).strip()
     console.print(Panel(Text(shown), title="Prompt"))
     answers = {arm: Answer(ARMS[arm], tokenizer, colours) for arm in arms}
@@ -220,11 +221,6 @@ def _show_one(
             for step in process.stream(prompt, output_tokens):
                 answers[arm].add(step)
                 live.update(both())
-
-
-def _cycle(values: Sequence[str]) -> Iterable[str]:
-    while True:
-        yield from values
 
 
 class Answer:
