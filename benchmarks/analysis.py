@@ -177,6 +177,9 @@ def summarize(runs: Sequence[Run], reference: Sequence[Run]) -> dict[str, Any]:
             name: sum(parity[name] for parity in parities)
             for name in ("same", "ties", "different")
         }
+    if "right" in runs[0]:
+        right = runs[0]["right"]
+        figures["right"] = {"right": sum(right), "answers": len(right)}
     predictions = [
         run["predicted_speedup"] for run in runs if "predicted_speedup" in run
     ]

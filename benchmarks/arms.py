@@ -17,6 +17,8 @@ ARMS: Mapping[str, str] = {
     REFERENCE: "vLLM alone at its defaults, the plugin not loaded",
     "installed": "the plugin installed but not asked for",
     "adadecode": "early predictions at the given threshold and cap",
+    "paper": "AdaDecode as in the paper: all exits, threshold 0.75 on the head's "
+    "probability, 5 early predictions at most, no guesses",
     "threshold-1": "AdaDecode that never predicts early",
     "single-exit": "AdaDecode with one fixed exit: the first, or single-exit:LAYER",
     "submit-all": "AdaDecode with one fixed exit that always predicts, as in "
@@ -37,6 +39,7 @@ ARMS: Mapping[str, str] = {
 _SPECULATIVE = ("ngram", "suffix", "draft-model")
 _TRANSFORMERS = ("transformers", "transformers-early-exit")
 _WITHOUT_PLUGIN = (REFERENCE, "installed", *_SPECULATIVE)
+_PAPER = {"threshold": 0.75, "max_early_predictions": 5, "last_guess": False}
 # What stands behind the colon, as a message names it.
 _VALUES = {
     "single-exit": "a layer",
@@ -226,6 +229,8 @@ def _adadecode(arm: Arm, settings: EngineSettings) -> dict[str, Any]:
     from adadecode_vllm import engine_args
     from adadecode_vllm.heads import load_heads_config
 
+    if arm.kind == "paper":
+        return engine_args(settings.heads, **_PAPER)
     options = dict(settings.adadecode)
     heads = settings.heads
     if arm.kind == "single-exit":

@@ -29,6 +29,7 @@ from benchmarks.options import (
     settings_from,
     workload_from,
 )
+from benchmarks.quality import make_grade
 from benchmarks.session import Case, Session
 from benchmarks.tables import results_table
 
@@ -43,11 +44,21 @@ def main(arguments: Sequence[str] | None) -> None:
     parser.add_argument(
         "--engine-logs", type=Path, help="Directory that keeps each engine's log"
     )
+    parser.add_argument(
+        "--quality",
+        action="store_true",
+        help="Judge the answers of every arm: GSM8K's exact match, HumanEval's pass@1",
+    )
     args = parser.parse_args(arguments)
     arms = parse_arms(args.arms)
     settings = settings_from(args)
     batch_sizes = batch_sizes_from(args)
     workload = workload_from(args, settings, max(batch_sizes))
+    grade = (
+        make_grade(workload, settings.model, args.dataset_path)
+        if args.quality
+        else None
+    )
     with Session(
         arms,
         settings,
@@ -58,6 +69,7 @@ def main(arguments: Sequence[str] | None) -> None:
         start_together=args.start_together,
         output=args.output_json,
         logs=args.engine_logs,
+        grade=grade,
         say=say,
     ) as session:
         cases = [Case(arm.name, size) for size in batch_sizes for arm in arms]

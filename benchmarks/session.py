@@ -24,6 +24,7 @@ from benchmarks.arms import (
 )
 from benchmarks.parity import compare, divergences
 from benchmarks.process import ArmError, ArmProcess
+from benchmarks.quality import Grade
 from benchmarks.result_files import empty_results, write_results
 from benchmarks.roofline import cost_model, predicted_speedup
 from benchmarks.tables import results_table
@@ -82,6 +83,7 @@ class Session:
         start_together: int = 1,
         output: Path | None = None,
         logs: Path | None = None,
+        grade: Grade | None = None,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         """Describe the comparison; engines start with the first measurement.
@@ -97,6 +99,7 @@ class Session:
             start_together: Engines to start at a time.
             output: Result file.
             logs: Directory for the engines' logs; None to keep none.
+            grade: Judges the answers of every run; None to leave that.
             say: Called with lines about the progress.
 
         Raises:
@@ -115,6 +118,7 @@ class Session:
         self.start_together = start_together
         self._output = output
         self._logs = logs
+        self._grade = grade
         self._say = say
         self._stack = ExitStack()
         self._processes: dict[str, ArmProcess] = {}
@@ -301,6 +305,8 @@ class Session:
             ignore_eos=self.ignore_eos,
         )
         run |= process.memory_mib()
+        if self._grade is not None:
+            run["right"] = self._grade(run["token_ids"])
         if run["stats"] is not None and case.batch_size == 1:
             run["predicted_speedup"] = predicted_speedup(run["stats"], self._cost(case))
         return run

@@ -31,9 +31,11 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> str:
     Returns:
         Markdown.
     """
-    lines = [row(_COLUMNS), row(["---"] * len(_COLUMNS))]
-    for result in results:
-        lines += [row(_cells(case)) for case in result["cases"]]
+    cases = [case for result in results for case in result["cases"]]
+    graded = any("right" in case["figures"] for case in cases)
+    columns = [*_COLUMNS, "right answers"] if graded else list(_COLUMNS)
+    lines = [row(columns), row(["---"] * len(columns))]
+    lines += [row(_cells(case)[: len(columns)]) for case in cases]
     for result in results:
         lines += arm_notes(result)
     return "\n".join(lines)
@@ -84,6 +86,7 @@ def _cells(case: Mapping[str, Any]) -> list[str]:
         texts_cell(figures.get("texts")),
         spread(figures.get("efficiency")),
         f"{figures['peak_memory_mib']:.0f} ({figures['private_memory_mib']:.0f})",
+        right_cell(figures.get("right")),
     ]
 
 
@@ -104,6 +107,11 @@ def texts_cell(counts: Mapping[str, int] | None) -> str:
     if counts["different"]:
         text += f", {counts['different']} different"
     return text
+
+
+def right_cell(counts: Mapping[str, int] | None) -> str:
+    """Right answers of all."""
+    return "-" if counts is None else f"{counts['right']}/{counts['answers']}"
 
 
 def row(cells: Sequence[str]) -> str:

@@ -52,7 +52,7 @@ from benchmarks.widening import (
     measure_guard,
 )
 
-# A size that a preset does not name is the source's.
+# A size that a preset does not name, or that is smaller there, is the source's.
 PRESETS: dict[str, dict[str, int]] = {
     "cpu": {
         "hidden_size": 2048,
@@ -209,7 +209,8 @@ def _read_heads(model: Path, heads: Path) -> ExitHeadsConfig:
 def _write_shards(directory: Path, widener: Widener, small: Tensors) -> None:
     """Write the weights, a few layers at a time."""
     source, target = widener.source, widener.target
-    repeats = target.num_layers // source.num_layers
+    places = map_layers(range(source.num_layers), source, target)
+    old_layers = {place: old for old, place in enumerate(places)}
     outside = target.vocab_size * target.hidden_size
     bytes_each = widener.dtype.itemsize
     part_sizes = [outside, *[target.layer_parameters] * target.num_layers]
@@ -225,8 +226,8 @@ def _write_shards(directory: Path, widener: Widener, small: Tensors) -> None:
         name = "model.embed_tokens.weight"
         yield {name: widener.embedding(small[name])}
         for layer in range(target.num_layers):
-            old, added = divmod(layer, repeats)
-            weights = widener.layer(None if added else layer_weights(small, old))
+            old = old_layers.get(layer)
+            weights = widener.layer(None if old is None else layer_weights(small, old))
             yield {f"model.layers.{layer}.{name}": w for name, w in weights.items()}
         yield {
             "model.norm.weight": widener.final_norm(small["model.norm.weight"]),
@@ -332,11 +333,14 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
     write_whole(path, (json.dumps(values, indent=2) + "\n").encode())
 
 
-def chosen_sizes(preset: str | None, **sizes: int | None) -> dict[str, int]:
+def chosen_sizes(
+    preset: str | None, source: Sizes, **sizes: int | None
+) -> dict[str, int]:
     """A preset's sizes with those that were given instead.
 
     Args:
         preset: A key of `PRESETS`, or None.
+        source: The source's sizes, where they are larger than the preset's.
         **sizes: None for those that were not given.
 
     Returns:
@@ -350,7 +354,10 @@ def chosen_sizes(preset: str | None, **sizes: int | None) -> dict[str, int]:
             f"--preset {preset}: unknown; choose one of {', '.join(PRESETS)}"
         )
     given = {name: size for name, size in sizes.items() if size is not None}
-    return PRESETS.get(preset or "", {}) | given
+    chosen = PRESETS.get(preset or "", {})
+    return {name: max(size, getattr(source, name)) for name, size in chosen.items()} | (
+        given
+    )
 
 
 def main(
@@ -373,6 +380,7 @@ def main(
     try:
         sizes = chosen_sizes(
             preset,
+            Sizes.of(_read_config(model)),
             hidden_size=hidden_size,
             intermediate_size=intermediate_size,
             num_layers=num_layers,

@@ -20,7 +20,7 @@ input is exactly zero, so the zeros are put where they are few:
 - Grouped queries: a key-value head whose queries do not fit the target's groups is
   repeated.
 - Added layers have value and up projections of zero on the real dimensions: they add
-  exactly nothing. They follow the source layer of theirs.
+  exactly nothing. They are spread evenly, each behind a layer of the source.
 - Vocabulary: dimension z = d is reserved. Every token's embedding holds a small c
   there, nothing reads it (layer norms have weight 0 there) or writes to it, and the
   final norm's weight there is large. Padded rows of the LM head are -B there and zero
@@ -143,13 +143,12 @@ def check_sizes(source: Sizes, target: Sizes) -> None:
             raise AdaDecodeError(
                 f"{option}: smaller than the source's {has}; give at least {has}"
             )
-    for name in ("head_dim", "num_layers"):
-        has, wants = getattr(source, name), getattr(target, name)
-        if wants % has:
-            raise AdaDecodeError(
-                f"{_option(name, wants)}: not a multiple of the source's {has}; "
-                f"give one, such as {wants // has * has}"
-            )
+    if target.head_dim % source.head_dim:
+        has, wants = source.head_dim, target.head_dim
+        raise AdaDecodeError(
+            f"{_option('head_dim', wants)}: not a multiple of the source's {has}; "
+            f"give one, such as {wants // has * has}"
+        )
     if target.num_kv_heads < 1 or target.num_heads % target.num_kv_heads:
         raise AdaDecodeError(
             f"{_option('num_kv_heads', target.num_kv_heads)}: does not divide "
@@ -419,4 +418,4 @@ def layer_weights(tensors: Mapping[str, torch.Tensor], layer: int) -> Tensors:
 
 def map_layers(layers: Iterable[int], source: Sizes, target: Sizes) -> list[int]:
     """Layer counts of the target that compute what those of the source compute."""
-    return [layer * (target.num_layers // source.num_layers) for layer in layers]
+    return [layer * target.num_layers // source.num_layers for layer in layers]

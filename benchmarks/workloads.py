@@ -15,7 +15,7 @@ import json
 import logging
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from random import Random
@@ -83,6 +83,7 @@ class Workload:
         output_tokens: Most new tokens.
         description: Source, split and number in one line.
         sha256: Hash of the token ids.
+        references: The published answers; empty where there are none.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Workload:
     output_tokens: int
     description: str
     sha256: str
+    references: list[str] = field(default_factory=list)
 
 
 def load_workload(
@@ -128,10 +130,11 @@ def load_workload(
     if output_tokens is None:
         output_tokens = _OUTPUT_TOKENS.get(name, _PAPER_OUTPUT_TOKENS)
     applied = False
+    references: list[str] = []
     number = count or _BUILT_IN_COUNT
     if path is not None:
         applied = _use_chat_template(target, chat, name)
-        texts, prompts = _read(
+        texts, prompts, references = _read(
             Selection(name, None, count, seed), path, target, applied
         )
     elif name == "random":
@@ -155,6 +158,7 @@ def load_workload(
         name=name,
         prompts=prompts,
         texts=[texts[index] for index in kept],
+        references=[references[index] for index in kept] if references else [],
         chat=applied,
         output_tokens=output_tokens,
         description=f"{source}: {len(prompts):,} prompts, {form}, seed {seed}",
@@ -220,8 +224,8 @@ def _use_chat_template(target: TargetModel, chat: bool | None, name: str) -> boo
 
 def _read(
     selection: Selection, path: Path, target: TargetModel, chat: bool
-) -> tuple[list[str], list[list[int]]]:
-    """Texts and token ids; the data module's refusals in the benchmark's words."""
+) -> tuple[list[str], list[list[int]], list[str]]:
+    """Texts, ids and answers; the data module's refusals in the benchmark's words."""
     if selection.task != "text":
         selection = replace(selection, split="test")
     try:
@@ -239,7 +243,8 @@ def _read(
         ) from error
     if blank:
         logger.warning("%d records without text were left out", blank)
-    return [e.message if chat else e.plain for e in examples], [r.ids for r in rows]
+    texts = [e.message if chat else e.plain for e in examples]
+    return texts, [r.ids for r in rows], [e.reference for e in examples]
 
 
 def _fitting(

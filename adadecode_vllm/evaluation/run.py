@@ -25,7 +25,7 @@ from adadecode_vllm.heads.fingerprint import check_fingerprint
 from adadecode_vllm.heads.io import load_draft_token_ids, load_exit_weights
 from adadecode_vllm.progress import Meter
 from adadecode_vllm.training.cache import LiveStates
-from adadecode_vllm.training.teacher import Teacher
+from adadecode_vllm.training.teacher import KeyValues, Teacher
 from adadecode_vllm.training.texts import Text, load_texts
 
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 0.95)
@@ -291,16 +291,35 @@ class _Gates:
         self._answer = tuple(answer)
         self._on_answer = self._read(streams)
         self._off_answer: dict[tuple[int, ...], list[Gate]] = {}
+        # Of the whole answer, and of the last text off it.
+        self._answer_cache: KeyValues | None = None
+        self._branch: tuple[tuple[int, ...], KeyValues] | None = None
 
     def __call__(self, prefix: tuple[int, ...]) -> Sequence[Gate]:
         """Top token and its log-odds at every exit after these answer tokens."""
         if prefix == self._answer[: len(prefix)]:
             return self._on_answer[len(prefix)]
         if prefix not in self._off_answer:
-            streams = self._teacher.streams([self._prompt + prefix], self._exit_layers)
+            cache, tokens = self._start_of(prefix)
+            streams = self._teacher.extend(cache, tokens, self._exit_layers)
+            self._branch = prefix, cache
             last = {layer: states[-1:] for layer, states in streams.items()}
             self._off_answer[prefix] = self._read(last)[0]
         return self._off_answer[prefix]
+
+    def _start_of(self, prefix: tuple[int, ...]) -> tuple[KeyValues, tuple[int, ...]]:
+        """Keys and values of a text's beginning that is known, and its other tokens."""
+        if self._branch is not None and prefix[:-1] == self._branch[0]:
+            return self._branch[1], prefix[-1:]
+        if self._answer_cache is None:
+            self._answer_cache = KeyValues()
+            self._teacher.extend(
+                self._answer_cache, self._prompt + self._answer, self._exit_layers
+            )
+        pairs = enumerate(zip(prefix, self._answer, strict=False))
+        same = next((i for i, (token, own) in pairs if token != own), len(self._answer))
+        known = self._answer_cache.beginning(len(self._prompt) + same)
+        return known, prefix[same:]
 
     def _read(self, streams: Mapping[int, torch.Tensor]) -> list[list[Gate]]:
         """By position and exit."""

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -45,6 +45,32 @@ def resolve_dtype(name: str, device: torch.device | str) -> str:
             f"--dtype {name}: unknown dtype; choose auto or one of {', '.join(DTYPES)}"
         )
     return name
+
+
+class _LayerReached(Exception):
+    """What is wanted of a model's run is there."""
+
+
+class KeyValues:
+    """Keys and values of the first layers of one sequence."""
+
+    def __init__(self) -> None:
+        """Start with no token."""
+        from transformers import DynamicCache
+
+        self.cache: Any = DynamicCache()
+
+    def __len__(self) -> int:
+        """Tokens."""
+        return self.cache.get_seq_length()
+
+    def beginning(self, tokens: int) -> KeyValues:
+        """A copy of the first tokens' keys and values, which may go on otherwise."""
+        other = KeyValues()
+        for index, layer in enumerate(self.cache.layers):
+            keys, values = layer.keys[..., :tokens, :], layer.values[..., :tokens, :]
+            other.cache.update(keys, values, index)
+        return other
 
 
 class Teacher:
@@ -235,6 +261,58 @@ class Teacher:
             layer: final if layer == self.num_layers else norm(kept[layer][0])[0]
             for layer in layers
         }
+
+    @torch.inference_mode()
+    def extend(
+        self, cache: KeyValues, tokens: Sequence[int], layers: Sequence[int]
+    ) -> dict[int, torch.Tensor]:
+        """Run further tokens of one sequence, no deeper than is asked for.
+
+        Args:
+            cache: Keys and values of the sequence so far, of the layers up to the last
+                one asked for; receives those of the tokens.
+            tokens: (n,) token ids.
+            layers: Layer counts below L, the same for all calls with this cache.
+
+        Returns:
+            By layer count, the states that `streams` returns, (n, d).
+        """
+        # Attention without a mask is causal from the first key on: all tokens of an
+        # empty cache at once, or one token that sees everything.
+        passes = [list(tokens)] if not len(cache) else [[token] for token in tokens]
+        found: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
+        norm = self.model.model.norm
+        for ids in passes:
+            first = len(cache)
+            positions = torch.arange(first, first + len(ids), device=self.device)
+            with ExitStack() as stack:
+                kept = {
+                    layer: stack.enter_context(self._kept(layer)) for layer in layers
+                }
+                stack.enter_context(self._ended_after(max(layers)))
+                self.model.model(
+                    input_ids=torch.tensor([ids], device=self.device),
+                    position_ids=positions[None],
+                    past_key_values=cache.cache,
+                    use_cache=True,
+                )
+            for layer in layers:
+                found[layer].append(norm(kept[layer][0])[0])
+        return {layer: torch.cat(states) for layer, states in found.items()}
+
+    @contextmanager
+    def _ended_after(self, layer: int) -> Iterator[None]:
+        """End a run of the model, and this context, once a layer has returned."""
+
+        def end(_module: nn.Module, _inputs: Any, _output: Any) -> None:
+            raise _LayerReached
+
+        handle = self.model.model.layers[layer - 1].register_forward_hook(end)
+        try:
+            with suppress(_LayerReached):
+                yield
+        finally:
+            handle.remove()
 
     @contextmanager
     def _kept(self, layer: int) -> Iterator[list[torch.Tensor]]:

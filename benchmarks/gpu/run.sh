@@ -14,11 +14,16 @@
 #   speed   the demo model widened to Llama 3.1 8B's shape: ordinary vLLM, AdaDecode,
 #           one fixed exit with every prediction submitted, never predicting, n-gram;
 #           1, 4, 16 and 64 requests at a time; one JSON
+#   real    only if asked for: SmolLM2-135M-Instruct and its heads in that shape, which
+#           is real acceptance at that cost. PARTS (WORK/parts) holds the GGUF file, or
+#           its parts (parts.sh), and the wheel of gguf; docs/gpu.md has the calls
 #
 # A stage that fails or takes longer than it may (PARITY_SECONDS, SPEED_SECONDS) does not
 # keep the next one from running; the exit status tells. SHAPE, ARMS, BATCHES, ROUNDS,
 # TOKENS and REPEATS change what is measured, SIDE how many engines are loaded beside
-# ordinary vLLM (5 hold 100 GiB in Llama 3.1 8B's shape).
+# ordinary vLLM (5 hold 100 GiB in Llama 3.1 8B's shape). The stage real also takes
+# REAL_CONFIG (AdaDecode's options), DATASET and DATASET_PATH (the benchmark's
+# --dataset-name and --dataset-path; prompts of examples/smollm2 otherwise).
 set -euo pipefail
 kit=${1:?usage: run.sh KIT OUT [STAGE...]}
 out=${2:?usage: run.sh KIT OUT [STAGE...]}
@@ -70,10 +75,42 @@ tests() {
         >"$out/parity_$name.log" 2>&1 && say "parity $name passed"
 }
 
+device=${DEVICE:-cuda}
+
+# Widen SOURCE HEADS NAME: SOURCE in the large shape, at $work/NAME.
 widen() {
-    if [[ -e $work/$shape/widen.json ]]; then return; fi
-    "$python" benchmarks/widen.py examples/demo/model "$work/$shape" \
-        --heads examples/demo/heads --preset "$shape" --device cuda
+    if [[ -e $work/$3/widen.json ]]; then return; fi
+    rm -rf "${work:?}/$3"
+    "$python" benchmarks/widen.py "$1" "$work/$3" --heads "$2" --preset "$shape" \
+        --device "$device"
+}
+widen_demo() { widen examples/demo/model examples/demo/heads "$shape"; }
+widen_real() {
+    local parts=${PARTS:-$work/parts} gguf=SmolLM2-135M-Instruct.Q4_1.gguf
+    "$root/benchmarks/gpu/parts.sh" join "$parts" "$gguf"
+    "$python" -m pip install --quiet --no-deps --no-index --find-links "$parts" \
+        --upgrade --target "$work/gguf" gguf
+    PYTHONPATH=$work/gguf:$PYTHONPATH "$python" examples/smollm2/fetch.py \
+        "$work/smollm2" --downloads "$parts"
+    widen "$work/smollm2" examples/smollm2/heads "real-$shape"
+}
+
+# Compare NAME ARMS BATCHES PROMPTS [ARGS...]: ordinary vLLM and others, side by side.
+compare() {
+    local name=$1 arms=$2 batches=$3 prompts=$4
+    shift 4
+    timeout -k 10 "${SPEED_SECONDS:-400}" \
+        "$python" benchmarks/benchmark_throughput.py \
+        --model "$work/$name/model" --adadecode-heads "$work/$name/heads" \
+        --dtype bfloat16 --max-model-len 1024 --max-num-seqs 64 \
+        --gpu-memory-utilization 0.1 --kv-cache-gib "${KV_GIB:-4}" \
+        --side-by-side "${SIDE:-5}" --start-together "${SIDE:-5}" \
+        --arms "${ARMS:-$arms}" --batch-sizes "${BATCHES:-$batches}" \
+        --num-prompts "$prompts" --rounds "${ROUNDS:-2}" \
+        --output-len "${TOKENS:-128}" --ignore-eos --repeats "${REPEATS:-2}" \
+        --engine-logs "$work/logs" --output-json "$out/gpu_$name.json" "$@" |
+        tee "$out/gpu_$name.md" || fail "the comparison $name"
+    tail -n 400 "$work"/logs/*.log >"$out/engines_$name.log" 2>/dev/null || true
 }
 
 if wants parity; then
@@ -84,7 +121,7 @@ if wants parity; then
     tests bfloat16 tests/gpu/test_model_runner_v2.py -k bfloat16 & jobs+=($!)
     tests kv tests/gpu/test_kv_cache_dtypes.py tests/gpu/test_packed_attention.py & jobs+=($!)
     tests sleep tests/gpu/test_sleep.py & jobs+=($!)
-    if wants speed; then widen & jobs+=($!); fi
+    if wants speed; then widen_demo & jobs+=($!); fi
     for job in "${jobs[@]}"; do
         wait "$job" || fail "a job of the parity stage; its log is in $out"
     done
@@ -93,22 +130,22 @@ fi
 
 if wants speed; then
     say "the demo model in the shape of $shape"
-    widen
+    widen_demo
     say "speed"
     # The heads' exits 2, 4 and 8 of 16 layers are 4, 8 and 16 of 32.
-    timeout -k 10 "${SPEED_SECONDS:-400}" \
-        "$python" benchmarks/benchmark_throughput.py \
-        --model "$work/$shape/model" --adadecode-heads "$work/$shape/heads" \
-        --dtype bfloat16 --max-model-len 1024 --max-num-seqs 64 \
-        --gpu-memory-utilization 0.1 --kv-cache-gib 4 --side-by-side "${SIDE:-5}" \
-        --start-together "${SIDE:-5}" \
-        --arms "${ARMS:-ordinary,adadecode,submit-all:8,threshold-1,ngram}" \
-        --batch-sizes "${BATCHES:-1,4,16,64}" --num-prompts 64 \
-        --rounds "${ROUNDS:-2}" --output-len "${TOKENS:-128}" --ignore-eos \
-        --repeats "${REPEATS:-2}" --engine-logs "$work/logs" \
-        --output-json "$out/gpu_$shape.json" | tee "$out/gpu_$shape.md" ||
-        fail "the speed stage"
-    tail -n 400 "$work"/logs/*.log >"$out/engines.log" 2>/dev/null || true
+    compare "$shape" ordinary,adadecode,submit-all:8,threshold-1,ngram 1,4,16,64 64
+fi
+
+if wants real; then
+    say "SmolLM2-135M-Instruct in the shape of $shape"
+    widen_real
+    say "real acceptance"
+    # The heads' exits 2, 4, 8 and 15 of 30 layers are 2, 4, 8 and 16 of 32.
+    config='{"threshold": 0.5, "max_early_predictions": 3, "gate": "acceptance"}'
+    compare "real-$shape" ordinary,paper,adadecode,single-exit:2,exits:2+8,ngram 1,4 8 \
+        --dataset-name "${DATASET:-text}" \
+        --dataset-path "${DATASET_PATH:-examples/smollm2/prompts/problems.jsonl}" \
+        --adadecode-config "${REAL_CONFIG:-$config}"
 fi
 say "done"
 exit "$failed"

@@ -253,6 +253,16 @@ def test_the_table_names_every_arm() -> None:
     assert "100.0 % / 50.0 %" in lines[3]
     assert "suffix skipped: it needs a package; install it." in lines
     assert "ngram failed: ValueError: no" in lines
+    assert "right answers" not in table
+
+
+def test_the_table_says_how_many_answers_are_right() -> None:
+    right = {"right": [True, False, True]}
+    cases = [case("ordinary", [run(2.0)]), case("ngram", [run(1.0, **right)])]
+    lines = results_table([results(cases=cases)]).splitlines()
+    assert lines[0].endswith("| right answers |")
+    assert [line.split("|")[-2].strip() for line in lines[2:4]] == ["-", "2/3"]
+    assert len({line.count("|") for line in lines[:4]}) == 1
 
 
 def test_results_say_where_they_come_from() -> None:

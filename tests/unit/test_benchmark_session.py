@@ -88,6 +88,20 @@ def test_each_arm_asks_for_its_own_engine() -> None:
     assert always["additional_config"]["adadecode"]["exit_layers"] == (4,)
 
 
+def test_the_papers_setting_does_not_depend_on_the_options() -> None:
+    best = EngineSettings(
+        MODEL,
+        HEADS,
+        threshold=0.5,
+        max_early_predictions=3,
+        adadecode={"exit_layers": [2], "gate": "acceptance"},
+    )
+    found = llm_arguments(Arm("paper", "paper"), best)["additional_config"]["adadecode"]
+    assert (found["threshold"], found["max_early_predictions"]) == (0.75, 5)
+    assert found["last_guess"] is False
+    assert not {"exit_layers", "gate"} & found.keys()
+
+
 def test_a_users_engine_arguments_come_last() -> None:
     settings = EngineSettings(
         MODEL, HEADS, arguments={"enable_prefix_caching": True, "max_num_seqs": 4}

@@ -34,7 +34,7 @@ from transformers import (
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.training import teacher as teacher_module
 from adadecode_vllm.training.cache import LiveStates
-from adadecode_vllm.training.teacher import Teacher, split_by_tokens
+from adadecode_vllm.training.teacher import KeyValues, Teacher, split_by_tokens
 from adadecode_vllm.training.texts import Text
 from tests.tiny import save_tiny_llama
 
@@ -102,6 +102,27 @@ def test_packed_equals_padded(config_class: Any) -> None:
     torch.testing.assert_close(
         streams[4] @ teacher.lm_head.T, logits, rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("config_class", FAMILIES)
+def test_texts_go_on_from_their_keys_and_values(config_class: Any) -> None:
+    """Also from a beginning of theirs, and no layer runs that nobody asks for."""
+    teacher = make_teacher(config_class)
+    tokens, layers = [5, 9, 2, 7, 11, 3, 8], [1, 3]
+    ran: list[int] = []
+    for layer, module in enumerate(teacher.model.model.layers, 1):
+        module.register_forward_hook(lambda *_, layer=layer: ran.append(layer))
+    cache = KeyValues()
+    whole = teacher.extend(cache, tokens, layers)
+    assert ran == [1, 2, 3]
+    other = cache.beginning(4)
+    parted = teacher.extend(other, [60, 61], layers)
+    assert (len(cache), len(other)) == (7, 6)
+    expected = teacher.streams([tokens, [*tokens[:4], 60, 61]], layers)
+    for layer in layers:
+        found = torch.cat([whole[layer], parted[layer]])
+        wanted = torch.cat([expected[layer][:7], expected[layer][-2:]])
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_nothing_of_the_model_needs_a_gradient() -> None:

@@ -134,6 +134,7 @@ CASES = {
         {"num_heads": 12, "num_kv_heads": 6},
     ),
     "layers": ({}, {"num_layers": 8}),
+    "two layers, far apart": ({}, {"num_layers": 6}),
     "vocabulary": ({}, {"hidden_size": 18, "vocab_size": 200}),
     "tied": ({"tie_word_embeddings": True}, {"hidden_size": 32, "vocab_size": 128}),
     "everything": (
@@ -217,6 +218,22 @@ def test_heads_follow_their_layers(tmp_path: Path) -> None:
     assert torch.equal(weights[3], torch.eye(32))
     assert weights[9][16, 16] == 1
     assert not weights[9][:, :17].tril(-17).any()
+
+
+def test_layers_are_added_where_they_are_even(tmp_path: Path) -> None:
+    source = save_source(tmp_path / "source")
+    save_source_heads(tmp_path / "source_heads", source)
+    heads = tmp_path / "source_heads"
+    widen(source, tmp_path, heads=heads, sizes={"num_layers": 6}, dtype="float32")
+    assert load_heads_config(tmp_path / "heads").exit_layers == [1, 4]
+    small, large = load(source), load(tmp_path / "model")
+    tokens = torch.arange(20)[None]
+    with torch.inference_mode():
+        old = small(tokens, output_hidden_states=True).hidden_states
+        new = large(tokens, output_hidden_states=True).hidden_states
+    assert torch.equal(old[1], new[1])
+    assert torch.equal(old[3], new[4])
+    assert torch.equal(new[2], new[3])
 
 
 def test_added_layers_add_exactly_nothing(tmp_path: Path) -> None:
@@ -360,8 +377,15 @@ def test_presets_have_the_sizes_they_are_named_after() -> None:
     assert draft == Sizes(1024, 2816, 16, 8, 2, 128, 32768)
     # As Llama-3.1-8B's model card counts.
     assert replace(DEMO_SIZES, **PRESETS["llama-3.1-8b"]).parameters == 8_030_261_248
-    assert chosen_sizes("cpu", vocab_size=4096, head_dim=None)["vocab_size"] == 4096
-    assert chosen_sizes(None, hidden_size=256) == {"hidden_size": 256}
+    chosen = chosen_sizes("cpu", DEMO_SIZES, vocab_size=4096, head_dim=None)
+    assert chosen == PRESETS["cpu"] | {"vocab_size": 4096}
+    assert chosen_sizes(None, DEMO_SIZES, hidden_size=256) == {"hidden_size": 256}
+
+
+def test_a_preset_makes_no_size_smaller() -> None:
+    source = replace(DEMO_SIZES, num_layers=30, vocab_size=49152)
+    assert chosen_sizes("cpu", source) == PRESETS["cpu"] | {"vocab_size": 49152}
+    assert chosen_sizes("llama-3.1-8b", source) == PRESETS["llama-3.1-8b"]
 
 
 @pytest.mark.parametrize(
@@ -370,7 +394,7 @@ def test_presets_have_the_sizes_they_are_named_after() -> None:
         ({"hidden_size": 8}, "--hidden-size 8: smaller than the source's 16"),
         ({"vocab_size": 95}, "--vocab-size 95: smaller than the source's 96"),
         ({"head_dim": 12}, "--head-dim 12: not a multiple of the source's 8"),
-        ({"num_layers": 6}, "--num-layers 6: not a multiple of the source's 4"),
+        ({"num_layers": 3}, "--num-layers 3: smaller than the source's 4"),
         ({"num_heads": 4, "num_kv_heads": 3}, "--num-kv-heads 3: does not divide"),
         ({"num_heads": 8, "num_kv_heads": 1}, "--num-kv-heads 1: too few"),
         ({"vocab_size": 128}, "--vocab-size 128: padded tokens need a spare"),
@@ -438,7 +462,7 @@ def test_other_arguments_are_refused(tmp_path: Path) -> None:
     with pytest.raises(AdaDecodeError, match="--dtype int8: unknown dtype; choose"):
         widen(source, tmp_path, sizes={}, dtype="int8")
     with pytest.raises(AdaDecodeError, match="--preset big: unknown; choose one of"):
-        chosen_sizes("big")
+        chosen_sizes("big", DEMO_SIZES)
     other = save_source(tmp_path / "other", seed=1)
     heads = tmp_path / "source_heads"
     save_source_heads(heads, other)
