@@ -315,10 +315,8 @@ def _sources(
 
     def open_cache() -> list[StateSource]:
         return [
-            cached_states(
-                root / name, teacher, weights_key, source, reporter.advance, own=own
-            )
-            for name, source in zip(("training", "held_out"), live, strict=True)
+            cached_states(root, teacher, weights_key, source, reporter.advance, own=own)
+            for source in live
         ]
 
     # The main process writes, the others then open what it wrote.

@@ -339,10 +339,10 @@ def test_an_own_cache_that_does_not_fit_is_written_anew(
     output = tmp_path / "out"
     with pytest.raises(Killed):
         train(teacher, other, output, kill_at=1)
-    (output / "run" / "cache" / "held_out" / "states-00000.bin").write_bytes(b"")
+    (output / "run" / "cache" / "states-00000.bin").write_bytes(b"")
     with pytest.raises(Killed):
         train(teacher, other, output, kill_at=1)
-    (output / "run" / "cache" / "training" / "manifest.json").write_text("{")
+    (output / "run" / "cache" / "manifest.json").write_text("{")
     train(teacher, data, output)
 
 
@@ -350,8 +350,8 @@ def test_an_own_cache_that_does_not_fit_is_written_anew(
 def test_names_like_those_of_a_cache_are_left_alone(
     teacher: Teacher, data: Path, tmp_path: Path, name: str
 ) -> None:
-    directory = tmp_path / "cache" / "training"
-    directory.mkdir(parents=True)
+    directory = tmp_path / "cache"
+    directory.mkdir()
     (directory / name).write_text("mine")
     with pytest.raises(AdaDecodeError, match=r"--cache-dir .*it holds other files"):
         train(teacher, data, tmp_path / "out", cache_directory=tmp_path / "cache")
@@ -363,7 +363,7 @@ def test_states_follow_no_link(
 ) -> None:
     precious = tmp_path / "precious"
     precious.write_text("mine")
-    directory = tmp_path / "cache" / "training"
+    directory = tmp_path / "cache"
     free = cache_module.shutil.disk_usage
 
     def plant(path: Path) -> Any:
@@ -442,9 +442,9 @@ def test_a_failure_of_the_main_process_ends_all(
     else:
         # Only the main process writes there.
         cache = tmp_path / "cache"
-        (cache / "held_out").mkdir(parents=True)
-        (cache / "held_out" / "thesis.txt").write_text("mine")
-        expected = f"error: --cache-dir {cache}/held_out: it holds other files"
+        cache.mkdir()
+        (cache / "thesis.txt").write_text("mine")
+        expected = f"error: --cache-dir {cache}: it holds other files"
         flags = ["--cache-dir", str(cache)]
     output = str(tmp_path if what == "output" else tmp_path / "out")
     processes = launch(str(model), output, "--data", str(data), *TRAIN, *flags)

@@ -164,13 +164,95 @@ def _never(*_arguments: Any) -> Any:
     raise AssertionError("the cache should have been used")
 
 
+def test_an_interrupted_cache_goes_on(
+    teacher: Teacher, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same bits, whatever was written behind the last whole text."""
+    computed: list[int] = []
+    streams = Teacher.streams
+
+    def until(most: int) -> None:
+        def run(self: Teacher, sequences: Any, layers: Any) -> Any:
+            if len(computed) + len(sequences) > most:
+                raise Killed
+            computed.extend(map(len, sequences))
+            return streams(self, sequences, layers)
+
+        monkeypatch.setattr(Teacher, "streams", run)
+
+    train(teacher, data, tmp_path / "whole", cache_directory=tmp_path / "one")
+    monkeypatch.setattr(cache_module, "SHARD_BYTES", 7 * 3 * 16 * 4)
+    cache = tmp_path / "cache"
+    options: dict[str, Any] = {
+        "cache_directory": cache,
+        "settings": {"pass_tokens": 64},
+    }
+    for most in (5, 14):
+        until(most)
+        with pytest.raises(Killed):
+            train(teacher, data, tmp_path / "a", **options)
+        index = cache / "index.jsonl"
+        assert len(index.read_text().splitlines()) == len(computed) > 0
+        with index.open("a") as file:
+            file.write('{"text": "cut o')
+        shards = sorted(cache.glob("*.bin"))
+        shards[-1].write_bytes(shards[-1].read_bytes() + b"more")
+        (cache / f"states-{len(shards):05d}.bin").write_bytes(b"more")
+    until(1000)
+    train(teacher, data, tmp_path / "a", **options)
+    texts = len((cache / "index.jsonl").read_text().splitlines())
+    assert len(computed) == texts, "no text was computed twice"
+    until(0)
+    monkeypatch.setattr(cache_module, "SHARD_BYTES", 1 << 30)
+    train(teacher, data, tmp_path / "b", **options)
+    a, b = weights_of(tmp_path / "a"), weights_of(tmp_path / "b")
+    whole = weights_of(tmp_path / "whole")
+    for layer in (1, 2):
+        assert torch.equal(a[layer], b[layer])
+        torch.testing.assert_close(a[layer], whole[layer], rtol=1e-3, atol=1e-4)
+
+
+def test_a_cache_grows_with_the_text(
+    teacher: Teacher, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What another selection of texts has computed is not computed again."""
+    cache = tmp_path / "cache"
+    train(teacher, data, tmp_path / "a", cache_directory=cache)
+    before = (cache / "index.jsonl").read_text()
+    other = write_rows(tmp_path / "d", [([3], [5] * 9)] * 20, vocab_size=VOCAB_SIZE)
+    train(teacher, other, tmp_path / "b", cache_directory=cache)
+    after = (cache / "index.jsonl").read_text()
+    assert after.startswith(before)
+    assert len(after.splitlines()) == len(before.splitlines()) + 1, "one text, 20 times"
+    monkeypatch.setattr(Teacher, "streams", _never)
+    held_out = {"held_out": 0.4}
+    train(teacher, data, tmp_path / "c", cache_directory=cache, settings=held_out)
+
+
+def test_two_runs_do_not_write_to_one_cache(
+    teacher: Teacher, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"cache_directory": tmp_path / "cache"}
+    free = cache_module.shutil.disk_usage
+
+    def meanwhile(path: Path) -> Any:
+        with pytest.raises(
+            AdaDecodeError, match=r"--cache-dir.*another run is writing"
+        ):
+            train(teacher, data, tmp_path / "b", **options)
+        return free(path)
+
+    monkeypatch.setattr(cache_module.shutil, "disk_usage", meanwhile)
+    train(teacher, data, tmp_path / "a", **options)
+
+
 def _shorten(cache: Path) -> None:
-    shard = cache / "training" / "states-00000.bin"
+    shard = cache / "states-00000.bin"
     shard.write_bytes(shard.read_bytes()[:-4])
 
 
 def _garble(cache: Path) -> None:
-    (cache / "training" / "manifest.json").write_text("{")
+    (cache / "manifest.json").write_text("{")
 
 
 @pytest.mark.parametrize(
@@ -203,8 +285,8 @@ def test_a_cache_of_other_exits_is_refused(
 def test_a_half_written_cache_is_written_anew(
     teacher: Teacher, data: Path, tmp_path: Path
 ) -> None:
-    half = tmp_path / "cache" / "training"
-    half.mkdir(parents=True)
+    half = tmp_path / "cache"
+    half.mkdir()
     (half / "states-00000.bin").write_bytes(b"\0" * 64)
     train(teacher, data, tmp_path / "a", cache_directory=tmp_path / "cache")
     train(teacher, data, tmp_path / "b")
@@ -218,7 +300,7 @@ def test_shards_end_anywhere(
     train(teacher, data, tmp_path / "one")
     monkeypatch.setattr(cache_module, "SHARD_BYTES", 7 * 3 * 16 * 4)
     train(teacher, data, tmp_path / "many", cache_directory=tmp_path / "cache")
-    assert len(list((tmp_path / "cache" / "training").glob("*.bin"))) > 10
+    assert len(list((tmp_path / "cache").glob("*.bin"))) > 10
     one, many = weights_of(tmp_path / "one"), weights_of(tmp_path / "many")
     assert all(torch.equal(one[layer], many[layer]) for layer in (1, 2))
 
@@ -236,11 +318,11 @@ def test_a_full_disk_is_told_before_writing(
 def test_a_directory_with_other_files_is_no_cache(
     teacher: Teacher, data: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "cache" / "training").mkdir(parents=True)
-    (tmp_path / "cache" / "training" / "thesis.txt").write_text("mine")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "thesis.txt").write_text("mine")
     with pytest.raises(AdaDecodeError, match=r"other files \(thesis.txt\)"):
         train(teacher, data, tmp_path / "a", cache_directory=tmp_path / "cache")
-    assert (tmp_path / "cache" / "training" / "thesis.txt").read_text() == "mine"
+    assert (tmp_path / "cache" / "thesis.txt").read_text() == "mine"
 
 
 def test_a_loss_that_is_not_a_number_is_told(
