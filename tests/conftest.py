@@ -5,6 +5,8 @@ import os
 
 import pytest
 
+from tests.feature_matrix import Collector
+
 # The demo model is far too small to gain from threads, and OpenMP workers that wait for
 # each other make a busy machine many times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,6 +16,11 @@ CORES = sorted(os.sched_getaffinity(0))
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     core = CORES[int(worker.removeprefix("gw")) % len(CORES)]
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(core))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What all tests say of the features, for the test that compares it."""
+    config.pluginmanager.register(Collector(), "adadecode-features")
 
 
 @pytest.fixture

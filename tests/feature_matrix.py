@@ -132,11 +132,19 @@ class Claim:
     test: str
 
 
+COLLECTED: pytest.StashKey[set[Claim]] = pytest.StashKey()
+"""Where a run of pytest keeps what its tests say."""
+
+
 class Collector:
     """A plugin of pytest that reads the markers of all collected tests."""
 
     def __init__(self) -> None:
         self.claims: set[Claim] = set()
+
+    def pytest_configure(self, config: pytest.Config) -> None:
+        """Leave them where the run's own test finds them."""
+        config.stash[COLLECTED] = self.claims
 
     def pytest_itemcollected(self, item: pytest.Item) -> None:
         """Read one test's markers, before any is deselected."""

@@ -33,9 +33,19 @@ ENGINE = [
 
 
 class Server:
-    """A server on a free port of this machine, with its output in a file."""
+    """A server on a free port of this machine, with its output in a file.
 
-    def __init__(self, log: Path, *arguments: str, model: str = MODEL) -> None:
+    Each process imports vLLM, which takes longer than most tests. Unless all of vLLM's
+    are asked for, the engine's process has the worker in it.
+    """
+
+    def __init__(
+        self,
+        log: Path,
+        *arguments: str,
+        model: str = MODEL,
+        worker_process: bool = False,
+    ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -54,7 +64,11 @@ class Server:
                 ],
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "VLLM_LOGGING_LEVEL": "INFO"},
+                env={
+                    **os.environ,
+                    "VLLM_LOGGING_LEVEL": "INFO",
+                    "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(worker_process)),
+                },
                 # A group of its own, so that no engine process outlives its server.
                 start_new_session=True,
             )
@@ -111,9 +125,9 @@ class Server:
 
 
 @contextmanager
-def serve(log: Path, *arguments: str, model: str = MODEL) -> Iterator[Server]:
-    """A server that answers, ended afterwards."""
-    server = Server(log, *arguments, model=model)
+def serve(log: Path, *arguments: str, **options: Any) -> Iterator[Server]:
+    """A server that answers, ended afterwards; see `Server` for the options."""
+    server = Server(log, *arguments, **options)
     try:
         server.wait()
         yield server

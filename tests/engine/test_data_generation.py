@@ -177,6 +177,7 @@ def test_ray_makes_the_same_rows(made: DataOptions) -> None:
     assert list(read_rows(options.out)) == list(read_rows(made.out))
 
 
+@pytest.mark.slow
 @needs_ray
 def test_ray_continues_what_was_begun_without(made: DataOptions, cluster: None) -> None:
     """Of the directory nothing tells how it was made."""
@@ -227,6 +228,7 @@ def test_mistakes_with_ray(made: DataOptions, cluster: None) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 @needs_ray
 def test_too_many_actors(made: DataOptions, cluster: None) -> None:
     options = replace(

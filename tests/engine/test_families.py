@@ -67,6 +67,7 @@ def test_every_accepted_family_is_tested() -> None:
     assert {f"{family}ForCausalLM" for family in FAMILIES} == SUPPORTED_ARCHITECTURES
 
 
+@pytest.mark.slow
 @pytest.mark.feature("Qwen2-MoE (mixture of experts)", "supported")
 def test_compiled_segments_find_their_own_experts(tmp_path: Path) -> None:
     """vLLM's operation for experts looks its layer up while the graph runs."""
@@ -77,7 +78,9 @@ def test_compiled_segments_find_their_own_experts(tmp_path: Path) -> None:
         check_texts(llm, expected)
 
 
-@pytest.mark.parametrize("family", ["Mixtral", "Gemma2"])
+@pytest.mark.parametrize(
+    "family", ["Mixtral", pytest.param("Gemma2", marks=pytest.mark.slow)]
+)
 def test_family_on_model_runner_v2(family: str, tmp_path: Path) -> None:
     """Experts and two KV cache groups, in what CUDA graphs hold as well."""
     from adadecode_vllm.heads import init_heads

@@ -38,7 +38,14 @@ def _scheduling(ahead: bool) -> dict[str, Any]:
     return {} if ahead else {"async_scheduling": False}
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["async", "sync"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(True, id="async"),
+        # Its neighbour is test_chunked_prefill_and_preemption.
+        pytest.param(False, id="sync", marks=pytest.mark.slow),
+    ],
+)
 def engine(request: Any, some: Case) -> Iterator[EngineProcess]:
     """With and without the next step being scheduled while the last one runs."""
     options = adadecode_options(max_early_predictions=5)

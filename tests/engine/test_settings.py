@@ -25,6 +25,7 @@ from tests.harness import (
     stats,
 )
 from tests.renamed_model import rename_frequent_tokens
+from tests.short_model import save_short_model
 
 pytestmark = pytest.mark.engine
 
@@ -96,20 +97,20 @@ def test_drafting_stops_above_a_batch_size(
 
 
 @pytest.mark.feature("torch.compile", "supported")
-def test_compiled_as_vllm_does_by_default(
-    prompts: list[str], reference: Reference
-) -> None:
+def test_compiled_as_vllm_does_by_default(tmp_path: Path, prompts: list[str]) -> None:
     """Also what the engine's own threshold never lets run and a request asks for."""
-    options = adadecode_options(threshold=1.0)
+    model, heads = save_short_model(tmp_path, layers=6, exits=[2, 4])
+    with start_engine(model) as llm:
+        texts = generate(llm, prompts)
+    options = adadecode_options(heads, threshold=1.0)
     asks = {"adadecode_threshold": 0.5}
-    with start_engine(**options, enforce_eager=False) as llm:
+    with start_engine(model, **options, enforce_eager=False) as llm:
         # One request first: what it compiled would be compiled for one row.
-        first = generate(llm, prompts[:1], extra_args=asks)
-        assert first == reference["texts"][:1]
-        assert generate(llm, prompts, extra_args=asks) == reference["texts"]
-        assert sum(stats(llm)["accepted"]) > 0
+        assert generate(llm, prompts[:1], extra_args=asks) == texts[:1]
+        assert generate(llm, prompts, extra_args=asks) == texts
+        assert min(stats(llm)["accepted"]) > 0
         set_policy(llm, 0.0, 5)
-        assert generate(llm, prompts) == reference["texts"]
+        assert generate(llm, prompts) == texts
         assert sum(stats(llm)["rejected"]) > 0
 
 
@@ -119,7 +120,7 @@ def test_tensor_parallel_2(
 ) -> None:
     """Every rank takes the same decisions (I7), with a vocab-parallel LM head."""
     options = adadecode_options(threshold=0.0)
-    with start_engine(**options, multiprocessing=True, tensor_parallel_size=2) as llm:
+    with start_engine(**options, tensor_parallel_size=2) as llm:
         assert generate(llm, prompts) == reference["texts"]
         ranks = llm.collective_rpc("adadecode_stats")
     assert len(ranks) == 2
@@ -144,7 +145,7 @@ def test_a_ranking_of_half_the_vocabulary_is_used_by_default(
         token_ids[:size],
     )
     options = adadecode_options(str(tmp_path / "heads"), threshold=0.3)
-    with start_engine(**options, multiprocessing=True, tensor_parallel_size=2) as llm:
+    with start_engine(**options, tensor_parallel_size=2) as llm:
         additional = llm.llm_engine.vllm_config.additional_config
         assert additional["adadecode"]["draft_vocabulary_size"] == size
         assert generate(llm, prompts) == reference["texts"]

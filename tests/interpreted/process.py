@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import atexit
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -50,25 +51,53 @@ def interpreted_environment() -> Iterator[None]:
         yield
 
 
+class _Process:
+    """A process that runs one engine after the other; importing vLLM takes longer."""
+
+    def __init__(self) -> None:
+        context = get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs,))
+        with interpreted_environment():
+            self._process.start()
+        theirs.close()  # so that a child that dies ends our waiting
+        self.engine = EngineProcess(self._connection)
+
+    def end(self) -> None:
+        self._connection.close()
+        self._process.join(60)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+
+_idle: list[_Process] = []
+
+
+@atexit.register
+def _end_idle_processes() -> None:
+    while _idle:
+        _idle.pop().end()
+
+
 @contextmanager
-def start_engine(**options: Any) -> Iterator[EngineProcess]:
+def start_engine(
+    *, multiprocessing: bool = False, **options: Any
+) -> Iterator[EngineProcess]:
     """An engine with the defaults of `tests.harness.start_engine`."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs,))
-    with interpreted_environment():
-        process.start()
-    theirs.close()  # so that a child that dies ends our waiting
+    # Workers take the environment of the process that starts them, hence a new one.
+    process = _idle.pop() if _idle and not multiprocessing else _Process()
     try:
-        engine = EngineProcess(ours)
-        engine.start(options)
-        yield engine
-    finally:
-        ours.close()
-        process.join(60)
-        if process.is_alive():
-            process.kill()
-            process.join()
+        process.engine.start({"multiprocessing": multiprocessing, **options})
+        yield process.engine
+        process.engine.stop()
+    except BaseException:
+        process.end()
+        raise
+    if multiprocessing:
+        process.end()
+    else:
+        _idle.append(process)
 
 
 class _Calls:
@@ -87,6 +116,7 @@ class _Calls:
 
     def stop(self) -> None:
         if self.llm is not None:
+            self.llm = None
             self._engine.__exit__(None, None, None)
 
     def generate(self, prompts: list[Any], **options: Any) -> list[list[int]]:

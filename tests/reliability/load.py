@@ -299,6 +299,7 @@ def run_load(
         f"--num-gpu-blocks-override={kv_blocks}",
         f"--block-size={BLOCK_SIZE}",
         f"--max-num-seqs={concurrency}",
+        worker_process=True,
     ) as server:
         outcome = asyncio.run(Load(server).run(jobs, concurrency))
         left = _what_is_left(server, kv_blocks)
@@ -418,7 +419,8 @@ def _expected_texts(
 ) -> tuple[dict[tuple[str, int, bool], str], Outcome]:
     """Texts of an ordinary server with ample memory, by what they depend on."""
     distinct = {job.key: Job(*job.key) for job in jobs}
-    with serve(log, f"--max-num-seqs={concurrency}") as server:
+    arguments = [f"--max-num-seqs={concurrency}"]
+    with serve(log, *arguments, worker_process=True) as server:
         load = Load(server)
         outcome = asyncio.run(load.run(list(distinct.values()), concurrency))
     if outcome.errors:

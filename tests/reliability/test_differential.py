@@ -79,7 +79,7 @@ def test_engines_answer_alike(
     [
         ("wrong token", 3, "mismatch: request"),
         ("nothing scheduled", 3, "hang: step"),
-        ("block kept", 9, "books: "),
+        pytest.param("block kept", 9, "books: ", marks=pytest.mark.slow),
         ("exception", 3, "death: RuntimeError: on purpose"),
     ],
 )

@@ -31,7 +31,8 @@ def test_a_killed_process_ends_the_server_and_a_restart_serves(
 ) -> None:
     """What an ordinary server does: all clients get errors, and it exits with 0."""
     for role in ("engine", "worker"):
-        with serve(tmp_path / f"{role}.log", *arguments) as server:
+        log = tmp_path / f"{role}.log"
+        with serve(log, *arguments, worker_process=True) as server:
             assert _texts(server, prompts) == expected
             processes = server_processes(server)
             _kill_while_they_wait(processes[role], server, prompts)

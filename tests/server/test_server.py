@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from openai import BadRequestError, OpenAI
 
-from tests.harness import HEADS, MODEL, ROOT, demo_corpus
+from tests.harness import HEADS, MODEL, ROOT, demo_corpus, start_engine
 from tests.server_process import ENGINE, PLUGIN, VLLM, Server, complete, serve
 
 pytestmark = pytest.mark.server
@@ -35,10 +35,14 @@ def _complete_all(client: OpenAI, prompts: list[str]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def expected(prompts: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Texts of an ordinary server: the plugin is installed but not asked for."""
-    with serve(tmp_path_factory.mktemp("ordinary") / "log") as server:
-        return _complete_all(server.client, prompts)
+def expected(prompts: list[str]) -> list[str]:
+    """Ordinary vLLM's texts."""
+    from vllm import SamplingParams
+
+    with start_engine() as llm:
+        params = SamplingParams(temperature=0, max_tokens=64)
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        return [output.outputs[0].text for output in outputs]
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +213,11 @@ def test_bench_throughput() -> None:
         text=True,
         timeout=300,
         check=False,
-        env={**os.environ, "VLLM_LOGGING_LEVEL": "INFO"},
+        env={
+            **os.environ,
+            "VLLM_LOGGING_LEVEL": "INFO",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        },
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert "Throughput:" in result.stdout

@@ -139,6 +139,7 @@ def test_tool_calls(
         assert json.loads(arguments).keys() == {"fruit", "ripe"}
 
 
+@pytest.mark.slow
 @pytest.mark.feature("data parallel", "supported")
 def test_data_parallel(
     prompts: list[str],
