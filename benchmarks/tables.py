@@ -35,7 +35,11 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> str:
     graded = any("right" in case["figures"] for case in cases)
     columns = [*_COLUMNS, "right answers"] if graded else list(_COLUMNS)
     lines = [row(columns), row(["---"] * len(columns))]
-    lines += [row(_cells(case)[: len(columns)]) for case in cases]
+    for case in cases:
+        cells = _cells(case)
+        if graded:
+            cells.append(right_cell(case["figures"].get("right")))
+        lines.append(row(cells))
     for result in results:
         lines += arm_notes(result)
     return "\n".join(lines)
@@ -86,7 +90,6 @@ def _cells(case: Mapping[str, Any]) -> list[str]:
         texts_cell(figures.get("texts")),
         spread(figures.get("efficiency")),
         f"{figures['peak_memory_mib']:.0f} ({figures['private_memory_mib']:.0f})",
-        right_cell(figures.get("right")),
     ]
 
 

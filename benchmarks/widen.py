@@ -354,10 +354,9 @@ def chosen_sizes(
             f"--preset {preset}: unknown; choose one of {', '.join(PRESETS)}"
         )
     given = {name: size for name, size in sizes.items() if size is not None}
-    chosen = PRESETS.get(preset or "", {})
-    return {name: max(size, getattr(source, name)) for name, size in chosen.items()} | (
-        given
-    )
+    named = PRESETS.get(preset or "", {})
+    chosen = {name: max(size, getattr(source, name)) for name, size in named.items()}
+    return chosen | given
 
 
 def main(

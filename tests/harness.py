@@ -98,6 +98,16 @@ def generate(
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
+def ordinary_texts(prompts: list[str], max_tokens: int) -> list[str]:
+    """Greedy texts of ordinary vLLM."""
+    from vllm import SamplingParams
+
+    with start_engine() as llm:
+        params = SamplingParams(temperature=0, max_tokens=max_tokens)
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        return [output.outputs[0].text for output in outputs]
+
+
 def set_policy(llm: Any, threshold: float, max_early_predictions: int) -> None:
     """Give a running engine another threshold and a cap up to its own; reset stats."""
     configure(llm, threshold=threshold, max_early_predictions=max_early_predictions)

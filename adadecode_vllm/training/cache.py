@@ -124,16 +124,13 @@ class CachedStates:
         entries: Sequence[Entry],
         device: torch.device,
     ) -> None:
-        """Map the shards.
+        """Map the shards, which hold what the entries say.
 
         Args:
             directory: The cache.
             manifest: Its manifest.
             entries: Of the texts, in their order.
             device: Where states are returned.
-
-        Raises:
-            UnfitCacheError: If a shard is missing or too short.
         """
         self.layers = manifest.layers
         self.device = device
@@ -141,7 +138,6 @@ class CachedStates:
         self._shard_tokens = manifest.shard_tokens
         dtype = getattr(torch, manifest.dtype)
         total = end_of(entries)
-        check_shards(directory, manifest, total)
         self._shards = []
         for number, first in enumerate(range(0, total, manifest.shard_tokens)):
             tokens = min(manifest.shard_tokens, total - first)
@@ -259,24 +255,24 @@ def _open(
     else:
         entries, _ = read_index(directory)
         check_shards(directory, manifest, end_of(entries.values()))
-    wanted = {_text_key(text): index for index, text in enumerate(live.texts)}
+    keys = [_text_key(text) for text in live.texts]
+    wanted = {key: index for index, key in enumerate(keys)}
     if wanted.keys() - entries.keys():
         with one_writer(directory, manifest) as writer:
             # Another run may have added to it until now.
             entries = writer.entries
-            missing = [i for text, i in wanted.items() if text not in entries]
+            missing = [i for key, i in wanted.items() if key not in entries]
             _check_room(directory, teacher, live, missing)
             progress(_used(live.texts) - _used(live.texts[i] for i in missing))
             lengths = [len(live.texts[i].token_ids) for i in missing]
             for group in split_by_tokens(lengths, live.pass_tokens):
                 members = [missing[place] for place in group]
                 states = live.states(members).transpose(0, 1).contiguous().cpu()
-                texts = [live.texts[member] for member in members]
-                writer.add([(_text_key(text), text.used) for text in texts], states)
+                writer.add([(keys[i], live.texts[i].used) for i in members], states)
                 progress(len(states))
     else:
         progress(_used(live.texts))
-    found = [entries[_text_key(text)] for text in live.texts]
+    found = [entries[key] for key in keys]
     return CachedStates(directory, manifest, found, teacher.device)
 
 

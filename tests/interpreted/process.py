@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,14 @@ def interpreted_environment() -> Iterator[None]:
         yield
 
 
+def join_or_kill(process: BaseProcess, seconds: float) -> None:
+    """Wait for a process to end, so long."""
+    process.join(seconds)
+    if process.is_alive():
+        process.kill()
+        process.join()
+
+
 class _Process:
     """A process that runs one engine after the other; importing vLLM takes longer."""
 
@@ -65,10 +74,7 @@ class _Process:
 
     def end(self) -> None:
         self._connection.close()
-        self._process.join(60)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
+        join_or_kill(self._process, 60)
 
 
 _idle: list[_Process] = []

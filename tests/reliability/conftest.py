@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.harness import demo_corpus, start_engine
+from tests.harness import demo_corpus, ordinary_texts
 from tests.server_process import PLUGIN, Server, serve
 
 
@@ -19,12 +19,7 @@ def prompts() -> list[str]:
 @pytest.fixture(scope="session")
 def expected(prompts: list[str]) -> list[str]:
     """Ordinary vLLM's greedy texts."""
-    from vllm import SamplingParams
-
-    with start_engine() as llm:
-        params = SamplingParams(temperature=0, max_tokens=64)
-        outputs = llm.generate(prompts, params, use_tqdm=False)
-        return [output.outputs[0].text for output in outputs]
+    return ordinary_texts(prompts, max_tokens=64)
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from openai import BadRequestError, OpenAI
 
-from tests.harness import HEADS, MODEL, ROOT, demo_corpus, start_engine
+from tests.harness import HEADS, MODEL, ROOT, demo_corpus, ordinary_texts
 from tests.server_process import ENGINE, PLUGIN, VLLM, Server, complete, serve
 
 pytestmark = pytest.mark.server
@@ -37,12 +37,7 @@ def _complete_all(client: OpenAI, prompts: list[str]) -> list[str]:
 @pytest.fixture(scope="module")
 def expected(prompts: list[str]) -> list[str]:
     """Ordinary vLLM's texts."""
-    from vllm import SamplingParams
-
-    with start_engine() as llm:
-        params = SamplingParams(temperature=0, max_tokens=64)
-        outputs = llm.generate(prompts, params, use_tqdm=False)
-        return [output.outputs[0].text for output in outputs]
+    return ordinary_texts(prompts, max_tokens=64)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from tests.interpreted.process import interpreted_environment
+from tests.interpreted.process import interpreted_environment, join_or_kill
 from tests.reliability.differential.case import Request
 
 SECONDS = {"v1": 180.0, "v2": 540.0}
@@ -79,10 +79,7 @@ class Host:
     def close(self) -> None:
         """End the process."""
         self._connection.close()
-        self._process.join(20)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
+        join_or_kill(self._process, 20)
         self._directory.cleanup()
 
     def _abort(self) -> str:
@@ -91,10 +88,7 @@ class Host:
         if self._process.is_alive():
             # Its fault handler then writes down what every thread is doing.
             os.kill(self._process.pid or 0, signal.SIGABRT)
-            self._process.join(20)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
+            join_or_kill(self._process, 20)
         words = last_words(self._log.read_text(errors="replace"))
         return f"exit code {self._process.exitcode}: {words}"
 
