@@ -44,10 +44,17 @@ class ShardActor:
         # Engines of one machine would otherwise all bind to the same cores; on a
         # machine with GPUs vLLM does not look at this.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        self._generator = Generator(spec)
+        # Kept for the first call: Ray starts an actor that fails here again and again.
+        self._refusal: AdaDecodeError | None = None
+        try:
+            self._generator = Generator(spec)
+        except AdaDecodeError as error:
+            self._refusal = error
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         """Answer the prompts of the shards in a batch, an answer at a time."""
+        if self._refusal is not None:
+            raise self._refusal
         for shard in batch.to_pylist():
             prompts = dict(zip(shard["rows"], shard["prompt_ids"], strict=True))
             for answer in self._generator.answer(shard["shard"], prompts):
@@ -208,7 +215,8 @@ def _sentence(error: Exception) -> AdaDecodeError:
     while cause is not None:
         inner = getattr(cause, "cause", None)
         if isinstance(inner, AdaDecodeError):
-            return AdaDecodeError(str(inner).splitlines()[-1])
+            # Ray Data adds lines about its retries.
+            return AdaDecodeError(str(inner).splitlines()[0])
         cause = inner if isinstance(inner, BaseException) else cause.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     for line in reversed(lines):

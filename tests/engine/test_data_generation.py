@@ -100,7 +100,8 @@ def test_chat_is_vllms_chat(options: DataOptions, problems: list[str]) -> None:
         assert row.response_ids == list(output.outputs[0].token_ids)
 
 
-@pytest.mark.parametrize("answers", [2, 7])  # of shards of four
+# Of shards of four.
+@pytest.mark.parametrize("answers", [pytest.param(2, marks=pytest.mark.slow), 7])
 def test_continued_rows_are_the_same(
     made: DataOptions, monkeypatch: pytest.MonkeyPatch, answers: int
 ) -> None:
@@ -188,6 +189,7 @@ def test_ray_continues_what_was_begun_without(made: DataOptions, cluster: None) 
     assert list(read_rows(options.out)) == list(read_rows(made.out))
 
 
+@pytest.mark.slow
 @needs_ray
 def test_ray_keeps_the_answers_of_an_unfinished_shard(
     made: DataOptions, cluster: None

@@ -30,6 +30,7 @@ pytestmark = pytest.mark.engine
 VOCABULARY = 24
 PROMPT = {"prompt_token_ids": [3, 17, 9, 20, 5, 11]}
 CONTINUATIONS = 10_000
+BIASED = 4000  # enough to notice a bias
 TOKENS = 5  # the first is sampled with the prompt, the others under drafting
 BATCH = 256
 # Below this many tokens of both engines a cell of the table joins the others.
@@ -165,11 +166,11 @@ def test_drafts_accepted_on_the_gates_word_are_noticed(
         lambda count, *_: torch.zeros(count, dtype=torch.float64),
     )
     configure(engine, threshold=0.3)
-    found = sample(engine, 2, CONTINUATIONS, temperature=1.0)
+    found = sample(engine, 2, BIASED, temperature=1.0)
     counted = stats(engine)
-    assert sum(counted["accepted"]) > 2000
+    assert sum(counted["accepted"]) > 800
     assert sum(counted["rejected"]) == 0
-    assert p_value(found, ordinary["temperature 1"]) < DIFFERENT
+    assert p_value(found, ordinary["temperature 1"][:BIASED]) < DIFFERENT
 
 
 def test_drafts_withdrawn_after_their_verdict_are_noticed(
@@ -189,11 +190,11 @@ def test_drafts_withdrawn_after_their_verdict_are_noticed(
 
     monkeypatch.setattr(rejection_sampler, "sample_recovered_tokens", sample_anew)
     configure(engine, threshold=0.0)
-    found = sample(engine, 2, CONTINUATIONS, temperature=1.0)
+    found = sample(engine, 2, BIASED, temperature=1.0)
     counted = stats(engine)
-    assert sum(counted["accepted"]) > 2000
-    assert sum(counted["rejected"]) > 2000
-    assert p_value(found, ordinary["temperature 1"]) < DIFFERENT
+    assert sum(counted["accepted"]) > 800
+    assert sum(counted["rejected"]) > 800
+    assert p_value(found, ordinary["temperature 1"][:BIASED]) < DIFFERENT
 
 
 @pytest.mark.feature("seeds", "supported")

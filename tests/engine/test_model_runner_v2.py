@@ -208,10 +208,9 @@ def test_parameters_of_sampling(
     engine.configure(threshold=1.0)
     expected = engine.generate(prompts, **options)
     assert expected != [text[:24] for text in texts]
-    for threshold in (0.0, 0.5):
-        engine.configure(threshold=threshold)
-        assert engine.generate(prompts, **options) == expected
-        assert sum(engine.stats()["early_predictions"]) > 0
+    engine.configure(threshold=0.0)
+    assert engine.generate(prompts, **options) == expected
+    assert sum(engine.stats()["early_predictions"]) > 0
 
 
 def test_what_is_served_without_drafts_beside_requests_with_drafts(

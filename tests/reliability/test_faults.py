@@ -26,20 +26,25 @@ LONG = {"temperature": 0, "max_tokens": 200}
 ENDLESS = {"ignore_eos": True}
 
 
-def test_a_killed_process_ends_the_server_and_a_restart_serves(
-    prompts: list[str], expected: list[str], arguments: list[str], tmp_path: Path
+@pytest.mark.parametrize(
+    "role", ["worker", pytest.param("engine", marks=pytest.mark.slow)]
+)
+def test_a_killed_process_ends_the_server(
+    prompts: list[str],
+    expected: list[str],
+    arguments: list[str],
+    tmp_path: Path,
+    role: str,
 ) -> None:
     """What an ordinary server does: all clients get errors, and it exits with 0."""
-    for role in ("engine", "worker"):
-        log = tmp_path / f"{role}.log"
-        with serve(log, *arguments, worker_process=True) as server:
-            assert _texts(server, prompts) == expected
-            processes = server_processes(server)
-            _kill_while_they_wait(processes[role], server, prompts)
-            assert server.process.wait(timeout=60) == 0
-            left = [process for name, process in processes.items() if name != "server"]
-            _, alive = psutil.wait_procs(left, timeout=60)
-            assert alive == [], "the server left processes behind"
+    with serve(tmp_path / "log", *arguments, worker_process=True) as server:
+        assert _texts(server, prompts) == expected
+        processes = server_processes(server)
+        _kill_while_they_wait(processes[role], server, prompts)
+        assert server.process.wait(timeout=60) == 0
+        left = [process for name, process in processes.items() if name != "server"]
+        _, alive = psutil.wait_procs(left, timeout=60)
+        assert alive == [], "the server left processes behind"
 
 
 @pytest.mark.parametrize("midway", [True, False])

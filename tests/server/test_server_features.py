@@ -14,7 +14,9 @@ from openai import BadRequestError, OpenAI
 from tests.harness import MODEL, demo_corpus
 from tests.server_process import PLUGIN, Server, complete, serve
 
-pytestmark = pytest.mark.server
+# Three servers. Metrics and refusals of one process are in test_server.py, texts that
+# follow a schema in tests/engine/test_structured_output.py.
+pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 TOOLS = [
     "--enable-auto-tool-choice",
@@ -139,7 +141,6 @@ def test_tool_calls(
         assert json.loads(arguments).keys() == {"fruit", "ripe"}
 
 
-@pytest.mark.slow
 @pytest.mark.feature("data parallel", "supported")
 def test_data_parallel(
     prompts: list[str],
