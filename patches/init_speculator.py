@@ -30,6 +30,8 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.worker.gpu import model_runner
 from vllm.v1.worker.gpu.spec_decode import init_speculator
 
+from adadecode_vllm.compat import SUPPORTED_NAMES
+
 logger = init_logger("vllm.adadecode")
 
 
@@ -38,14 +40,14 @@ def custom_class() -> Iterator[None]:
     """Let ``GPUModelRunner.__init__`` build speculators of the ``custom_class`` method.
 
     Raises:
-        RuntimeError: If vLLM's module does not look as in 0.32, or another patch is
+        RuntimeError: If vLLM's module does not look as expected, or another patch is
             already in place.
     """
     if getattr(model_runner, "init_speculator", None) is not init_speculator:
         raise RuntimeError(
             f"adadecode: {model_runner.__name__}.init_speculator is not vLLM's own; "
-            "this plugin was written for vLLM 0.32. Remove other patches, or install "
-            "vllm 0.32."
+            f"this plugin was written for vLLM {SUPPORTED_NAMES}. Remove other patches, "
+            "or install one of them."
         )
     model_runner.init_speculator = _init_speculator
     logger.debug("init_speculator knows custom_class")

@@ -26,19 +26,21 @@ from typing import Any
 from vllm.v1.sample.logits_processor import build_logitsprocs
 from vllm.v1.worker import gpu_model_runner
 
+from adadecode_vllm.compat import SUPPORTED_NAMES
+
 
 @contextmanager
 def beside_drafts() -> Iterator[None]:
     """Let ``GPUModelRunner.__init__`` build logits processors as without drafts.
 
     Raises:
-        RuntimeError: If vLLM's module does not look as in 0.32.
+        RuntimeError: If vLLM's module does not look as expected.
     """
     if getattr(gpu_model_runner, "build_logitsprocs", None) is not build_logitsprocs:
         raise RuntimeError(
             "adadecode: vllm.v1.worker.gpu_model_runner.build_logitsprocs is not "
-            "vLLM's own; this plugin was written for vLLM 0.32. Remove other patches, "
-            "or install vLLM 0.32."
+            f"vLLM's own; this plugin was written for vLLM {SUPPORTED_NAMES}. Remove "
+            "other patches, or install one of them."
         )
 
     def build(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:

@@ -21,6 +21,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from adadecode_vllm.compat import SUPPORTED_NAMES
+
 _MARK = "_adadecode_original"
 
 
@@ -28,7 +30,7 @@ def install() -> None:
     """Wrap ``InputProcessor._validate_params``; a second call does nothing.
 
     Raises:
-        RuntimeError: If vLLM's class does not look as in 0.32.
+        RuntimeError: If vLLM's class does not look as expected.
     """
     from vllm.logger import init_logger
     from vllm.v1.engine.input_processor import InputProcessor
@@ -37,7 +39,8 @@ def install() -> None:
     if original is None:
         raise RuntimeError(
             "adadecode: vllm.v1.engine.input_processor.InputProcessor has no "
-            "_validate_params; this plugin was written for vLLM 0.32. Install it."
+            f"_validate_params; this plugin was written for vLLM {SUPPORTED_NAMES}. "
+            "Install one of them."
         )
     if hasattr(original, _MARK):
         return

@@ -21,12 +21,14 @@ Can go when vLLM has such a field.
 
 from __future__ import annotations
 
+from adadecode_vllm.compat import SUPPORTED_NAMES
+
 
 def install() -> None:
     """Replace the two readers; a second call does nothing.
 
     Raises:
-        RuntimeError: If vLLM's loggers do not look as in 0.32.
+        RuntimeError: If vLLM's loggers do not look as expected.
     """
     from vllm.logger import init_logger
     from vllm.v1.metrics import loggers
@@ -44,7 +46,8 @@ def install() -> None:
     if found != tuple(cls.__base__ for cls in ours):
         raise RuntimeError(
             "adadecode: vllm.v1.metrics.loggers does not read ec_connector_stats as "
-            "in vLLM 0.32, for which this plugin was written. Install it."
+            f"in vLLM {SUPPORTED_NAMES}, for which this plugin was written. Install one "
+            "of them."
         )
     loggers.ECConnectorLogging = AdaDecodeLogging  # type: ignore[misc]
     prometheus._ec_connector_cls = AdaDecodeProm

@@ -12,7 +12,8 @@ https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/config/vllm.py
 The change to propose there: ask the speculative method whether it can, instead of
 listing methods.
 
-Can go when vLLM does. Other methods are checked as before.
+Needed until vLLM 0.32: 0.33 lists methods for Model Runner V1 only. Other methods are
+checked as before.
 """
 
 from __future__ import annotations

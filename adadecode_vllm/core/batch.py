@@ -11,8 +11,12 @@ import numpy as np
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import SlidingWindowSpec, UniformTypeKVCacheSpecs
 
 from adadecode_vllm.core.executor import TokenSubset
+
+NULL_BLOCK = 0
+"""vLLM's block that nobody's KV is in."""
 
 
 class AttentionGroup(Protocol):
@@ -38,6 +42,9 @@ class KVGroup:
         blocks_owned: Returns (max_requests,) int32, blocks per row.
         layer_names: Names of the group's attention layers.
         attention_groups: The group's attention backends.
+        window_reach: Tokens below a request's first one that attention can still read;
+            blocks below them may have been given away, and are replaced by the null
+            block. None where attention reads everything.
     """
 
     block_table: Callable[[], torch.Tensor]
@@ -45,6 +52,7 @@ class KVGroup:
     blocks_owned: Callable[[], np.ndarray]
     layer_names: Sequence[str]
     attention_groups: Sequence[AttentionGroup]
+    window_reach: int | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,41 @@ class AttentionBatch:
     metadata: dict[str, Any]
     slot_mapping: dict[str, torch.Tensor]
     positions: torch.Tensor
+
+
+def null_below_window(
+    blocks: torch.Tensor, first: torch.Tensor, block_size: int, reach: int
+) -> None:
+    """Let no request refer to blocks that a sliding window has left behind.
+
+    vLLM gives them to others, whose KV may be NaN, and attention kernels load whole
+    tiles: a masked NaN is a NaN still. vLLM's runner does so from version 0.33 on.
+
+    Args:
+        blocks: (r, max_blocks) int32 block ids, changed in place.
+        first: (r,) positions of the requests' first tokens.
+        block_size: Tokens per block.
+        reach: Tokens below the first one that attention can still read.
+    """
+    left_behind = (first - reach).clamp_(min=0) // block_size
+    columns = torch.arange(blocks.shape[1], device=blocks.device)
+    blocks.masked_fill_(columns < left_behind[:, None], NULL_BLOCK)
+
+
+def window_reach(spec: Any) -> int | None:
+    """Tokens below a step's first one that a KV cache group's attention can read.
+
+    Args:
+        spec: The group's KV cache specification.
+
+    Returns:
+        The number; None without a sliding window.
+    """
+    if isinstance(spec, UniformTypeKVCacheSpecs):
+        spec = spec.first_spec
+    if not isinstance(spec, SlidingWindowSpec):
+        return None
+    return spec.sliding_window - 1 + spec.extra_retained_tokens
 
 
 class AttentionBatcher:
@@ -135,6 +178,11 @@ class AttentionBatcher:
         slot_mapping: dict[str, torch.Tensor] = {}
         for group in self.groups:
             block_table = group.block_table().index_select(0, rows)
+            if group.window_reach is not None:
+                first = seq_lens - query_start_device.diff()
+                null_below_window(
+                    block_table, first, group.block_size, group.window_reach
+                )
             block = torch.div(positions, group.block_size, rounding_mode="floor")
             slots = (
                 block_table[token_requests, block].to(torch.int64) * group.block_size

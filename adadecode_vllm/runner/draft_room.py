@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from adadecode_vllm.compat import facts
+
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 
@@ -52,11 +54,11 @@ def trim_grammar(
     drafts: Mapping[str, Sequence[int]],
     empty: Mapping[str, int],
 ) -> GrammarOutput | None:
-    """Remove the grammar's rows for room that stayed empty.
+    """Let the grammar concern the drafts that there are, not the room for them.
 
     Args:
-        grammar_output: One row of the bitmask per scheduled draft and one more, for
-            each structured request, as the scheduler made it.
+        grammar_output: The bitmask of the structured requests, as the scheduler made
+            it. Where its rows follow the drafts, those of empty room are removed.
         drafts: Request id to the step's drafts.
         empty: Request id to drafts removed.
 
@@ -68,20 +70,20 @@ def trim_grammar(
     request_ids = grammar_output.structured_output_request_ids
     if not any(request_id in empty for request_id in request_ids):
         return grammar_output
-    keep: list[int] = []
-    filled = []
-    first = 0
-    for request_id in request_ids:
-        filled.append(len(drafts.get(request_id, ())))
-        keep.extend(range(first, first + filled[-1] + 1))
-        first += filled[-1] + 1 + empty.get(request_id, 0)
+    filled = [len(drafts.get(request_id, ())) for request_id in request_ids]
+    bitmask = grammar_output.grammar_bitmask
+    if facts().grammar_rows_follow_drafts:
+        keep: list[int] = []
+        first = 0
+        for request_id, count in zip(request_ids, filled, strict=True):
+            keep.extend(range(first, first + count + 1))
+            first += count + 1 + empty.get(request_id, 0)
+        bitmask = bitmask[keep]
     acceptable = grammar_output.num_acceptable_drafts
     if acceptable is not None:
         acceptable = [min(*pair) for pair in zip(acceptable, filled, strict=True)]
     return replace(
-        grammar_output,
-        grammar_bitmask=grammar_output.grammar_bitmask[keep],
-        num_acceptable_drafts=acceptable,
+        grammar_output, grammar_bitmask=bitmask, num_acceptable_drafts=acceptable
     )
 
 

@@ -26,7 +26,7 @@ from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from adadecode_vllm.config import engine_config
 from adadecode_vllm.core.adadecode import AdaDecode
-from adadecode_vllm.core.batch import AttentionBatcher, KVGroup
+from adadecode_vllm.core.batch import AttentionBatcher, KVGroup, window_reach
 from adadecode_vllm.core.drafting import DraftRequests
 from adadecode_vllm.core.host_copy import HostCopy
 from adadecode_vllm.core.ledger import Resumable
@@ -465,10 +465,12 @@ class AdaDecodeSpeculator(BaseSpeculator):
 
 def _kv_group(runner: AdaDecodeModelRunner, index: int) -> KVGroup:
     tables = runner.block_tables
+    group = runner.kv_cache_config.kv_cache_groups[index]
     return KVGroup(
         block_table=lambda: tables.block_tables[index].gpu,
         block_size=tables.block_sizes[index],
         blocks_owned=lambda: tables.num_blocks.np[index],
-        layer_names=runner.kv_cache_config.kv_cache_groups[index].layer_names,
+        layer_names=group.layer_names,
         attention_groups=runner.attn_groups[index],
+        window_reach=window_reach(group.kv_cache_spec),
     )

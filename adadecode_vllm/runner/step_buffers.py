@@ -17,6 +17,7 @@ from vllm.v1.worker.gpu.attn_utils import (
     build_slot_mappings_by_layer,
 )
 
+from adadecode_vllm.core.batch import null_below_window, window_reach
 from adadecode_vllm.core.host_copy import HostCopy
 
 if TYPE_CHECKING:
@@ -90,6 +91,10 @@ class StepBuffers:
         self._tables = [table.gpu for table in tables.block_tables]
         self._block_sizes = list(tables.block_sizes)
         self._block_tables = [torch.zeros_like(table) for table in self._tables]
+        self._window_reaches = [
+            window_reach(group.kv_cache_spec)
+            for group in runner.kv_cache_config.kv_cache_groups
+        ]
         self._slots = torch.full(
             (len(self._tables), max_tokens),
             PAD_SLOT_ID,
@@ -168,6 +173,7 @@ class StepBuffers:
         """Work out what attention needs; part of the graph."""
         self._seq_lens[:requests].copy_(self._lengths[:requests])
         self._query_start[: requests + 1].copy_(self._starts[: requests + 1])
+        first = self._seq_lens[:requests] - self._query_start[: requests + 1].diff()
         positions, rows = self.positions[:tokens], self._token_rows[:tokens]
         used, known_rows = rows >= 0, rows.clamp(min=0)
         for group, (table, block_size) in enumerate(
@@ -176,10 +182,13 @@ class StepBuffers:
             blocks = self._block_tables[group][:requests]
             torch.index_select(table, 0, self._rows[:requests], out=blocks)
             block = torch.div(positions, block_size, rounding_mode="floor")
-            first = table[known_rows, block].to(torch.int64) * block_size
+            slot = table[known_rows, block].to(torch.int64) * block_size
             self._slots[group, :tokens] = torch.where(
-                used, first + positions % block_size, PAD_SLOT_ID
+                used, slot + positions % block_size, PAD_SLOT_ID
             )
+            reach = self._window_reaches[group]
+            if reach is not None:
+                null_below_window(blocks, first, block_size, reach)
             for attention_group in self.runner.attn_groups[group]:
                 attention_group.map_to_kernel_block_table(blocks)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +18,17 @@ class AdaDecodeWorker:
     """Mixed into vLLM's workers: counters, settings, and weights that change."""
 
     model_runner: Any
+    use_v2_model_runner: bool
     _asleep: dict[str, torch.Tensor] | None = None
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Compile, warm kernels up on made-up requests, and capture graphs."""
+        with (
+            self.model_runner.proposer.warming_up()
+            if self.use_v2_model_runner
+            else nullcontext()
+        ):
+            return super().compile_or_warm_up_model()  # type: ignore[misc]
 
     def update_weights(self, *args: Any, **kwargs: Any) -> None:
         """Receive some of the new weights; what the old ones computed is dropped (I2).

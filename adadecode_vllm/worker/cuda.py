@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -18,9 +18,3 @@ class AdaDecodeCUDAWorker(AdaDecodeWorker, Worker):
         """Build the runner; vLLM's override point."""
         assert self.device is not None, "set by init_device"
         return AdaDecodeModelRunner(self.vllm_config, self.device)
-
-    def compile_or_warm_up_model(self) -> Any:
-        """Compile, warm kernels up on made-up requests, and capture graphs."""
-        runner = cast(AdaDecodeModelRunner, self.model_runner)
-        with runner.proposer.warming_up():
-            return super().compile_or_warm_up_model()

@@ -12,8 +12,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
+)
 
-from adadecode_vllm.core.batch import AttentionBatch, AttentionBatcher, KVGroup
+from adadecode_vllm.core.batch import (
+    AttentionBatch,
+    AttentionBatcher,
+    KVGroup,
+    window_reach,
+)
 from adadecode_vllm.core.executor import TokenSubset
 
 MAX_REQUESTS = 6
@@ -41,6 +51,7 @@ class FakeGroup:
     block_size: int
     owned: np.ndarray
     attention_groups: list[FakeAttentionGroup]
+    window_reach: int | None = None
 
     def as_kv_group(self) -> KVGroup:
         return KVGroup(
@@ -51,6 +62,7 @@ class FakeGroup:
                 name for group in self.attention_groups for name in group.layer_names
             ],
             attention_groups=self.attention_groups,
+            window_reach=self.window_reach,
         )
 
 
@@ -131,6 +143,41 @@ def check(
 def test_several_groups_with_different_block_sizes() -> None:
     groups = [make_group(0, 4, 32, 1), make_group(1, 16, 32, 2)]
     check(groups, [3, 0, 5], [7, 0, 15], [1, 5, 3])
+
+
+def test_blocks_below_a_sliding_window_are_nobodys() -> None:
+    """Nulled where no token of the request can read them; slots stay."""
+    whole, windowed = make_group(0, 4, 32, 1), make_group(1, 4, 32, 1)
+    windowed.window_reach = 6
+    rows, first, count = [3, 0, 5], [17, 2, 30], [2, 5, 1]
+    batch = build([whole, windowed], rows, first, count)
+    (common,) = whole.attention_groups[0].seen
+    assert torch.equal(common.block_table_tensor, whole.table[rows])
+    (common,) = windowed.attention_groups[0].seen
+    expected = windowed.table[rows].clone()
+    expected[0, : (17 - 6) // 4] = 0
+    expected[2, : (30 - 6) // 4] = 0
+    assert torch.equal(common.block_table_tensor, expected)
+    assert bool((windowed.table > 0).all()), "vLLM's own table is left alone"
+    slots = batch.slot_mapping["group1.backend0.0"]
+    assert slots[0] == windowed.table[3, 4] * 4 + 1
+
+
+def test_the_reach_of_a_window_is_vllms() -> None:
+    common: dict[str, Any] = {
+        "block_size": 16,
+        "num_kv_heads": 1,
+        "head_size": 8,
+        "dtype": torch.float32,
+    }
+    sliding = SlidingWindowSpec(**common, sliding_window=64)
+    full = FullAttentionSpec(**common)
+    assert window_reach(full) is None
+    assert window_reach(sliding) == 63
+    # vLLM has it as a property from 0.33 on.
+    assert window_reach(sliding) == getattr(sliding, "num_retained_tokens", 63)
+    several = UniformTypeKVCacheSpecs(block_size=16, kv_cache_specs={"a": sliding})
+    assert window_reach(several) == 63
 
 
 @pytest.mark.parametrize("first", [0, 3, 4, 7])

@@ -226,13 +226,14 @@ def test_cuda_engines_get_model_runner_v2(
     monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
     args = from_cli(cli, "--plugin", "adadecode", "--adadecode-heads", "H")
-    args.async_scheduling = True
-    with prepared(args, parse_config({"heads": "H"})):
-        assert args.speculative_config["model"] == SPECULATOR
-        assert args.worker_cls == CUDA_WORKER
-        # vLLM would refuse it; `schedule_ahead` switches it on afterwards.
-        assert args.async_scheduling is None
-    assert args.async_scheduling is True
+    # vLLM would refuse True; `schedule_ahead` switches it on afterwards.
+    for asked, prepares in ((True, None), (None, None), (False, False)):
+        args.async_scheduling = asked
+        with prepared(args, parse_config({"heads": "H"})):
+            assert args.speculative_config["model"] == SPECULATOR
+            assert args.worker_cls == CUDA_WORKER
+            assert args.async_scheduling is prepares
+        assert args.async_scheduling is asked
 
 
 @pytest.mark.parametrize("asked", [None, True, False])

@@ -12,10 +12,12 @@ import torch
 from vllm import SamplingParams
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 
+from adadecode_vllm.compat import SUPPORTED
 from adadecode_vllm.config import parse_config
 from adadecode_vllm.core.ledger import Ledger, Window
 from adadecode_vllm.core.settings import Settings
 from adadecode_vllm.heads import load_heads_config
+from adadecode_vllm.runner import draft_room
 from adadecode_vllm.runner.speculator import AdaDecodeSpeculator
 from tests.harness import HEADS
 
@@ -143,7 +145,11 @@ def test_while_warming_up_made_up_drafts_are_verified() -> None:
     assert speculator.start_step(given).num_scheduled_tokens == {"a": 1}
 
 
-def test_the_grammars_rows_follow_the_drafts() -> None:
+@pytest.mark.parametrize("minor", list(SUPPORTED))
+def test_the_grammar_concerns_the_drafts_that_there_are(
+    minor: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(draft_room, "facts", lambda: SUPPORTED[minor])
     speculator = make_speculator()
     speculator.drafts = {"a": [7, 8], "b": [], "c": [1, 2, 3]}
     room = [-1] * CAP
@@ -154,7 +160,9 @@ def test_the_grammars_rows_follow_the_drafts() -> None:
     bitmask = np.arange(12, dtype=np.int32)[:, None]
     given = GrammarOutput(["c", "a", "b"], bitmask, [3, 1, 3])
     trimmed = speculator.trim_grammar(given)
-    assert trimmed.grammar_bitmask[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 6, 8]
+    # From 0.33 on a request's rows are always as many; the runner skips some.
+    kept = [0, 1, 2, 3, 4, 5, 6, 8] if minor == "0.32" else list(range(12))
+    assert trimmed.grammar_bitmask[:, 0].tolist() == kept
     assert trimmed.num_acceptable_drafts == [3, 1, 0]
     assert speculator.trim_grammar(None) is None
     only_full = GrammarOutput(["c"], bitmask[:4], [3])

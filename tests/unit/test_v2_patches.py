@@ -15,6 +15,7 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.worker.gpu import model_runner, spec_decode
 
 from adadecode_vllm.arguments import SPECULATOR
+from adadecode_vllm.compat import facts
 from adadecode_vllm.patches import (
     finished_outcomes,
     init_speculator,
@@ -173,10 +174,11 @@ def test_engines_without_speculation_are_validated_as_they_are(
     assert validations == [True]
 
 
-def test_vllm_still_lists_the_methods_that_schedule_ahead() -> None:
-    """Fails once a method says so itself: then the patch can go."""
+def test_vllm_032_lists_the_methods_that_schedule_ahead() -> None:
+    """Once 0.32 is no longer supported, the patch can go."""
     source = inspect.getsource(inspect.unwrap(VllmConfig.__post_init__))
-    assert "async scheduling is only supported" in source
+    listed = "async scheduling is only supported" in source
+    assert listed is facts().async_scheduling_by_method
     assert "custom_class" not in source
 
 

