@@ -15,6 +15,7 @@ import typer
 from adadecode_vllm import __version__
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.remote_code import TrustRemoteCode
+from adadecode_vllm.toolkit.options import parse_layers
 
 #: What no command can know beforehand: no room, no right to write.
 _OF_THE_DISK = frozenset(
@@ -110,7 +111,7 @@ def draft_vocabulary_command(
 ) -> None:
     """Give heads the most frequent tokens of a text as their draft vocabulary."""
     from adadecode_vllm.heads.files import heads_named
-    from adadecode_vllm.training.draft_vocabulary import (
+    from adadecode_vllm.toolkit.training.draft_vocabulary import (
         add_draft_vocabulary,
         data_counts,
     )
@@ -143,8 +144,8 @@ def push_command(
     ] = False,
 ) -> None:
     """Publish heads on the Hugging Face Hub, with their model card."""
-    from adadecode_vllm.heads import push_to_hub
     from adadecode_vllm.heads.files import heads_named
+    from adadecode_vllm.toolkit.publishing.upload import push_to_hub
 
     with heads_named("DIR"):
         address = push_to_hub(directory, repository, private=private)
@@ -162,10 +163,10 @@ def repair_vllm_cpu_command() -> None:
 
 def _register_commands() -> None:
     """Add the commands that live with what they run; they import it when called."""
-    from adadecode_vllm.data.command import data_command
-    from adadecode_vllm.evaluation.command import eval_command
-    from adadecode_vllm.metrics.command import stats_command
-    from adadecode_vllm.training.command import train_command
+    from adadecode_vllm.toolkit.data.command import data_command
+    from adadecode_vllm.toolkit.evaluation.command import eval_command
+    from adadecode_vllm.toolkit.stats.command import stats_command
+    from adadecode_vllm.toolkit.training.command import train_command
 
     app.command("data")(data_command)
     app.command("train")(train_command)
@@ -199,27 +200,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             err=True,
         )
         raise SystemExit(2) from None
-
-
-def parse_layers(text: str) -> list[int]:
-    """Parse `8,16,24`.
-
-    Args:
-        text: What the user gave for `--exit-layers`.
-
-    Returns:
-        The layer counts.
-
-    Raises:
-        AdaDecodeError: If it is no list of integers.
-    """
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise AdaDecodeError(
-            f"--exit-layers {text!r}: not a list of integers; separate layer counts "
-            "by commas, such as 8,16,24"
-        ) from None
 
 
 if __name__ == "__main__":

@@ -59,8 +59,8 @@ def check_vllm_version(found: str | None = None) -> None:
     if _minor(found) not in SUPPORTED:
         raise AdaDecodeError(
             f"--plugin adadecode: this version works with vLLM {SUPPORTED_NAMES} and "
-            f"found {found}. Install the extra `cuda` or `cpu` of adadecode-vllm, which "
-            "bring a vLLM that fits, or start without --plugin adadecode."
+            f"found {found}. Install one of them, with the extra `cuda` or `cpu` of "
+            "adadecode-vllm, or start without --plugin adadecode."
         )
 
 

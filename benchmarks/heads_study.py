@@ -28,24 +28,32 @@ from safetensors.torch import load_file
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from adadecode_vllm.cli import parse_layers
-from adadecode_vllm.evaluation.cost import CostModel
-from adadecode_vllm.evaluation.measure import equal_acceptance, measure, summarize
-from adadecode_vllm.evaluation.run import gate_log_odds, known_answers, load_heads_for
-from adadecode_vllm.evaluation.simulate import Answer, total
 from adadecode_vllm.files import write_whole
 from adadecode_vllm.heads.config import ExitHeadsConfig
-from adadecode_vllm.training.cache import LiveStates, StateSource, cached_states
-from adadecode_vllm.training.run import (
+from adadecode_vllm.toolkit.evaluation.cost import CostModel
+from adadecode_vllm.toolkit.evaluation.measure import (
+    equal_acceptance,
+    measure,
+    summarize,
+)
+from adadecode_vllm.toolkit.evaluation.run import (
+    gate_log_odds,
+    known_answers,
+    load_heads_for,
+)
+from adadecode_vllm.toolkit.evaluation.simulate import Answer, total
+from adadecode_vllm.toolkit.options import parse_layers
+from adadecode_vllm.toolkit.states.cache import LiveStates, StateSource, cached_states
+from adadecode_vllm.toolkit.states.teacher import Teacher
+from adadecode_vllm.toolkit.states.texts import Text, load_texts, model_fingerprint
+from adadecode_vllm.toolkit.training.run import (
     FULL_HEADS_FILE,
     RUN_DIRECTORY,
     Reporter,
     RunOptions,
     train_heads,
 )
-from adadecode_vllm.training.settings import TrainSettings
-from adadecode_vllm.training.teacher import Teacher
-from adadecode_vllm.training.texts import Text, load_texts, model_fingerprint
+from adadecode_vllm.toolkit.training.settings import TrainSettings
 from benchmarks.result_files import hardware
 
 THRESHOLD, CAP = 0.75, 5

@@ -109,8 +109,8 @@ def settings_from(args: argparse.Namespace) -> EngineSettings:
     """
     from vllm.engine.arg_utils import EngineArgs
 
-    from adadecode_vllm.arguments import options_from_flags
     from adadecode_vllm.config import parse_config
+    from adadecode_vllm.engine.arguments import options_from_flags
 
     options = options_from_flags(args) or {}
     if args.additional_config:

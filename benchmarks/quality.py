@@ -21,9 +21,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
-from adadecode_vllm.data.readers import Record, read_records
-from adadecode_vllm.data.tasks import TASKS, Selection, input_files
 from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.toolkit.data.readers import Record, read_records
+from adadecode_vllm.toolkit.data.tasks import TASKS, Selection, input_files
 from benchmarks.workloads import Workload
 
 Grade = Callable[[Sequence[Sequence[int]]], list[bool]]

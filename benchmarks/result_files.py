@@ -14,7 +14,7 @@ from typing import Any
 
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.files import write_whole
-from adadecode_vllm.provenance import git_commit, package_versions
+from adadecode_vllm.toolkit.provenance import git_commit, package_versions
 from benchmarks.arms import EngineSettings
 from benchmarks.workloads import Workload
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from adadecode_vllm.evaluation.cost import CostModel
-from adadecode_vllm.evaluation.simulate import Counters
+from adadecode_vllm.toolkit.evaluation.cost import CostModel
+from adadecode_vllm.toolkit.evaluation.simulate import Counters
 
 
 @cache

@@ -23,8 +23,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from adadecode_vllm.arguments import PLUGIN_NAME
 from adadecode_vllm.config import CONFIG_KEY
+from adadecode_vllm.engine.arguments import PLUGIN_NAME
 from adadecode_vllm.errors import AdaDecodeError
 from benchmarks.arms import REFERENCE, Arm, EngineSettings, llm_arguments
 from benchmarks.process import ArmError, log_reason

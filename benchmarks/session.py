@@ -322,7 +322,7 @@ class Session:
 
     def _cost(self, case: Case) -> Any:
         from adadecode_vllm.config import parse_config
-        from adadecode_vllm.features import resolve_draft_vocabulary
+        from adadecode_vllm.engine.heads_fit import resolve_draft_vocabulary
         from adadecode_vllm.heads import load_heads_config
 
         arguments = llm_arguments(self._arm(case), self.settings)

@@ -39,8 +39,8 @@ from adadecode_vllm.heads import (
     same_lm_head,
     save_heads,
 )
-from adadecode_vllm.provenance import git_commit, package_versions
-from adadecode_vllm.training.draft_vocabulary import MAX_TOKENS
+from adadecode_vllm.toolkit.provenance import git_commit, package_versions
+from adadecode_vllm.toolkit.training.draft_vocabulary import MAX_TOKENS
 from benchmarks.widening import (
     Sizes,
     Tensors,

@@ -22,18 +22,18 @@ from random import Random
 from types import ModuleType
 from typing import Final
 
-from adadecode_vllm.data.prompts import (
+from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.toolkit.data.prompts import (
     TargetModel,
     load_model,
     tokenize,
     use_chat_template,
 )
-from adadecode_vllm.data.tasks import (
+from adadecode_vllm.toolkit.data.tasks import (
     Selection,
     input_files,
     select_examples,
 )
-from adadecode_vllm.errors import AdaDecodeError
 
 logger = logging.getLogger(__name__)
 

@@ -61,7 +61,7 @@ def install() -> None:
 def _wrap_add(original: Any) -> Any:
     @functools.wraps(original)
     def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        from adadecode_vllm.arguments import add_cli_flags
+        from adadecode_vllm.engine.arguments import add_cli_flags
 
         parser = original(parser)
         add_cli_flags(parser)
@@ -73,7 +73,7 @@ def _wrap_add(original: Any) -> Any:
 def _wrap_from(original: Any) -> Any:
     @functools.wraps(original)
     def from_cli_args(cls: type[EngineArgs], args: argparse.Namespace) -> EngineArgs:
-        from adadecode_vllm.arguments import (
+        from adadecode_vllm.engine.arguments import (
             merge_into_additional_config,
             options_from_flags,
         )
@@ -99,7 +99,7 @@ def _wrap_from(original: Any) -> Any:
 def _wrap_create(original: Any) -> Any:
     @functools.wraps(original)
     def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
-        from adadecode_vllm import arguments
+        from adadecode_vllm.engine import arguments
         from adadecode_vllm.errors import AdaDecodeError
 
         try:
@@ -107,7 +107,8 @@ def _wrap_create(original: Any) -> Any:
             if config is None:
                 return original(self, *args, **kwargs)
             # Heavy imports only for engines that use the plugin.
-            from adadecode_vllm import compat, features
+            from adadecode_vllm import compat
+            from adadecode_vllm.engine import refusals
             from adadecode_vllm.patches import request_options, stat_loggers
 
             # This process, one of several API servers perhaps, takes requests in and
@@ -115,10 +116,10 @@ def _wrap_create(original: Any) -> Any:
             request_options.install()
             stat_loggers.install()
             compat.check_vllm_version()
-            features.check_arguments(self)
+            refusals.check_arguments(self)
             with arguments.prepared(self, config):
                 vllm_config = original(self, *args, **kwargs)
-            features.check_engine(vllm_config, config)
+            refusals.check_engine(vllm_config, config)
             arguments.schedule_ahead(vllm_config, self.async_scheduling)
         except AdaDecodeError as error:
             # In the `vllm` command a user's mistake ends with a sentence.

@@ -46,8 +46,8 @@ def custom_class() -> Iterator[None]:
     if getattr(model_runner, "init_speculator", None) is not init_speculator:
         raise RuntimeError(
             f"adadecode: {model_runner.__name__}.init_speculator is not vLLM's own; "
-            f"this plugin was written for vLLM {SUPPORTED_NAMES}. Remove other patches, "
-            "or install one of them."
+            f"this plugin was written for vLLM {SUPPORTED_NAMES}. Remove other "
+            "patches, or install one of them."
         )
     model_runner.init_speculator = _init_speculator
     logger.debug("init_speculator knows custom_class")

@@ -33,7 +33,7 @@ def install() -> None:
     from vllm.logger import init_logger
     from vllm.v1.metrics import loggers
 
-    from adadecode_vllm.metrics.loggers import AdaDecodeLogging, AdaDecodeProm
+    from adadecode_vllm.engine.metric_loggers import AdaDecodeLogging, AdaDecodeProm
 
     prometheus = loggers.PrometheusStatLogger
     ours = (AdaDecodeLogging, AdaDecodeProm)
@@ -46,8 +46,8 @@ def install() -> None:
     if found != tuple(cls.__base__ for cls in ours):
         raise RuntimeError(
             "adadecode: vllm.v1.metrics.loggers does not read ec_connector_stats as "
-            f"in vLLM {SUPPORTED_NAMES}, for which this plugin was written. Install one "
-            "of them."
+            f"in vLLM {SUPPORTED_NAMES}, for which this plugin was written. Install "
+            "one of them."
         )
     loggers.ECConnectorLogging = AdaDecodeLogging  # type: ignore[misc]
     prometheus._ec_connector_cls = AdaDecodeProm

@@ -35,7 +35,7 @@ def install() -> None:
 
     @functools.wraps(original)
     def __post_init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        from adadecode_vllm.arguments import SPECULATOR
+        from adadecode_vllm.engine.arguments import SPECULATOR
 
         speculative = self.speculative_config
         scheduler = self.scheduler_config

@@ -50,7 +50,7 @@ def install() -> None:
 
     @functools.wraps(original)
     def unsupported_features(self: Any) -> list[str]:
-        from adadecode_vllm.arguments import SPECULATOR
+        from adadecode_vllm.engine.arguments import SPECULATOR
 
         features = original(self)
         speculative_config = self.speculative_config

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from adadecode_vllm.data.info import DatasetInfo
-from adadecode_vllm.data.shards import DataRow, ShardWriter
+from adadecode_vllm.toolkit.data.info import DatasetInfo
+from adadecode_vllm.toolkit.data.shards import DataRow, ShardWriter
 from tests.tiny import VOCAB_SIZE
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from adadecode_vllm.data import generate as generate_module
-from adadecode_vllm.data.generate import Answer, EngineSpec, Shards
-from adadecode_vllm.data.options import DataOptions
+from adadecode_vllm.toolkit.data import generate as generate_module
+from adadecode_vllm.toolkit.data.generate import Answer, EngineSpec, Shards
+from adadecode_vllm.toolkit.data.options import DataOptions
 from tests.harness import MODEL
 
 

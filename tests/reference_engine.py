@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from adadecode_vllm.core.drafting import Drafter, DraftRequests
-from adadecode_vllm.core.executor import TokenSubset
-from adadecode_vllm.core.ledger import Ledger, Resumable, Window
-from adadecode_vllm.core.policy import ThresholdPolicy
-from adadecode_vllm.core.resume import Resumer, ScheduledBatch
-from adadecode_vllm.core.states import PendingStates
-from adadecode_vllm.core.stats import Stats
+from adadecode_vllm.method.drafting import Drafter, DraftRequests
+from adadecode_vllm.method.executor import TokenSubset
+from adadecode_vllm.method.ledger import Ledger, Resumable, Window
+from adadecode_vllm.method.policy import ThresholdPolicy
+from adadecode_vllm.method.resume import Resumer, ScheduledBatch
+from adadecode_vllm.method.states import PendingStates
+from adadecode_vllm.method.stats import Stats
 from tests.reference_model import WIDTH, ReferenceModel, View
 
 Event = tuple[str, int]

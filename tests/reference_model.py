@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from adadecode_vllm.core.executor import StepRunner, TokenSubset
+from adadecode_vllm.method.executor import StepRunner, TokenSubset
 
 TAGS = 3
 WIDTH = 6

@@ -17,7 +17,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from adadecode_vllm.heads.card import write_card
     from adadecode_vllm.heads.config import ExitHeadsConfig, load_heads_config
     from adadecode_vllm.heads.fingerprint import (
         LMHeadRows,
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
         from_pretrained,
         pin_heads,
         resolve_heads,
-        save_pretrained,
     )
     from adadecode_vllm.heads.init import init_heads
     from adadecode_vllm.heads.io import (
@@ -39,7 +37,6 @@ if TYPE_CHECKING:
         save_heads,
     )
     from adadecode_vllm.heads.module import ExitHeads
-    from adadecode_vllm.heads.upload import push_to_hub
 
 __all__ = [
     "ExitHeads",
@@ -53,20 +50,14 @@ __all__ = [
     "load_exit_weights",
     "load_heads_config",
     "pin_heads",
-    "push_to_hub",
     "read_lm_head",
     "resolve_heads",
     "same_lm_head",
     "save_heads",
-    "save_pretrained",
-    "write_card",
 ]
 
 _MODULE_OF = {
-    "write_card": "card",
-    "save_pretrained": "hub",
     "resolve_heads": "hub",
-    "push_to_hub": "upload",
     "pin_heads": "hub",
     "from_pretrained": "hub",
     "ExitHeads": "module",

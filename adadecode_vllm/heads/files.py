@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from adadecode_vllm.errors import AdaDecodeError
 
+CARD_FILE = "README.md"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 DRAFT_TOKENS = "draft_token_ids"  # the tensor with the draft vocabulary

@@ -1,28 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Heads to publish and heads to fetch: `save_pretrained` and `from_pretrained`.
+"""Heads to fetch from the Hub; `from_pretrained` has huggingface_hub's arguments.
 
-The names and arguments are huggingface_hub's, as functions on heads directories; the
-third, `push_to_hub`, stands in `upload`. From a repository only `config.json`,
-`model.safetensors` and `README.md` are ever fetched, and the weights only once the
-configuration has turned out to be that of exit heads.
+From a repository only `config.json`, `model.safetensors` and `README.md` are ever
+fetched, and the weights only once the configuration has turned out to be that of exit
+heads.
 """
 
 import json
-from collections.abc import Mapping, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from adadecode_vllm import __version__
-from adadecode_vllm.heads.card import (
-    CARD_FILE,
-    is_hub_id,
-    render_card,
-    replace_card,
-)
-from adadecode_vllm.heads.config import MODEL_TYPE, ExitHeadsConfig
+from adadecode_vllm.heads.config import MODEL_TYPE
 from adadecode_vllm.heads.files import (
+    CARD_FILE,
     CONFIG_FILE,
     WEIGHTS_FILE,
     config_path,
@@ -30,90 +22,29 @@ from adadecode_vllm.heads.files import (
 )
 from adadecode_vllm.heads.hub_errors import explained, first_line
 
-if TYPE_CHECKING:
-    import torch
-
 LIBRARY = "adadecode-vllm"
 
 
-def make_speculators_config(
-    base_model: str, architectures: Sequence[str] = (), speculative_tokens: int = 5
-) -> dict[str, Any]:
-    """Describe the heads in the form of the `speculators` project.
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form `namespace/name` of a repository on the Hub.
 
     Args:
-        base_model: Name or path of the model that verifies.
-        architectures: `architectures` of its `config.json`.
-        speculative_tokens: Most early predictions at a time.
+        name: A name or a path.
 
     Returns:
-        The value of `speculators_config`. `greedy` with its defaults says that a draft
-        is accepted if it is the model's own token. vLLM does not start from this block:
-        there is no `speculators_model_type` beside it, `--adadecode-heads` is the way.
+        Whether it could be one; it is not looked up.
     """
-    return {
-        "algorithm": MODEL_TYPE,
-        "proposal_methods": [
-            {
-                "proposal_type": "greedy",
-                "speculative_tokens": speculative_tokens,
-                "verifier_accept_k": 1,
-                "accept_tolerance": 0.0,
-            }
-        ],
-        "default_proposal_method": "greedy",
-        "verifier": {
-            "name_or_path": base_model,
-            "architectures": list(architectures),
-        },
-    }
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
 
-
-def save_pretrained(
-    directory: str | PathLike[str],
-    weights: "Mapping[int, torch.Tensor]",
-    config: ExitHeadsConfig,
-    *,
-    draft_token_ids: "torch.Tensor | None" = None,
-    architectures: Sequence[str] = (),
-    training: Mapping[str, Any] | None = None,
-    evaluation: Mapping[str, Any] | None = None,
-) -> ExitHeadsConfig:
-    """Write a heads directory that can be published: configuration, weights and card.
-
-    Args:
-        directory: The directory; created with its parents if missing, heads in it are
-            replaced.
-        weights: T per exit layer, shape (d, d), as `save_heads` takes them.
-        config: The configuration. `speculators_config` is filled in if it is None, and
-            `draft_vocabulary` where there are token ids.
-        draft_token_ids: The draft vocabulary, as `save_heads` takes it.
-        architectures: `architectures` of the base model's `config.json`.
-        training: What made the heads, for the card; see `write_card`.
-        evaluation: `evaluation.json`, decoded, for the card.
-
-    Returns:
-        The configuration that was written.
-
-    Raises:
-        AdaDecodeError: The evaluation is incomplete; nothing was written.
-        ValueError: The weights or the token ids do not fit the configuration; nothing
-            was written.
-        OSError: The files cannot be written.
-    """
-    from adadecode_vllm.heads.io import save_heads, with_draft_vocabulary
-
-    if config.speculators_config is None:
-        block = make_speculators_config(config.base_model, architectures)
-        config = config.model_copy(update={"speculators_config": block})
-    if draft_token_ids is not None:  # the card names it
-        config = with_draft_vocabulary(config, draft_token_ids)
-    # Rendered before anything is replaced: figures that are wrong must not leave new
-    # heads under an old card.
-    card = render_card(config, str(directory), training=training, evaluation=evaluation)
-    save_heads(directory, weights, config, draft_token_ids)
-    replace_card(directory, card)
-    return config
+    # One slash: what has none is a directory here. The validator forbids a second.
+    if "/" not in name or name.startswith(("/", ".", "~")):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def pin_heads(name_or_path: str | PathLike[str]) -> tuple[str, Path]:

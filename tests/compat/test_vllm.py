@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
-from adadecode_vllm.core.segments import SHARED_LOOPS, runs_shared_loop
+from adadecode_vllm.engine.segments import SHARED_LOOPS, runs_shared_loop
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,15 +54,16 @@ def test_imported_names_exist(module: str, name: str, files: list[str]) -> None:
 
 
 OVERRIDES = {
-    ("adadecode_vllm.runner.v1.AdaDecodeCPUModelRunner", "vllm.v1.worker."): [
+    ("adadecode_vllm.engine.runner_v1.AdaDecodeCPUModelRunner", "vllm.v1.worker."): [
         "initialize_kv_cache",
         "warming_up_model",
         "_sample",
         "reload_weights",
         "execute_model",
         "_model_forward",
+        "propose_draft_token_ids",
     ],
-    ("adadecode_vllm.runner.v2.AdaDecodeModelRunner", "vllm.v1.worker."): [
+    ("adadecode_vllm.engine.runner_v2.AdaDecodeModelRunner", "vllm.v1.worker."): [
         "load_model",
         "initialize_kv_cache",
         "execute_model",
@@ -72,12 +73,12 @@ OVERRIDES = {
         "take_draft_token_ids",
         "reload_weights",
     ],
-    ("adadecode_vllm.runner.speculator.AdaDecodeSpeculator", "vllm.v1.worker."): [
+    ("adadecode_vllm.engine.speculator.AdaDecodeSpeculator", "vllm.v1.worker."): [
         "init_cudagraph_manager",
         "capture",
         "propose",
     ],
-    ("adadecode_vllm.worker.cpu.AdaDecodeCPUWorker", "vllm.v1.worker."): [
+    ("adadecode_vllm.engine.worker_cpu.AdaDecodeCPUWorker", "vllm.v1.worker."): [
         "init_device",
         "update_weights",
         "finish_weight_update",
@@ -86,19 +87,21 @@ OVERRIDES = {
         "sleep",
         "wake_up",
     ],
-    ("adadecode_vllm.scheduler.AdaDecodeScheduler", "vllm.v1.core."): [
+    ("adadecode_vllm.engine.scheduler.AdaDecodeScheduler", "vllm.v1.core."): [
         "schedule",
         "_update_after_schedule",
         "update_from_output",
         "make_stats",
     ],
-    ("adadecode_vllm.metrics.loggers.AdaDecodeProm", "vllm.distributed."): ["observe"],
-    ("adadecode_vllm.metrics.loggers.AdaDecodeLogging", "vllm.distributed."): [
+    ("adadecode_vllm.engine.metric_loggers.AdaDecodeProm", "vllm.distributed."): [
+        "observe"
+    ],
+    ("adadecode_vllm.engine.metric_loggers.AdaDecodeLogging", "vllm.distributed."): [
         "reset",
         "observe",
         "log",
     ],
-    ("adadecode_vllm.scheduler.AdaDecodeAsyncScheduler", "vllm.v1.core."): [
+    ("adadecode_vllm.engine.scheduler.AdaDecodeAsyncScheduler", "vllm.v1.core."): [
         "update_from_output",
         "make_spec_decoding_stats",
     ],
@@ -150,7 +153,7 @@ def test_every_way_to_change_weights_is_known() -> None:
 def test_propose_takes_what_the_runner_gives() -> None:
     from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
-    from adadecode_vllm.runner.speculator import AdaDecodeSpeculator
+    from adadecode_vllm.engine.speculator import AdaDecodeSpeculator
 
     theirs = list(inspect.signature(BaseSpeculator.propose).parameters)
     assert list(inspect.signature(AdaDecodeSpeculator.propose).parameters) == theirs
@@ -251,7 +254,7 @@ SOURCES = [
     (
         "vllm.v1.core.sched.scheduler.Scheduler.update_from_output",
         "ec_connector_stats=ec_connector_stats",
-        "scheduler.py: `make_stats` is called with a step's outcome",
+        "engine/scheduler.py: `make_stats` is called with a step's outcome",
     ),
     (
         "vllm.v1.metrics.loggers.LoggingStatLogger.record",
@@ -281,62 +284,62 @@ SOURCES = [
     (
         "vllm.v1.worker.gpu.model_runner.GPUModelRunner.execute_model",
         "need_eager=is_profile",
-        "runner/v2.py: `is_profile` makes vLLM call the model itself",
+        "engine/runner_v2.py: `is_profile` makes vLLM call the model itself",
     ),
     (
         "vllm.v1.worker.gpu.model_runner.GPUModelRunner.execute_model",
         "self.model(**model_inputs)",
-        "runner/v2.py: the resumed forward stands in the model's forward",
+        "engine/runner_v2.py: the resumed forward stands in the model's forward",
     ),
     (
         "vllm.v1.worker.gpu.model_runner.GPUModelRunner.initialize_kv_cache",
         "decode_query_len=self.decode_query_len",
-        "runner/v2.py: whole-model graphs hold one token a request",
+        "engine/runner_v2.py: whole-model graphs hold one token a request",
     ),
     (
         "vllm.v1.worker.gpu.model_runner.GPUModelRunner.sample_tokens",
         "self.req_states.draft_tokens[input_batch.idx_mapping] = draft_tokens",
-        "runner/speculator.py: drafts are kept by row",
+        "engine/speculator.py: drafts are kept by row",
     ),
     (
         "vllm.v1.worker.gpu.cudagraph_utils.profile_cudagraph_memory",
         "isinstance(value, CudaGraphManager)",
-        "runner/segment_graphs.py: graphs of the memory profile are dropped",
+        "engine/segment_graphs.py: graphs of the memory profile are dropped",
     ),
     (
         "vllm.v1.worker.gpu.states.RequestState.__init__",
         "self.last_sampled_tokens",
-        "runner/speculator.py: the newest tokens by row",
+        "engine/speculator.py: the newest tokens by row",
     ),
     (
         "vllm.v1.worker.gpu.states.RequestState.__init__",
         "self.max_seq_len",
-        "runner/speculator.py: what a request may still generate",
+        "engine/speculator.py: what a request may still generate",
     ),
     (
         "vllm.v1.worker.gpu.block_table.BlockTables.__init__",
         "self.num_blocks",
-        "runner/speculator.py: blocks that a request owns",
+        "engine/speculator.py: blocks that a request owns",
     ),
     (
         "vllm.v1.core.sched.scheduler.Scheduler.schedule",
         "num_lookahead_tokens=self.num_lookahead_tokens",
-        "scheduler.py: slots for drafting",
+        "engine/scheduler.py: slots for drafting",
     ),
     (
         "vllm.v1.core.sched.async_scheduler.AsyncScheduler._update_after_schedule",
         "scheduler_output.num_spec_tokens_to_schedule",
-        "scheduler.py: no room is made above a load",
+        "engine/scheduler.py: no room is made above a load",
     ),
     (
         "vllm.v1.core.sched.scheduler.Scheduler.update_from_output",
         "num_rejected = num_draft_tokens - num_accepted",
-        "runner/draft_room.py: empty room counts as rejected",
+        "engine/draft_room.py: empty room counts as rejected",
     ),
     (
         "vllm.v1.worker.gpu_model_runner.GPUModelRunner._model_forward",
         "return self.model(",
-        "runner/v1.py: the resumed forward",
+        "engine/runner_v1.py: the resumed forward",
     ),
     (
         "vllm.v1.worker.cpu_worker.CPUWorker.init_device",
@@ -346,12 +349,12 @@ SOURCES = [
     (
         "vllm.forward_context.create_forward_context",
         "if vllm_config.compilation_config.fast_moe_cold_start:",
-        "features.py: otherwise an operation finds its experts by name",
+        "engine/refusals.py: otherwise an operation finds its experts by name",
     ),
     (
         "vllm.forward_context.set_forward_context",
         "vllm_config.parallel_config.is_moe_model is not False",
-        "features.py: data parallel ranks of dense models run forwards of their own",
+        "engine/refusals.py: ranks of dense models run forwards of their own",
     ),
 ]
 

@@ -14,12 +14,12 @@ from typing import Any, ClassVar
 
 import pytest
 
-from adadecode_vllm.data import generate as generate_module
-from adadecode_vllm.data import load_dataset_info, read_rows
-from adadecode_vllm.data.make import make_data
-from adadecode_vllm.data.options import DataOptions, Silence
-from adadecode_vllm.data.ray_generate import import_ray
 from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.toolkit.data import generate as generate_module
+from adadecode_vllm.toolkit.data import load_dataset_info, read_rows
+from adadecode_vllm.toolkit.data.make import make_data
+from adadecode_vllm.toolkit.data.options import DataOptions, Silence
+from adadecode_vllm.toolkit.data.ray_generate import import_ray
 from tests.harness import MAX_MODEL_LEN, MODEL, demo_corpus, generate, start_engine
 
 pytestmark = pytest.mark.engine

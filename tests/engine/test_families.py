@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from adadecode_vllm.features import SUPPORTED_ARCHITECTURES
+from adadecode_vllm.engine.families import SUPPORTED_ARCHITECTURES
 from tests.interpreted.process import start_engine as start_v2
 from tests.tiny_families import (
     BETWEEN,

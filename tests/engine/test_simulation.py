@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 
-from adadecode_vllm.evaluation.run import (
+from adadecode_vllm.heads import load_draft_token_ids
+from adadecode_vllm.toolkit.evaluation.run import (
     gate_log_odds,
     guess_log_odds,
     known_answers,
     load_heads_for,
 )
-from adadecode_vllm.evaluation.simulate import Counters, total
-from adadecode_vllm.heads import load_draft_token_ids
-from adadecode_vllm.training.teacher import Teacher
-from adadecode_vllm.training.texts import Text
+from adadecode_vllm.toolkit.evaluation.simulate import Counters, total
+from adadecode_vllm.toolkit.states.teacher import Teacher
+from adadecode_vllm.toolkit.states.texts import Text
 from tests.harness import (
     HEADS,
     MAX_MODEL_LEN,

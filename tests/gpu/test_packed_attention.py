@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from adadecode_vllm.training.teacher import Teacher
+from adadecode_vllm.toolkit.states.teacher import Teacher
 from tests.tiny import save_tiny_llama
 
 pytestmark = [

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from vllm.forward_context import set_forward_context
 
-from adadecode_vllm.core.executor import TokenSubset
-from adadecode_vllm.runner.segment_graphs import MAX_TOKENS, StepKind, Steps
-from adadecode_vllm.runner.step_buffers import StepBuffers
+from adadecode_vllm.engine.segment_graphs import MAX_TOKENS, StepKind, Steps
+from adadecode_vllm.engine.step_buffers import StepBuffers
+from adadecode_vllm.method.executor import TokenSubset
 
 # Like graphs that were captured for a few more.
 _MORE_TOKENS = 3

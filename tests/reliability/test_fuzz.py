@@ -18,8 +18,11 @@ from hypothesis import strategies as st
 from vllm.engine.arg_utils import EngineArgs
 
 from adadecode_vllm import plugin
-from adadecode_vllm.arguments import merge_into_additional_config, options_from_flags
 from adadecode_vllm.config import CONFIG_KEY, AdaDecodeConfig, parse_config
+from adadecode_vllm.engine.arguments import (
+    merge_into_additional_config,
+    options_from_flags,
+)
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.request_options import (
     PREFIX,

@@ -18,13 +18,13 @@ from vllm.v1.kv_cache_interface import (
     UniformTypeKVCacheSpecs,
 )
 
-from adadecode_vllm.core.batch import (
+from adadecode_vllm.engine.batch import (
     AttentionBatch,
     AttentionBatcher,
     KVGroup,
     window_reach,
 )
-from adadecode_vllm.core.executor import TokenSubset
+from adadecode_vllm.method.executor import TokenSubset
 
 MAX_REQUESTS = 6
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from adadecode_vllm.errors import AdaDecodeError
-from adadecode_vllm.evaluation.cost import CostModel
+from adadecode_vllm.toolkit.evaluation.cost import CostModel
 from benchmarks import analysis
 from benchmarks.parity import (
     Parity,

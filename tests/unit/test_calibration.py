@@ -8,7 +8,11 @@ import pytest
 
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.heads.config import ExitCalibration, ExitHeadsConfig
-from adadecode_vllm.training.calibration import fit_logistic, reliability, sigmoid
+from adadecode_vllm.toolkit.evaluation.calibration import (
+    fit_logistic,
+    reliability,
+    sigmoid,
+)
 from tests.tiny import FINGERPRINT
 
 

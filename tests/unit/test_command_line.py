@@ -16,7 +16,8 @@ from vllm.platforms import current_platform
 from vllm.v1.executor.abstract import Executor
 
 from adadecode_vllm import plugin
-from adadecode_vllm.arguments import (
+from adadecode_vllm.config import parse_config
+from adadecode_vllm.engine.arguments import (
     ASYNC_SCHEDULER,
     CPU_WORKER,
     CUDA_WORKER,
@@ -27,7 +28,6 @@ from adadecode_vllm.arguments import (
     requested_config,
     schedule_ahead,
 )
-from adadecode_vllm.config import parse_config
 from adadecode_vllm.errors import AdaDecodeError
 
 # vLLM's own command line

@@ -13,12 +13,12 @@ import pytest
 from pydantic import ValidationError
 
 import adadecode_vllm
-from adadecode_vllm.arguments import (
+from adadecode_vllm.config import AdaDecodeConfig, engine_args, parse_config
+from adadecode_vllm.engine.arguments import (
     add_cli_flags,
     merge_into_additional_config,
     options_from_flags,
 )
-from adadecode_vllm.config import AdaDecodeConfig, engine_args, parse_config
 from adadecode_vllm.errors import AdaDecodeError
 
 

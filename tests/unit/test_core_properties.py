@@ -15,10 +15,10 @@ import torch
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from adadecode_vllm.core.drafting import DraftRequests
-from adadecode_vllm.core.executor import TokenSubset
-from adadecode_vllm.core.ledger import Resumable
-from adadecode_vllm.core.resume import ScheduledBatch
+from adadecode_vllm.method.drafting import DraftRequests
+from adadecode_vllm.method.executor import TokenSubset
+from adadecode_vllm.method.ledger import Resumable
+from adadecode_vllm.method.resume import ScheduledBatch
 from tests.reference_engine import EVENTS, Engine, Event, RandomGate, ordinary
 from tests.reference_model import ReferenceModel, View
 

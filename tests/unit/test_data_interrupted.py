@@ -18,16 +18,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from adadecode_vllm import progress as progress_module
-from adadecode_vllm.data import generate as generate_module
-from adadecode_vllm.data import load_dataset_info, read_rows
-from adadecode_vllm.data.command import Display
-from adadecode_vllm.data.generate import Answer, EngineSpec, Shards
-from adadecode_vllm.data.journal import Journals
-from adadecode_vllm.data.make import make_data
-from adadecode_vllm.data.options import DataOptions
-from adadecode_vllm.data.place import alone
 from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.toolkit import progress as progress_module
+from adadecode_vllm.toolkit.data import generate as generate_module
+from adadecode_vllm.toolkit.data import load_dataset_info, read_rows
+from adadecode_vllm.toolkit.data.command import Display
+from adadecode_vllm.toolkit.data.generate import Answer, EngineSpec, Shards
+from adadecode_vllm.toolkit.data.journal import Journals
+from adadecode_vllm.toolkit.data.make import make_data
+from adadecode_vllm.toolkit.data.options import DataOptions
+from adadecode_vllm.toolkit.data.place import alone
 from tests.fake_answers import (
     fail_after,
     fake_answers,
@@ -103,9 +103,9 @@ def test_answers_of_an_unfinished_shard_survive(
     program = f"""
 import sys, time
 from pathlib import Path
-from adadecode_vllm.data import generate as g
-from adadecode_vllm.data.make import make_data
-from adadecode_vllm.data.options import DataOptions
+from adadecode_vllm.toolkit.data import generate as g
+from adadecode_vllm.toolkit.data.make import make_data
+from adadecode_vllm.toolkit.data.options import DataOptions
 from tests.fake_answers import fake_answers
 
 def slowly(*args):
@@ -193,7 +193,7 @@ def test_a_shard_whose_answers_are_all_kept_needs_no_engine(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("adadecode_vllm.data.shards.pq.write_table", full)
+        patch.setattr("adadecode_vllm.toolkit.data.shards.pq.write_table", full)
         with pytest.raises(AdaDecodeError, match="writing failed"):
             make_data(options)
     monkeypatch.setattr(generate_module, "generate", fail_after(0))

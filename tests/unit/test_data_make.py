@@ -16,15 +16,15 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from adadecode_vllm.data import generate as generate_module
-from adadecode_vllm.data import load_dataset_info, read_rows
-from adadecode_vllm.data.command import data_command
-from adadecode_vllm.data.generate import EngineSpec, Shards
-from adadecode_vllm.data.make import make_data
-from adadecode_vllm.data.options import DataOptions
-from adadecode_vllm.data.shards import rows_fingerprint
-from adadecode_vllm.data.tasks import Selection
 from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.toolkit.data import generate as generate_module
+from adadecode_vllm.toolkit.data import load_dataset_info, read_rows
+from adadecode_vllm.toolkit.data.command import data_command
+from adadecode_vllm.toolkit.data.generate import EngineSpec, Shards
+from adadecode_vllm.toolkit.data.make import make_data
+from adadecode_vllm.toolkit.data.options import DataOptions
+from adadecode_vllm.toolkit.data.shards import rows_fingerprint
+from adadecode_vllm.toolkit.data.tasks import Selection
 from tests.fake_answers import (
     fail_after,
     fake_answers,
@@ -195,9 +195,9 @@ def test_resume_out_of_order(
 KILLED = """
 import sys, time
 from pathlib import Path
-from adadecode_vllm.data import generate as g
-from adadecode_vllm.data.make import make_data
-from adadecode_vllm.data.options import DataOptions
+from adadecode_vllm.toolkit.data import generate as g
+from adadecode_vllm.toolkit.data.make import make_data
+from adadecode_vllm.toolkit.data.options import DataOptions
 from tests.fake_answers import fake_answers
 
 def slowly(*args):
@@ -253,7 +253,9 @@ def test_changed_token_ids_are_refused(
     monkeypatch.setattr(generate_module, "generate", fail_after(2))
     with pytest.raises(RuntimeError):
         make_data(options)
-    monkeypatch.setattr("adadecode_vllm.data.make.ids_hash", lambda ids: "other")
+    monkeypatch.setattr(
+        "adadecode_vllm.toolkit.data.make.ids_hash", lambda ids: "other"
+    )
     assert "now makes other token ids" in refusal(options)
 
 
@@ -380,7 +382,7 @@ def test_a_full_disk_is_a_sentence(
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("adadecode_vllm.data.shards.pq.write_table", full)
+    monkeypatch.setattr("adadecode_vllm.toolkit.data.shards.pq.write_table", full)
     assert "writing failed (No space left on device); make room" in refusal(options)
     # The answers of the shard that could not be written are kept, too.
     assert sorted(path.name for path in options.out.iterdir()) == [

@@ -13,15 +13,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from adadecode_vllm.data.readers import read_records
-from adadecode_vllm.data.tasks import (
+from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.toolkit.data.readers import read_records
+from adadecode_vllm.toolkit.data.tasks import (
     Example,
     Selection,
     check_selection,
     input_files,
     select_examples,
 )
-from adadecode_vllm.errors import AdaDecodeError
 
 XSUM = [
     {"document": f"Article {i}\nabout a town.", "summary": f"Town {i}.", "id": str(i)}

@@ -17,15 +17,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adadecode_vllm.data import (
+from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.toolkit.data import (
     DataRow,
     DatasetInfo,
     ShardWriter,
     load_dataset_info,
     read_rows,
 )
-from adadecode_vllm.data.shards import SCHEMA, rows_fingerprint
-from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.toolkit.data.shards import SCHEMA, rows_fingerprint
 
 INFO = DatasetInfo(
     model="tiny",

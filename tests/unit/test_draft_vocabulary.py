@@ -27,21 +27,21 @@ from adadecode_vllm.heads import (
     load_draft_token_ids,
     load_exit_weights,
     load_heads_config,
-    push_to_hub,
     save_heads,
-    save_pretrained,
 )
-from adadecode_vllm.heads.card import name_draft_vocabulary, render_card
-from adadecode_vllm.training import draft_vocabulary
-from adadecode_vllm.training.draft_vocabulary import (
+from adadecode_vllm.toolkit.publishing.card import name_draft_vocabulary, render_card
+from adadecode_vllm.toolkit.publishing.save import save_pretrained
+from adadecode_vllm.toolkit.publishing.upload import push_to_hub
+from adadecode_vllm.toolkit.states.teacher import Teacher
+from adadecode_vllm.toolkit.states.texts import load_texts, split_held_out
+from adadecode_vllm.toolkit.training import draft_vocabulary
+from adadecode_vllm.toolkit.training.draft_vocabulary import (
     MAX_TOKENS,
     count_tokens,
     rank_tokens,
 )
-from adadecode_vllm.training.run import Reporter, RunOptions, train_heads
-from adadecode_vllm.training.settings import TrainSettings
-from adadecode_vllm.training.teacher import Teacher
-from adadecode_vllm.training.texts import load_texts, split_held_out
+from adadecode_vllm.toolkit.training.run import Reporter, RunOptions, train_heads
+from adadecode_vllm.toolkit.training.settings import TrainSettings
 from tests.data_directory import write_rows
 from tests.harness import DEMO
 from tests.tiny import FINGERPRINT, VOCAB_SIZE, save_tiny_llama

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from adadecode_vllm import progress as progress_module
 from adadecode_vllm.cli import main
-from adadecode_vllm.evaluation.output import EVALUATION_FILE
-from adadecode_vllm.report.write import REPORT_FILES
+from adadecode_vllm.toolkit import progress as progress_module
+from adadecode_vllm.toolkit.evaluation.output import EVALUATION_FILE
+from adadecode_vllm.toolkit.report.write import REPORT_FILES
 from tests.data_directory import write_answers
 from tests.tiny import save_tiny_llama
 

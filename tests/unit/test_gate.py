@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from adadecode_vllm.config import AdaDecodeConfig, parse_config
-from adadecode_vllm.core import gate as gate_module
-from adadecode_vllm.core.gate import DraftVocabulary, Gate
+from adadecode_vllm.engine import gate as gate_module
+from adadecode_vllm.engine.gate import DraftVocabulary, Gate
+from adadecode_vllm.engine.heads_fit import resolve_draft_vocabulary
 from adadecode_vllm.errors import AdaDecodeError
-from adadecode_vllm.features import resolve_draft_vocabulary
 from adadecode_vllm.heads import ExitHeads, ExitHeadsConfig
 from tests.tiny import FINGERPRINT
 

@@ -15,8 +15,9 @@ from adadecode_vllm.heads import (
     load_exit_weights,
     load_heads_config,
 )
-from adadecode_vllm.heads.card import is_hub_id, render_card, write_card
-from adadecode_vllm.heads.hub import (
+from adadecode_vllm.heads.hub import is_hub_id
+from adadecode_vllm.toolkit.publishing.card import render_card, write_card
+from adadecode_vllm.toolkit.publishing.save import (
     make_speculators_config,
     save_pretrained,
 )

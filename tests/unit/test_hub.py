@@ -26,9 +26,9 @@ from adadecode_vllm.heads.hub import (
     from_pretrained,
     pin_heads,
     resolve_heads,
-    save_pretrained,
 )
-from adadecode_vllm.heads.upload import push_to_hub
+from adadecode_vllm.toolkit.publishing.save import save_pretrained
+from adadecode_vllm.toolkit.publishing.upload import push_to_hub
 from tests.fake_hub import Hub, publish, serve_hub, use_cache
 from tests.published_heads import (
     BASE,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from adadecode_vllm.core.ledger import REASONS, Ledger, Resumable, Window
+from adadecode_vllm.method.ledger import REASONS, Ledger, Resumable, Window
 
 WIDTH = 4
 STEP = 7

@@ -16,8 +16,8 @@ from vllm.v1.sample.logits_processor import (
 )
 from vllm.v1.worker import gpu_model_runner
 
+from adadecode_vllm.engine.limits import processed_rows
 from adadecode_vllm.patches import logits_processors
-from adadecode_vllm.runner.limits import processed_rows
 
 
 def test_processors_are_built_as_without_drafts(

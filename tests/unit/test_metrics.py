@@ -24,14 +24,20 @@ from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 
 from adadecode_vllm.cli import main
 from adadecode_vllm.config import CONFIG_KEY
-from adadecode_vllm.core.ledger import REASONS
-from adadecode_vllm.core.stats import REPORTED, REPORTED_PER_EXIT, Stats
+from adadecode_vllm.engine.counter_report import CounterReport, split_counters
+from adadecode_vllm.engine.metric_loggers import AdaDecodeLogging, AdaDecodeProm
+from adadecode_vllm.engine.metric_names import (
+    CONFIG_INFO,
+    DROPPED,
+    PER_EXIT,
+    PREFIX,
+    TOTALS,
+)
 from adadecode_vllm.errors import AdaDecodeError
-from adadecode_vllm.metrics.loggers import AdaDecodeLogging, AdaDecodeProm
-from adadecode_vllm.metrics.names import CONFIG_INFO, DROPPED, PER_EXIT, PREFIX, TOTALS
-from adadecode_vllm.metrics.report import CounterReport, split_counters
-from adadecode_vllm.metrics.snapshot import metrics_url, parse
+from adadecode_vllm.method.ledger import REASONS
+from adadecode_vllm.method.stats import REPORTED, REPORTED_PER_EXIT, Stats
 from adadecode_vllm.patches import stat_loggers
+from adadecode_vllm.toolkit.stats.snapshot import metrics_url, parse
 
 ROOT = Path(__file__).parents[2]
 EXITS = (2, 4)

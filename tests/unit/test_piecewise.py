@@ -7,8 +7,8 @@ import pytest
 import torch
 from vllm.config import CUDAGraphMode
 
-from adadecode_vllm.core.piecewise import PiecewiseInputs
-from adadecode_vllm.runner.segment_graphs import StepKind, step_kinds
+from adadecode_vllm.engine.piecewise import PiecewiseInputs
+from adadecode_vllm.engine.segment_graphs import StepKind, step_kinds
 
 
 def make_inputs(sizes: tuple[int, ...] = (8, 1, 4, 1024)) -> PiecewiseInputs:

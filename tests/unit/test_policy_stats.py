@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from adadecode_vllm.core.policy import ThresholdPolicy
-from adadecode_vllm.core.states import PendingStates
-from adadecode_vllm.core.stats import Stats
+from adadecode_vllm.method.policy import ThresholdPolicy
+from adadecode_vllm.method.states import PendingStates
+from adadecode_vllm.method.stats import Stats
 
 CONFIDENCES = np.array([0.0, 0.5, 0.75, 0.7500001, 1.0], np.float32)
 

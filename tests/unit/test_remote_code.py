@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from adadecode_vllm.cli import main
-from adadecode_vllm.data.generate import EngineSpec, check_options, model_length
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.heads import load_heads_config
+from adadecode_vllm.toolkit.data.generate import EngineSpec, check_options, model_length
 from tests.data_directory import write_rows
 from tests.harness import MODEL
 from tests.tiny import save_tiny_llama

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from adadecode_vllm.errors import AdaDecodeError
-from adadecode_vllm.report import parse_evaluation, parse_history, write_report
+from adadecode_vllm.toolkit.report import parse_evaluation, parse_history, write_report
 
 PLOTS = ["agreement", "gates", "reliability", "speedup", "loss"]
 VOID = {"meta", "img", "br", "link"}
@@ -431,7 +431,7 @@ def test_failed_write_leaves_nothing_half_written(
 
 def test_import_is_light() -> None:
     code = (
-        "import sys, adadecode_vllm.report, adadecode_vllm.heads.hub\n"
+        "import sys, adadecode_vllm.toolkit.report, adadecode_vllm.heads.hub\n"
         "print(sorted({'torch', 'vllm', 'matplotlib', 'numpy', 'huggingface_hub'}"
         " & sys.modules.keys()))"
     )
@@ -450,7 +450,7 @@ def test_global_state_is_left_alone() -> None:
     code = (
         "import sys, tempfile, matplotlib\n"
         "from tests.unit.test_report import make_evaluation, make_history\n"
-        "from adadecode_vllm.report import write_report\n"
+        "from adadecode_vllm.toolkit.report import write_report\n"
         "before = matplotlib.rcParams.copy()\n"
         "write_report(tempfile.mkdtemp(), make_evaluation(), make_history())\n"
         "same = dict.__eq__(matplotlib.rcParams, before)\n"

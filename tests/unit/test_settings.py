@@ -12,7 +12,7 @@ import pytest
 from vllm import SamplingParams
 
 from adadecode_vllm.config import AdaDecodeConfig, parse_config
-from adadecode_vllm.core.settings import Settings, exit_thresholds
+from adadecode_vllm.engine.settings import Settings, exit_thresholds
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.heads import ExitHeadsConfig, load_heads_config
 from adadecode_vllm.heads.config import ExitCalibration

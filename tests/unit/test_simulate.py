@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from adadecode_vllm.evaluation.cost import CostModel
-from adadecode_vllm.evaluation.simulate import Answer, Counters, Gate, total
+from adadecode_vllm.toolkit.evaluation.cost import CostModel
+from adadecode_vllm.toolkit.evaluation.simulate import Answer, Counters, Gate, total
 
 
 def answer(

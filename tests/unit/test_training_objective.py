@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adadecode_vllm.training.objective import Objective, evaluate
+from adadecode_vllm.toolkit.training.objective import Objective, evaluate
 
 N, D, V = 23, 8, 31
 

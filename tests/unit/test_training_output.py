@@ -16,15 +16,15 @@ import pytest
 import yaml
 from accelerate import Accelerator
 
-from adadecode_vllm import progress as progress_module
 from adadecode_vllm.cli import main
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.heads import load_exit_weights, load_heads_config
-from adadecode_vllm.training import cache as cache_module
-from adadecode_vllm.training import trainer as trainer_module
-from adadecode_vllm.training.run import Reporter, RunOptions, train_heads
-from adadecode_vllm.training.settings import TrainSettings
-from adadecode_vllm.training.teacher import Teacher
+from adadecode_vllm.toolkit import progress as progress_module
+from adadecode_vllm.toolkit.states import cache as cache_module
+from adadecode_vllm.toolkit.states.teacher import Teacher
+from adadecode_vllm.toolkit.training import trainer as trainer_module
+from adadecode_vllm.toolkit.training.run import Reporter, RunOptions, train_heads
+from adadecode_vllm.toolkit.training.settings import TrainSettings
 from tests.data_directory import write_random_texts, write_rows
 from tests.harness import ROOT
 from tests.tiny import VOCAB_SIZE, save_tiny_llama

@@ -16,19 +16,19 @@ import yaml
 from accelerate import Accelerator
 
 from adadecode_vllm.errors import AdaDecodeError
-from adadecode_vllm.evaluation.measure import measure
-from adadecode_vllm.evaluation.run import SimulationGrid, evaluate_heads
 from adadecode_vllm.heads import (
     load_draft_token_ids,
     load_exit_weights,
     load_heads_config,
 )
-from adadecode_vllm.training import cache as cache_module
-from adadecode_vllm.training.cache import LiveStates
-from adadecode_vllm.training.run import Reporter, RunOptions, train_heads
-from adadecode_vllm.training.settings import TrainSettings
-from adadecode_vllm.training.teacher import Teacher
-from adadecode_vllm.training.texts import load_texts, split_held_out
+from adadecode_vllm.toolkit.evaluation.measure import measure
+from adadecode_vllm.toolkit.evaluation.run import SimulationGrid, evaluate_heads
+from adadecode_vllm.toolkit.states import cache as cache_module
+from adadecode_vllm.toolkit.states.cache import LiveStates
+from adadecode_vllm.toolkit.states.teacher import Teacher
+from adadecode_vllm.toolkit.states.texts import load_texts, split_held_out
+from adadecode_vllm.toolkit.training.run import Reporter, RunOptions, train_heads
+from adadecode_vllm.toolkit.training.settings import TrainSettings
 from tests.data_directory import write_random_texts, write_rows
 from tests.tiny import NUM_LAYERS, VOCAB_SIZE, save_tiny_llama
 

@@ -32,10 +32,10 @@ from transformers import (
 )
 
 from adadecode_vllm.errors import AdaDecodeError
-from adadecode_vllm.training import teacher as teacher_module
-from adadecode_vllm.training.cache import LiveStates
-from adadecode_vllm.training.teacher import KeyValues, Teacher, split_by_tokens
-from adadecode_vllm.training.texts import Text
+from adadecode_vllm.toolkit.states import teacher as teacher_module
+from adadecode_vllm.toolkit.states.cache import LiveStates
+from adadecode_vllm.toolkit.states.teacher import KeyValues, Teacher, split_by_tokens
+from adadecode_vllm.toolkit.states.texts import Text
 from tests.tiny import save_tiny_llama
 
 SHAPE = {

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from adadecode_vllm.errors import AdaDecodeError
-from adadecode_vllm.training.together import leaving_together
+from adadecode_vllm.toolkit.training.together import leaving_together
 
 
 class _Connected:

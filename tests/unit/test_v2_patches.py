@@ -14,8 +14,8 @@ from vllm.config import VllmConfig
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.worker.gpu import model_runner, spec_decode
 
-from adadecode_vllm.arguments import SPECULATOR
 from adadecode_vllm.compat import facts
+from adadecode_vllm.engine.arguments import SPECULATOR
 from adadecode_vllm.patches import (
     finished_outcomes,
     init_speculator,

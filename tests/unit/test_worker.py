@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
-from adadecode_vllm.core.adadecode import AdaDecode
-from adadecode_vllm.core.ledger import Ledger, Window
-from adadecode_vllm.scheduler import COUNTERS
-from adadecode_vllm.worker.common import AdaDecodeWorker
+from adadecode_vllm.engine.adadecode import AdaDecode
+from adadecode_vllm.engine.outcomes import COUNTERS
+from adadecode_vllm.engine.worker import AdaDecodeWorker
+from adadecode_vllm.method.ledger import Ledger, Window
 
 
 class Gate(nn.Module):

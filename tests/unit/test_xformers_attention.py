@@ -12,8 +12,8 @@ import torch
 from torch.nn import functional
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-from adadecode_vllm.training.attention import xformers_attention
-from adadecode_vllm.training.teacher import Teacher, packed_arguments
+from adadecode_vllm.toolkit.states.attention import xformers_attention
+from adadecode_vllm.toolkit.states.teacher import Teacher, packed_arguments
 from tests.tiny import save_tiny_llama
 
 

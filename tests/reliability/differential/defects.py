@@ -24,7 +24,7 @@ _LATE = 30
 @contextmanager
 def _replaced(name: str, make: Callable[[Any], Any]) -> Iterator[None]:
     """The scheduler with another method, made from the one it has."""
-    from adadecode_vllm.scheduler import AdaDecodeScheduler
+    from adadecode_vllm.engine.scheduler import AdaDecodeScheduler
 
     with pytest.MonkeyPatch.context() as patch:
         original = getattr(AdaDecodeScheduler, name)
@@ -115,7 +115,7 @@ def _replaced_in(module: str, name: str, value: Any) -> Iterator[None]:
 
 def _late_compilation() -> AbstractContextManager[None]:
     """Segments that only a request's own threshold lets run are not compiled ahead."""
-    from adadecode_vllm.runner.v1 import AdaDecodeCPUModelRunner
+    from adadecode_vllm.engine.runner_v1 import AdaDecodeCPUModelRunner
 
     warm_up = AdaDecodeCPUModelRunner.warming_up_model
 
@@ -126,7 +126,7 @@ def _late_compilation() -> AbstractContextManager[None]:
             super(AdaDecodeCPUModelRunner, self).warming_up_model()
 
     name = "AdaDecodeCPUModelRunner.warming_up_model"
-    return _replaced_in("adadecode_vllm.runner.v1", name, changed)
+    return _replaced_in("adadecode_vllm.engine.runner_v1", name, changed)
 
 
 def _drafts_of_all() -> AbstractContextManager[None]:
@@ -143,13 +143,13 @@ def _drafts_of_all() -> AbstractContextManager[None]:
 def _drafts_in_plain_steps() -> AbstractContextManager[None]:
     """Logprobs of chosen tokens are asked for in steps with drafts of others."""
     return _replaced_in(
-        "adadecode_vllm.core.settings.Settings", "forbid_drafts", lambda *_: False
+        "adadecode_vllm.engine.settings.Settings", "forbid_drafts", lambda *_: False
     )
 
 
 def _budgets_with_rows_of_drafts() -> AbstractContextManager[None]:
     """Thinking budgets look for rows as if there were drafts."""
-    from adadecode_vllm.runner.v1 import AdaDecodeCPUModelRunner
+    from adadecode_vllm.engine.runner_v1 import AdaDecodeCPUModelRunner
 
     initialize = AdaDecodeCPUModelRunner.initialize_kv_cache
 
@@ -160,7 +160,7 @@ def _budgets_with_rows_of_drafts() -> AbstractContextManager[None]:
             holder.in_spec_mode = True
 
     name = "AdaDecodeCPUModelRunner.initialize_kv_cache"
-    return _replaced_in("adadecode_vllm.runner.v1", name, changed)
+    return _replaced_in("adadecode_vllm.engine.runner_v1", name, changed)
 
 
 DEFECTS: dict[str, Defect] = {

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
-from adadecode_vllm import engine_args, plugin
+from adadecode_vllm import compat, engine_args
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.patches import engine_args as engine_args_patch
 from tests.start_up import create, refusal
@@ -133,8 +134,8 @@ def test_other_versions(version: str) -> None:
         compat.check_vllm_version(version)
     assert str(caught.value) == (
         "--plugin adadecode: this version works with vLLM 0.32 or 0.33 and found "
-        f"{version}. Install the extra `cuda` or `cpu` of adadecode-vllm, which bring a "
-        "vLLM that fits, or start without --plugin adadecode."
+        f"{version}. Install one of them, with the extra `cuda` or `cpu` of "
+        "adadecode-vllm, or start without --plugin adadecode."
     )
 
 
@@ -154,5 +155,5 @@ def test_facts_are_the_installed_versions(monkeypatch: pytest.MonkeyPatch) -> No
         "0.33.0": compat.SUPPORTED["0.33"],
         "0.34.0": newest,
     }.items():
-        monkeypatch.setattr(compat, "installed_version", lambda version=version: version)
+        monkeypatch.setattr(compat, "installed_version", partial(str, version))
         assert compat.facts.__wrapped__() == expected

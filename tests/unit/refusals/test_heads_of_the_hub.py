@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from adadecode_vllm.config import engine_config
-from adadecode_vllm.core import served_heads
-from adadecode_vllm.core.served_heads import ServedHeads, load_served_heads
+from adadecode_vllm.engine import served_heads
+from adadecode_vllm.engine.served_heads import ServedHeads, load_served_heads
 from tests.fake_hub import Hub, publish, serve_hub, use_cache
 from tests.start_up import create
 

@@ -13,8 +13,8 @@ from vllm.model_executor.models.glm4 import Glm4Model
 from vllm.model_executor.models.granite import GraniteModel
 from vllm.model_executor.models.llama import LlamaModel
 
-from adadecode_vllm import features
-from adadecode_vllm.core.segments import find_decoder, runs_shared_loop
+from adadecode_vllm.engine import refusals
+from adadecode_vllm.engine.segments import find_decoder, runs_shared_loop
 from adadecode_vllm.errors import AdaDecodeError
 from tests.start_up import refusal
 from tests.tiny_configs import save_config
@@ -84,12 +84,12 @@ def test_experts_found_by_counting() -> None:
         parallel_config=SimpleNamespace(data_parallel_size=1),
         compilation_config=SimpleNamespace(fast_moe_cold_start=False),
     )
-    features._check_mixture_of_experts(config)
+    refusals._check_mixture_of_experts(config)
     config.compilation_config.fast_moe_cold_start = True
     with pytest.raises(AdaDecodeError, match=r"^--compilation-config fast_moe_cold_s"):
-        features._check_mixture_of_experts(config)
+        refusals._check_mixture_of_experts(config)
     config.model_config.is_moe = False
-    features._check_mixture_of_experts(config)
+    refusals._check_mixture_of_experts(config)
 
 
 class _OwnLoop(LlamaModel):

@@ -12,8 +12,8 @@ from vllm.config import CompilationMode, ECTransferConfig, KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
-from adadecode_vllm import features
 from adadecode_vllm.config import parse_config
+from adadecode_vllm.engine import refusals
 from adadecode_vllm.errors import AdaDecodeError
 from tests.start_up import create, refusal
 
@@ -147,11 +147,11 @@ def test_model_runner_v1_on_cuda(
     monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
     with pytest.raises(AdaDecodeError, match=r"^VLLM_USE_V2_MODEL_RUNNER=0: not with"):
-        features.check_arguments(EngineArgs(model=str(model)))
+        refusals.check_arguments(EngineArgs(model=str(model)))
     # Another setting that V2 cannot run makes vLLM fall back to V1.
     v1: Any = SimpleNamespace(use_v2_model_runner=False)
     with pytest.raises(AdaDecodeError, match=r"^the model runner: not with AdaDecode"):
-        features._check_features(v1)
+        refusals._check_features(v1)
 
 
 @pytest.mark.parametrize("executor", ["mp", "ray"])
@@ -165,7 +165,7 @@ def test_tensor_parallelism_is_for_both_executors(
         tensor_parallel_size=2,
         distributed_executor_backend=executor,
     )
-    features.check_arguments(arguments)
+    refusals.check_arguments(arguments)
     ones = {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1}
     config: Any = SimpleNamespace(
         use_v2_model_runner=True,
@@ -175,7 +175,7 @@ def test_tensor_parallelism_is_for_both_executors(
         ec_transfer_config=None,
         cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
     )
-    features._check_features(config)
+    refusals._check_features(config)
 
 
 def test_stock_torch_compile(model: Path, heads: Path) -> None:
@@ -189,7 +189,7 @@ def test_other_devices(
     config = create(model, heads)
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
     with pytest.raises(AdaDecodeError, match="on CPUs and CUDA devices, not on"):
-        features.check_engine(config, parse_config({"heads": str(heads)}))
+        refusals.check_engine(config, parse_config({"heads": str(heads)}))
 
 
 @pytest.mark.feature("context parallel", "refused")
@@ -208,7 +208,7 @@ def test_context_parallelism(name: str, flag: str) -> None:
         parallel_config=SimpleNamespace(**sizes | {name: 2}),
     )
     with pytest.raises(AdaDecodeError, match=f"^{flag}: not with AdaDecode"):
-        features._check_features(config)
+        refusals._check_features(config)
 
 
 @pytest.mark.feature("KV connectors", "refused")

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of the method, assembled for one worker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+
+from adadecode_vllm.config import AdaDecodeConfig
+from adadecode_vllm.engine.device_timer import DeviceTimer
+from adadecode_vllm.engine.gate import Gate
+from adadecode_vllm.engine.segments import build_segments, find_decoder
+from adadecode_vllm.engine.served_heads import load_served_heads
+from adadecode_vllm.engine.settings import Settings
+from adadecode_vllm.engine.vllm_executor import VllmExecutor
+from adadecode_vllm.method.drafting import Drafter, DraftRequests
+from adadecode_vllm.method.ledger import REASONS, Ledger, Resumable
+from adadecode_vllm.method.policy import ThresholdPolicy
+from adadecode_vllm.method.resume import Resumer, ScheduledBatch
+from adadecode_vllm.method.states import PendingStates
+from adadecode_vllm.method.stats import Stats
+
+
+class AdaDecode:
+    """Early prediction for one loaded model.
+
+    Attributes:
+        executor: Runs segments and gates on vLLM.
+        gate: The exit heads over the model's LM head.
+        ledger: The pending tokens.
+        settings: When to predict early, and what requests ask for.
+        stats: Counters.
+        timer: Measures the device's time, where that was asked for.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: AdaDecodeConfig, vllm_config: VllmConfig
+    ) -> None:
+        """Split the model, load the heads and allocate the buffers.
+
+        Args:
+            model: The model as vLLM loaded it.
+            config: Resolved options: ``exit_layers`` is set.
+            vllm_config: The engine's configuration.
+
+        Raises:
+            AdaDecodeError: If the model or the heads do not fit.
+        """
+        assert config.exit_layers is not None, "resolved at start-up"
+        decoder = find_decoder(model)
+        heads = load_served_heads(config, decoder, vllm_config.model_config.model)
+        segments = build_segments(decoder, config.exit_layers, vllm_config)
+        self.gate = Gate(
+            decoder, heads.exits, config.exit_layers, heads.draft_token_ids
+        )
+        self.executor = VllmExecutor(decoder, segments, self.gate, vllm_config)
+        self.settings = Settings(config, heads.config)
+        self.stats = Stats(config.exit_layers, len(decoder.layers))
+        self.ledger = Ledger()
+        self.states = PendingStates(
+            vllm_config.scheduler_config.max_num_seqs,
+            config.max_early_predictions + 1,
+            decoder.hidden_size,
+            decoder.dtype,
+            decoder.device,
+        )
+        self._drafter = Drafter(
+            self.executor, self.states, self.settings.policy, self.stats
+        )
+        self._resumer = Resumer(self.executor, self.states, self.stats)
+        self.timer: DeviceTimer | None = None
+        self._exits: dict[str, np.ndarray] = {}
+        self._contradicted: set[str] = set()
+
+    @property
+    def policy(self) -> ThresholdPolicy:
+        """When to predict early, where a request leaves that to the engine."""
+        return self.settings.policy
+
+    @torch.inference_mode()
+    def draft(
+        self, step: int, request_ids: Sequence[str], requests: DraftRequests
+    ) -> list[list[int]]:
+        """Predict early and remember what is pending.
+
+        Args:
+            step: Number of the current engine step.
+            request_ids: R request ids.
+            requests: Their state. Those whose limit is 0 or whose newest token ends
+                them are left alone.
+
+        Returns:
+            R lists of early predictions.
+        """
+        drafts: list[list[int]] = [[] for _ in request_ids]
+        drafting = requests.going_on()
+        if not len(drafting):
+            return drafts
+        if len(drafting) < len(request_ids):
+            requests = requests.select(drafting)
+        drafting_ids = [request_ids[request] for request in drafting]
+        window = self._drafter.draft(requests)
+        self.ledger.record(step, drafting_ids, window)
+        for row, (request, request_id) in enumerate(
+            zip(drafting, drafting_ids, strict=True)
+        ):
+            predicted = slice(1, window.length[row])
+            drafts[request] = window.token_ids[row, predicted].tolist()
+            self._exits[request_id] = window.exits[row, predicted]
+        return drafts
+
+    def runs_in_steps(self, batch: ScheduledBatch) -> bool:
+        """Whether :meth:`forward` can run outside vLLM's forward context."""
+        return self._resumer.runs_in_steps(batch)
+
+    def forward(
+        self, batch: ScheduledBatch, resumable: Resumable, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """Run a batch with pending tokens.
+
+        Inside vLLM's own forward context, unless :meth:`runs_in_steps`.
+
+        Args:
+            batch: All scheduled tokens, N.
+            resumable: Those that have come some way.
+            positions: (N,) their positions.
+
+        Returns:
+            (N, d) final hidden states.
+        """
+        with self.executor.within_forward(positions), self.measure("resumed forwards"):
+            return self._resumer.forward(batch, resumable)
+
+    def measure(self, name: str) -> AbstractContextManager[None]:
+        """Let the device timer, where there is one, see a part of the cycle."""
+        return nullcontext() if self.timer is None else self.timer.measure(name)
+
+    def count_verdicts(
+        self, sampled: dict[str, int], scheduled: dict[str, int]
+    ) -> None:
+        """Count what a step's verification said.
+
+        Args:
+            sampled: Number of tokens that the step yielded, for each request that
+                sampled any.
+            scheduled: Number of drafts that were verified, per request with drafts.
+        """
+        self.stats.request_steps += len(sampled)
+        self.stats.generated_tokens += sum(sampled.values())
+        for request_id, num_drafts in scheduled.items():
+            exits = self._exits.pop(request_id, None)
+            tokens = sampled.get(request_id, 0)
+            if exits is not None and tokens:
+                self.stats.count_verdict(exits[:num_drafts], tokens - 1)
+                if tokens <= num_drafts and request_id not in self._contradicted:
+                    self._contradicted.add(request_id)
+                    self.stats.contradicted_requests += 1
+
+    @contextmanager
+    def new_weights(self, reason: str) -> Iterator[None]:
+        """Around what gives the model other weights; all ranks together.
+
+        What the old ones computed is dropped (I2), and what was copied from them is
+        copied again.
+
+        Args:
+            reason: One of :data:`adadecode_vllm.method.ledger.REASONS`.
+        """
+        self.ledger.clear(reason)
+        yield
+        self.gate.refresh()
+
+    def counters(self) -> np.ndarray:
+        """What the server's metrics show, since the start or the last reset; float64.
+
+        Returns:
+            :meth:`Stats.reported`, then the dropped tokens for each of
+            :data:`adadecode_vllm.method.ledger.REASONS`.
+        """
+        dropped = self.ledger.dropped_tokens
+        return np.concatenate(
+            [self.stats.reported(), [dropped[reason] for reason in REASONS]]
+        )
+
+    def reset_counters(self) -> None:
+        """Set all counters to zero."""
+        self.stats.reset()
+        self.ledger.reset_counts()
+        if self.timer is not None:
+            self.timer.reset()
+
+    def configure(self, options: Mapping[str, Any]) -> None:
+        """Change when to predict early; see :meth:`Settings.configure`."""
+        self.settings.configure(options)
+        self._drafter.policy = self.settings.policy
+
+    def forget(self, request_ids: set[str]) -> None:
+        """Release what is remembered of finished requests."""
+        for request_id in request_ids:
+            self._exits.pop(request_id, None)
+        self._contradicted -= request_ids
+        self.settings.forget(request_ids)

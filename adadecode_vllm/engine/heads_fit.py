@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether heads fit the served model and what was asked of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adadecode_vllm.config import AdaDecodeConfig
+from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.heads import ExitHeadsConfig, read_lm_head, same_lm_head
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
+
+
+def resolve_draft_vocabulary(config: AdaDecodeConfig, heads: ExitHeadsConfig) -> int:
+    """The number of tokens that the gates look at.
+
+    Args:
+        config: The user's options.
+        heads: The heads' description.
+
+    Returns:
+        The number; 0 for the whole vocabulary.
+
+    Raises:
+        AdaDecodeError: If the heads rank fewer tokens than were asked for.
+    """
+    size, stored = config.draft_vocabulary_size, heads.draft_vocabulary
+    if size is None:
+        return heads.default_draft_vocabulary
+    if size == 0:
+        return 0
+    if stored is None:
+        raise AdaDecodeError(
+            f"--adadecode-config: draft_vocabulary_size = {size} is refused: "
+            f"{config.heads} has no draft vocabulary. Make one with `adadecode "
+            "draft-vocabulary`, or remove draft_vocabulary_size."
+        )
+    if size > stored:
+        raise AdaDecodeError(
+            f"--adadecode-config: draft_vocabulary_size = {size} is refused: "
+            f"{config.heads} ranks only {stored} tokens. Give at most that, or make a "
+            "larger ranking with `adadecode draft-vocabulary`."
+        )
+    return size
+
+
+def resolve_exit_layers(
+    config: AdaDecodeConfig, heads: ExitHeadsConfig
+) -> tuple[int, ...]:
+    """The exits to use.
+
+    Args:
+        config: The user's options.
+        heads: The heads' description.
+
+    Returns:
+        Layer counts, strictly increasing.
+
+    Raises:
+        AdaDecodeError: If there is no head for a requested exit.
+    """
+    if config.exit_layers is None:
+        return tuple(heads.exit_layers)
+    missing = sorted(set(config.exit_layers) - set(heads.exit_layers))
+    if missing:
+        raise AdaDecodeError(
+            f"--adadecode-config: exit_layers = {list(config.exit_layers)} is refused: "
+            f"{config.heads} has no head after layer {missing[0]}. Choose among "
+            f"{list(heads.exit_layers)}, or train heads for that exit."
+        )
+    return config.exit_layers
+
+
+def check_heads_fit(
+    heads: ExitHeadsConfig, model_config: ModelConfig, directory: str
+) -> None:
+    """Refuse heads of another model.
+
+    Args:
+        heads: The heads' description.
+        model_config: The served model.
+        directory: The heads' directory, for the message.
+
+    Raises:
+        AdaDecodeError: If a shape or the LM head's fingerprint differs.
+    """
+    text_config = model_config.hf_text_config
+    for name, label in (
+        ("hidden_size", "hidden size"),
+        ("vocab_size", "vocabulary size"),
+        ("num_hidden_layers", "number of layers"),
+    ):
+        served, trained = getattr(text_config, name), getattr(heads, name)
+        if served != trained:
+            raise _wrong_heads(
+                directory,
+                f"their {label} is {trained} and that of {model_config.model} is "
+                f"{served}",
+                heads.base_model,
+            )
+
+    model_dir = Path(model_config.model)
+    lm_head = read_lm_head(model_dir) if model_dir.is_dir() else None
+    # A model that is not a local safetensors checkpoint is checked once it is loaded.
+    if lm_head is not None and not same_lm_head(
+        heads.lm_head_fingerprint, lm_head.fingerprint
+    ):
+        raise fingerprint_mismatch(directory, model_config.model, heads.base_model)
+
+
+def fingerprint_mismatch(directory: str, model: str, base_model: str) -> AdaDecodeError:
+    """The error for heads whose LM head is not the served model's."""
+    return _wrong_heads(
+        directory,
+        f"they were made for an LM head with other weights than that of {model}",
+        base_model,
+    )
+
+
+def _wrong_heads(directory: str, reason: str, base_model: str) -> AdaDecodeError:
+    return AdaDecodeError(
+        f"--adadecode-heads {directory}: these heads do not fit: {reason} (they name "
+        f"{base_model} as their model). Give the heads of the served model, or make "
+        "some with `adadecode init-heads`."
+    )

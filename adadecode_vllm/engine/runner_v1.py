@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model Runner V1 on CPUs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from vllm.config import CompilationMode
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
+from vllm.v1.worker.cpu_model_runner import (
+    CPUModelRunner,
+    _set_global_compilation_settings,
+)
+
+from adadecode_vllm.engine.adadecode import AdaDecode
+from adadecode_vllm.engine.batch import KVGroup
+from adadecode_vllm.engine.draft_room import fill_room, trim_grammar
+from adadecode_vllm.engine.outcomes import UNUSED_DRAFTS
+from adadecode_vllm.engine.proposer import AdaDecodeProposer
+from adadecode_vllm.method.ledger import Resumable
+from adadecode_vllm.method.resume import ScheduledBatch
+from adadecode_vllm.patches import logits_processors
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+
+class AdaDecodeCPUModelRunner(CPUModelRunner):
+    """vLLM's runner, whose forward resumes pending tokens.
+
+    Steps without a pending token run the ordinary, unchanged forward.
+
+    Attributes:
+        step: Number of the current engine step.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        """Create vLLM's runner; the proposer comes from ``speculative_config``.
+
+        Args:
+            vllm_config: The engine's configuration.
+            device: The CPU.
+        """
+        with logits_processors.beside_drafts():
+            super().__init__(vllm_config, device)
+        self.step = 0
+        self._scheduled: SchedulerOutput | None = None
+        self._dropped: dict[str, int] = {}
+        # vLLM replaces all drafts of a batch by zeros once one request comes within
+        # num_speculative_tokens of the drafter's length. Early predictions are bounded
+        # request by request instead.
+        self.effective_drafter_max_model_len = self.max_model_len + 2 * (
+            self.num_spec_tokens + 1
+        )
+
+    @property
+    def proposer(self) -> AdaDecodeProposer:
+        """vLLM's ``drafter``, typed."""
+        return cast(AdaDecodeProposer, self.drafter)
+
+    @property
+    def adadecode(self) -> AdaDecode:
+        """The method's parts; exist once the model is loaded."""
+        return self.proposer.adadecode
+
+    def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
+        """Allocate the KV cache and tell the proposer about its groups."""
+        super().initialize_kv_cache(*args, **kwargs)
+        groups = range(len(self.kv_cache_config.kv_cache_groups))
+        self.proposer.bind([self._kv_group(index) for index in groups], self.device)
+        holder = self.input_batch.thinking_budget_state_holder
+        if holder is not None:
+            # Requests with a budget run in steps without drafts, where vLLM would look
+            # for their rows as if there were some.
+            holder.in_spec_mode = False
+
+    def warming_up_model(self) -> None:
+        """Compile the model, then the segments.
+
+        Also where the engine's threshold never lets them run: a request may ask for
+        another, and what is compiled while requests are served would be compiled for
+        one batch size alone.
+        """
+        super().warming_up_model()
+        if self.vllm_config.compilation_config.mode != CompilationMode.NONE:
+            with _set_global_compilation_settings(self.vllm_config):
+                self.adadecode.executor.warm_up()
+
+    def _sample(self, logits: Any, spec_decode_metadata: Any) -> Any:
+        """Sample; without drafts as ordinary vLLM does, which is cheaper."""
+        if spec_decode_metadata is not None and not spec_decode_metadata.max_spec_len:
+            spec_decode_metadata = None
+        return super()._sample(logits, spec_decode_metadata)
+
+    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Reload the weights, which the gates then follow."""
+        with self.adadecode.new_weights("weights_reloaded"):
+            super().reload_weights(*args, **kwargs)
+
+    def execute_model(
+        self, scheduler_output: SchedulerOutput, intermediate_tensors: Any = None
+    ) -> Any:
+        """Run one engine step."""
+        self.step += 1
+        settings = self.adadecode.settings
+        self.adadecode.forget(scheduler_output.finished_req_ids)
+        for request in scheduler_output.scheduled_new_reqs:
+            settings.admit(request.req_id, request.sampling_params)
+        self._dropped = {}
+        if settings.forbid_drafts(scheduler_output.num_scheduled_tokens):
+            scheduler_output, self._dropped = fill_room(scheduler_output, {})
+        self._scheduled = scheduler_output
+        return super().execute_model(scheduler_output, intermediate_tensors)
+
+    def sample_tokens(self, grammar_output: Any) -> Any:  # type: ignore[override]
+        """Sample, verify and draft."""
+        scheduled = self._scheduled
+        if scheduled is not None:
+            drafts = scheduled.scheduled_spec_decode_tokens
+            grammar_output = trim_grammar(grammar_output, drafts, self._dropped)
+        output = super().sample_tokens(grammar_output)
+        if self._dropped and output is not EMPTY_MODEL_RUNNER_OUTPUT:
+            setattr(output, UNUSED_DRAFTS, self._dropped)
+        return output
+
+    def _model_forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        intermediate_tensors: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Resume pending tokens where there are any; vLLM's override point."""
+        num_reqs = self.input_batch.num_reqs
+        count = np.diff(self.query_start_loc.np[: num_reqs + 1]).astype(np.int64)
+        first = self.input_batch.num_computed_tokens_cpu[:num_reqs].astype(np.int64)
+        resumable = self._take_resumable(first, count)
+        if resumable is None:
+            return super()._model_forward(
+                input_ids,
+                positions,
+                intermediate_tensors,
+                inputs_embeds,
+                **model_kwargs,
+            )
+        num_tokens = int(count.sum())
+        batch = ScheduledBatch(
+            rows=np.arange(num_reqs),
+            first=first,
+            count=count,
+            token_ids=self.input_ids.gpu[:num_tokens],
+            embeddings=None if inputs_embeds is None else inputs_embeds[:num_tokens],
+        )
+        return self.adadecode.forward(batch, resumable, self.positions[:num_tokens])
+
+    def _take_resumable(self, first: np.ndarray, count: np.ndarray) -> Resumable | None:
+        """Ask the ledger, offering only requests whose KV cache is still theirs."""
+        ledger = self.adadecode.ledger
+        scheduled = self._scheduled
+        if not len(ledger) or scheduled is None:
+            return None
+        resumed = scheduled.scheduled_cached_reqs.resumed_req_ids
+        rows = {
+            request_id: self.input_batch.req_id_to_index[request_id]
+            for request_id in scheduled.scheduled_cached_reqs.req_ids
+            if request_id not in resumed
+        }
+        return ledger.take(
+            self.step, rows, first, count, self.input_batch.token_ids_cpu
+        )
+
+    def propose_draft_token_ids(
+        self, scheduler_output: SchedulerOutput, sampled_token_ids: Any, *_: Any
+    ) -> list[list[int]]:
+        """Count what was accepted, then predict early.
+
+        Args:
+            scheduler_output: The step's.
+            sampled_token_ids: Tokens that the step yielded, per batch row.
+
+        Returns:
+            Early predictions per batch row.
+        """
+        self._count_verdicts(scheduler_output, sampled_token_ids)
+        return self.proposer.propose(
+            sampled_token_ids,
+            self.input_batch,
+            self.requests,
+            step=self.step,
+            most=scheduler_output.num_spec_tokens_to_schedule,
+        )
+
+    def _kv_group(self, index: int) -> KVGroup:
+        def table() -> Any:
+            return self.input_batch.block_table[index]
+
+        return KVGroup(
+            block_table=lambda: table().block_table.gpu,
+            block_size=table().block_size,
+            blocks_owned=lambda: table().num_blocks_per_row,
+            layer_names=self.kv_cache_config.kv_cache_groups[index].layer_names,
+            attention_groups=self.attn_groups[index],
+        )
+
+    def _count_verdicts(
+        self, scheduler_output: SchedulerOutput, sampled_token_ids: list[list[int]]
+    ) -> None:
+        sampled = {
+            request_id: len(tokens)
+            for request_id, tokens in zip(
+                self.input_batch.req_ids, sampled_token_ids, strict=True
+            )
+            if tokens
+        }
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        scheduled = {request_id: len(tokens) for request_id, tokens in drafts.items()}
+        self.adadecode.count_verdicts(sampled, scheduled)

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's schedulers, with room for early predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.stats import RequestSpecDecodeMetrics, SchedulerStats
+from vllm.v1.request import Request
+
+from adadecode_vllm.config import CONFIG_KEY, engine_config
+from adadecode_vllm.engine.counter_report import CounterReport
+from adadecode_vllm.engine.outcomes import COUNTERS, UNUSED_DRAFTS
+from adadecode_vllm.patches import finished_outcomes
+from adadecode_vllm.request_options import most_early_predictions
+
+
+@dataclass
+class _MetricsOfDrafts(RequestSpecDecodeMetrics):
+    """A request's metrics without the steps whose room stayed empty."""
+
+    def observe(
+        self, num_draft_tokens: int, num_accepted: int, detailed: bool = False
+    ) -> None:
+        if num_draft_tokens > 0:
+            super().observe(num_draft_tokens, num_accepted, detailed)
+
+
+class AdaDecodeScheduler(Scheduler):
+    """Makes room for early predictions, where there is some to spare.
+
+    Room is of two kinds: tokens of a step in which drafts are verified, and KV slots
+    that drafting writes to (I3), up to ``max_early_predictions`` past the scheduled
+    tokens; vLLM reserves none for ``custom_class`` proposers, which normally bring
+    tokens only. Neither may be taken from what must run: drafts get what the token
+    budget leaves, and where blocks are short what fits into blocks that their request
+    has, rather than a request be preempted, or not admitted, for them.
+
+    It also bounds early predictions by the load: at batch sizes where the model's
+    weights are no longer what a step waits for, they cannot save anything.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Read the options that start-up resolved; see vLLM."""
+        super().__init__(*args, **kwargs)
+        config = engine_config(self.vllm_config)
+        assert config is not None, "start-up named this class for AdaDecode only"
+        self._config = config
+        self._report = CounterReport()
+        most, limit = self.num_spec_tokens, config.disable_by_batch_size
+        groups = self.kv_cache_config.kv_cache_groups
+        self._groups = len(groups)
+        self._smallest_block = min(group.kv_cache_spec.block_size for group in groups)
+        # Drafts of a step by its number of requests, vLLM's dynamic speculation. Where
+        # it is None, vLLM fills up requests that have one token left to compute with
+        # drafts that nobody made, for the sake of uniform batches.
+        self.dynamic_sd_lookup = [
+            0 if limit is not None and requests > limit else most
+            for requests in range(self.max_num_active_reqs + 1)
+        ]
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """Schedule one step; see vLLM."""
+        most = self.num_spec_tokens
+        self.num_lookahead_tokens = most if self._has_blocks_for(2 * most) else 0
+        if not self.num_lookahead_tokens and not self._has_blocks_for(most):
+            self._keep_to_own_blocks()
+        self._bound_drafts(self._spare_tokens())
+        return super().schedule(*args, **kwargs)
+
+    def add_request(self, request: Request) -> None:
+        """Take a request in; see vLLM."""
+        super().add_request(request)
+        if request.spec_decode_metrics is not None:
+            request.spec_decode_metrics = _MetricsOfDrafts.new(self.num_spec_tokens)
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: Any
+    ) -> Any:
+        """Take a step's outcome in, and the worker's counters with it.
+
+        Room that stayed empty was never a draft, nor is what the worker dropped.
+        """
+        self._report.update(getattr(model_runner_output, COUNTERS, None))
+        unused = getattr(model_runner_output, UNUSED_DRAFTS, None)
+        if unused:
+            # vLLM keeps what a grammar forbade out of its acceptance metrics with the
+            # same dictionary; that count includes the room that stayed empty.
+            scheduler_output.num_invalid_spec_tokens = {
+                **unused,
+                **(scheduler_output.num_invalid_spec_tokens or {}),
+            }
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def make_spec_decoding_stats(
+        self,
+        spec_decoding_stats: Any,
+        num_draft_tokens: int,
+        num_accepted_tokens: int,
+        num_invalid_spec_tokens: dict[str, int] | None,
+        request_id: str,
+    ) -> Any:
+        """Count a request's drafts; without any it is no speculative step."""
+        invalid = (num_invalid_spec_tokens or {}).get(request_id, 0)
+        if num_draft_tokens <= invalid:
+            return spec_decoding_stats
+        return super().make_spec_decoding_stats(
+            spec_decoding_stats,
+            num_draft_tokens,
+            num_accepted_tokens,
+            num_invalid_spec_tokens,
+            request_id,
+        )
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """A step's statistics, with what the worker counted since the last ones."""
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None and (added := self._report.take()) is not None:
+            stats.ec_connector_stats = {CONFIG_KEY: added}
+        return stats
+
+    def _has_blocks_for(self, drafts: int) -> bool:
+        """Whether every request may get so many tokens beyond what must run.
+
+        Counted with one started block a request, and with the request that is admitted
+        next.
+        """
+        requests = len(self.running) + 1
+        free = self.kv_cache_manager.block_pool.get_num_free_blocks()
+
+        def fits(tokens: int) -> bool:
+            tokens += drafts * requests
+            blocks = tokens // self._smallest_block + requests
+            return blocks * self._groups <= free
+
+        # Most caches hold several steps, whatever these consist of.
+        most = self.max_num_scheduled_tokens
+        if fits(most):
+            return True
+        admitted = self.waiting.peek_request().num_tokens if self.waiting else 0
+        return fits(min(most, self._due_tokens() + admitted))
+
+    def _keep_to_own_blocks(self) -> None:
+        """Take away the drafts that would need another block."""
+        for request in self.running:
+            drafts = request.spec_token_ids
+            if not drafts:
+                continue
+            owned = min(
+                len(blocks) * group.kv_cache_spec.block_size
+                for blocks, group in zip(
+                    self.kv_cache_manager.get_block_ids(request.request_id),
+                    self.kv_cache_config.kv_cache_groups,
+                    strict=True,
+                )
+            )
+            taken = request.num_tokens + request.num_output_placeholders
+            request.spec_token_ids = drafts[: max(owned - taken, 0)]
+
+    def _due_tokens(self) -> int:
+        """Tokens that the running requests have to compute, without any draft."""
+        chunks = [request for request in self.running if request.is_prefill_chunk]
+        return len(self.running) - len(chunks) + sum(map(_due_tokens, chunks))
+
+    def _spare_tokens(self) -> int:
+        """Tokens of the step's budget that drafts may have.
+
+        Half of what running requests leave, where others wait to be admitted.
+        """
+        spare = self.max_num_scheduled_tokens - self._due_tokens()
+        return spare // 2 if self.waiting else spare
+
+    def _bound_drafts(self, spare: int) -> None:
+        """Take drafts away from the requests that are scheduled last.
+
+        Args:
+            spare: Tokens that drafts may have.
+        """
+        if spare >= len(self.running) * self.num_spec_tokens:
+            return
+        for request in self.running:
+            drafts = request.spec_token_ids
+            if len(drafts) > spare:
+                # Not in place: requests share a list of placeholders.
+                request.spec_token_ids = drafts = drafts[: max(spare, 0)]
+            spare -= len(drafts)
+
+
+class AdaDecodeAsyncScheduler(AdaDecodeScheduler, AsyncScheduler):
+    """The same while the previous step still runs, for Model Runner V2.
+
+    The drafts are not known yet then: every request is scheduled with room for all that
+    it may get, and the worker fills as much of it as it predicted early.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Read the options that start-up resolved; see vLLM."""
+        super().__init__(*args, **kwargs)
+        # By request id, found once.
+        self._caps: dict[str, int] = {}
+        self._nothing_more = False
+        finished_outcomes.install()
+
+    def has_requests(self) -> bool:
+        """Whether there is something to schedule; see vLLM."""
+        return not self._nothing_more and super().has_requests()
+
+    @contextmanager
+    def nothing_more(self) -> Iterator[None]:
+        """While the engine takes an outcome in, let it schedule nothing."""
+        self._nothing_more = True
+        try:
+            yield
+        finally:
+            self._nothing_more = False
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        """Make room in the next step for what this one may predict early."""
+        super()._update_after_schedule(scheduler_output)
+        for request_id in scheduler_output.finished_req_ids:
+            self._caps.pop(request_id, None)
+        for request_id in scheduler_output.num_scheduled_tokens:
+            request = self.requests[request_id]
+            cap = self._cap(request)
+            if len(request.spec_token_ids) > cap:
+                request.spec_token_ids = request.spec_token_ids[:cap]
+
+    def _cap(self, request: Request) -> int:
+        cap = self._caps.get(request.request_id)
+        if cap is None:
+            params = request.sampling_params
+            cap = most_early_predictions(params, self._config)
+            self._caps[request.request_id] = cap
+        return cap
+
+
+def _due_tokens(request: Request) -> int:
+    return (
+        request.num_tokens
+        + request.num_output_placeholders
+        - request.num_computed_tokens
+    )

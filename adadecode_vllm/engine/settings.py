@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the engine's options and those of single requests amount to."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from adadecode_vllm.config import AdaDecodeConfig, parse_config
+from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.heads import ExitHeadsConfig
+from adadecode_vllm.method.policy import ThresholdPolicy
+from adadecode_vllm.request_options import (
+    ENGINES,
+    RequestOptions,
+    needs_plain_steps,
+    options_of,
+)
+
+if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
+
+# What the policy alone depends on; everything else is built at start-up.
+_CHANGEABLE = {
+    "threshold",
+    "max_early_predictions",
+    "gate",
+    "last_guess",
+    "synthetic_acceptance_rate",
+}
+
+
+class Settings:
+    """Caps and thresholds of a running engine, and of the requests in it.
+
+    What they take of the heads was read at start-up: requests and
+    :meth:`configure` come in the middle of serving, when the heads' directory may have
+    changed or gone.
+
+    Attributes:
+        policy: When to predict early, where a request leaves that to the engine.
+    """
+
+    policy: ThresholdPolicy
+
+    def __init__(self, config: AdaDecodeConfig, heads: ExitHeadsConfig) -> None:
+        """Start with the options that the engine was started with.
+
+        Args:
+            config: Resolved options: ``exit_layers`` is set.
+            heads: The heads' description.
+        """
+        self._heads = heads
+        self._room = config.max_early_predictions
+        self._options: dict[str, RequestOptions] = {}
+        self._plain: set[str] = set()
+        self._apply(config)
+
+    def _apply(self, config: AdaDecodeConfig) -> None:
+        self.policy = _policy(config, self._heads)
+        self._config = config
+        # Of this engine's heads: another one in the same process has its own.
+        self._own_thresholds = lru_cache(maxsize=1024)(
+            partial(exit_thresholds, config, self._heads)
+        )
+
+    def configure(self, options: Mapping[str, Any]) -> None:
+        """Change when to predict early, for studies on a running engine.
+
+        Args:
+            options: Those of :data:`_CHANGEABLE`; what is not named stays.
+
+        Raises:
+            AdaDecodeError: If an option cannot be changed or its value is wrong;
+                nothing has changed then.
+        """
+        if fixed := sorted(options.keys() - _CHANGEABLE):
+            raise AdaDecodeError(
+                f"adadecode_configure: {fixed[0]} cannot be changed on a running "
+                "engine. Set it in --adadecode-config."
+            )
+        config = parse_config({**self._config.model_dump(), **options})
+        if config.max_early_predictions > self._room:
+            raise AdaDecodeError(
+                f"adadecode_configure: max_early_predictions = "
+                f"{config.max_early_predictions} is refused: this engine reserved room "
+                f"for {self._room}. Start it with more in --adadecode-config."
+            )
+        self._apply(config)
+
+    def admit(self, request_id: str, params: SamplingParams | None) -> None:
+        """Learn what a new request asks for.
+
+        Args:
+            request_id: The request.
+            params: Its parameters.
+        """
+        if needs_plain_steps(params):
+            self._plain.add(request_id)
+        own = options_of(params, self._config)
+        if own == ENGINES:
+            self._options.pop(request_id, None)
+        else:
+            self._options[request_id] = own
+
+    def forbid_drafts(self, request_ids: Collection[str]) -> bool:
+        """Whether a step with these requests has to do without any draft."""
+        return bool(self._plain) and not self._plain.isdisjoint(request_ids)
+
+    def options(self, request_ids: Sequence[str]) -> list[RequestOptions] | None:
+        """What requests ask for.
+
+        Args:
+            request_ids: R requests that were admitted.
+
+        Returns:
+            R requests' options; None if all leave everything to the engine, which is
+            what a step should find out quickly.
+        """
+        if not self._options:
+            return None
+        return [self._options.get(request_id, ENGINES) for request_id in request_ids]
+
+    def caps(
+        self, options: Sequence[RequestOptions] | None, requests: int, most: int
+    ) -> np.ndarray | None:
+        """Most early predictions that requests ask for and the engine allows.
+
+        Args:
+            options: R requests' options, or None for the engine's.
+            requests: R.
+            most: The scheduler's bound for this step.
+
+        Returns:
+            (R,) int64, or None if nothing may be predicted early.
+        """
+        cap = min(self.policy.max_early_predictions, most)
+        if options is None:
+            caps = np.full(requests, cap if self.policy.can_predict else 0, np.int64)
+        else:
+            caps = np.array([self._cap(own, cap) for own in options], np.int64)
+        return caps if caps.any() else None
+
+    def _cap(self, own: RequestOptions, cap: int) -> int:
+        if not (self.policy.can_predict if own.predicts is None else own.predicts):
+            return 0
+        asked = own.max_early_predictions
+        return cap if asked is None else min(cap, asked)
+
+    def thresholds(self, options: Sequence[RequestOptions] | None) -> np.ndarray | None:
+        """Requests' own thresholds on the exits' probabilities.
+
+        Args:
+            options: R requests' options, or None for the engine's.
+
+        Returns:
+            (R, K), or None if all leave it to the policy.
+        """
+        if options is None or all(own.threshold is None for own in options):
+            return None
+        return np.array(
+            [
+                self.policy.thresholds
+                if own.threshold is None
+                else self._own_thresholds(own.threshold)
+                for own in options
+            ]
+        )
+
+    def forget(self, request_ids: set[str]) -> None:
+        """Release what is remembered of finished requests."""
+        self._plain -= request_ids
+        for request_id in request_ids:
+            self._options.pop(request_id, None)
+
+
+def exit_thresholds(
+    config: AdaDecodeConfig, heads: ExitHeadsConfig, threshold: float
+) -> list[float]:
+    """The threshold on each used exit's probability that a gate amounts to.
+
+    Args:
+        config: Resolved options.
+        heads: The heads' description.
+        threshold: The engine's, or a request's own, in [0, 1].
+
+    Returns:
+        One for each of the K exits in use.
+
+    Raises:
+        AdaDecodeError: If the gate needs calibrated heads and these are not.
+    """
+    assert config.exit_layers is not None, "resolved at start-up"
+    if config.gate == "probability":
+        return [threshold] * len(config.exit_layers)
+    thresholds = heads.acceptance_thresholds(threshold)
+    by_layer = dict(zip(heads.exit_layers, thresholds, strict=True))
+    return [by_layer[layer] for layer in config.exit_layers]
+
+
+def _policy(config: AdaDecodeConfig, heads: ExitHeadsConfig) -> ThresholdPolicy:
+    assert config.exit_layers is not None, "resolved at start-up"
+    last_exit, rate = config.exit_layers[-1], config.synthetic_acceptance_rate
+    return ThresholdPolicy(
+        exit_thresholds(config, heads, config.threshold),
+        config.max_early_predictions,
+        heads.guess_threshold(last_exit) if config.last_guess else 1.0,
+        0.0 if rate is None else 1.0 - rate,
+    )

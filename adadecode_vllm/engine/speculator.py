@@ -1,0 +1,475 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The speculator that ``speculative_config`` names, for Model Runner V2.
+
+V2 leaves sampled tokens on the device and, with asynchronous scheduling, learns the
+next step's batch before it knows them. The host decides here after every gate whether a
+request predicts early or goes deeper, so it also knows how many drafts there really
+are: steps are scheduled with room for the cap, and the room that stayed empty is
+removed when a step starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+from vllm.config import CUDAGraphMode
+from vllm.distributed.parallel_state import graph_capture
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.worker.gpu.cudagraph_utils import has_compiled_submodule
+from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
+
+from adadecode_vllm.config import engine_config
+from adadecode_vllm.engine.adadecode import AdaDecode
+from adadecode_vllm.engine.batch import AttentionBatcher, KVGroup, window_reach
+from adadecode_vllm.engine.draft_room import fill_room, trim_grammar
+from adadecode_vllm.engine.host_copy import HostCopy
+from adadecode_vllm.engine.limits import draft_limits, stop_token_ids
+from adadecode_vllm.engine.piecewise import PiecewiseInputs
+from adadecode_vllm.engine.segment_graphs import (
+    MAX_TOKENS,
+    GraphedSteps,
+    SegmentGraphs,
+    StepKind,
+    Steps,
+    graph_support,
+    step_kinds,
+)
+from adadecode_vllm.engine.step_buffers import StepBuffers
+from adadecode_vllm.method.drafting import DraftRequests
+from adadecode_vllm.method.ledger import Resumable
+from adadecode_vllm.method.resume import ScheduledBatch
+from adadecode_vllm.request_options import RequestOptions
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+    from vllm.v1.worker.gpu.states import RequestState
+
+
+class AdaDecodeSpeculator(BaseSpeculator):
+    """Turns vLLM's state after sampling into a drafting cycle.
+
+    A request's row in the block tables is its index in ``RequestState``.
+
+    Attributes:
+        adadecode: The method's parts; exists after :meth:`load`.
+        drafts: Request id to early predictions that no step has verified yet.
+        step: Number of the current engine step.
+        waited: Whether the host knows what the last step sampled.
+    """
+
+    # What the runner reads of a speculator.
+    supports_mm_inputs = False
+    draft_logits = None
+
+    adadecode: AdaDecode
+
+    def __init__(
+        self, vllm_config: VllmConfig, device: torch.device, req_states: RequestState
+    ) -> None:
+        """Read the options that start-up resolved and allocate the buffers.
+
+        Args:
+            vllm_config: The engine's configuration.
+            device: The model's device.
+            req_states: vLLM's request states.
+        """
+        self.vllm_config = vllm_config
+        self.device = device
+        config = engine_config(vllm_config)
+        assert config is not None, "start-up named this class for AdaDecode only"
+        self.config = config
+        self.drafts: dict[str, list[int]] = {}
+        self.step = 0
+        self.waited = False
+        self._async = bool(vllm_config.scheduler_config.async_scheduling)
+        self._states = req_states
+        self._stops: dict[str, frozenset[int]] = {}
+        # Verified tokens with KV, by row: exact, where vLLM's host copy is an upper
+        # bound under asynchronous scheduling.
+        self._computed = np.zeros(req_states.max_num_reqs, np.int64)
+        self._draft_tokens = torch.zeros_like(req_states.draft_tokens)
+        self._outcome = HostCopy(2 * req_states.max_num_reqs, torch.int64, device)
+        self._scheduled: SchedulerOutput | None = None
+        self._new: set[str] = set()
+        self._empty: dict[str, int] = {}
+        self._runner: GPUModelRunner | None = None
+        self._kinds: list[StepKind] = []
+        self._warming_up = False
+        self._piecewise = False
+
+    def load(self, target_model: nn.Module) -> None:
+        """Assemble the method around the loaded model.
+
+        Args:
+            target_model: The model as vLLM loaded it.
+        """
+        self.adadecode = AdaDecode(target_model, self.config, self.vllm_config)
+
+    def bind(self, runner: GPUModelRunner) -> None:
+        """Learn the runner's KV cache groups; called whenever they change.
+
+        Args:
+            runner: The model runner.
+        """
+        groups = [
+            _kv_group(runner, index)
+            for index in range(len(runner.kv_cache_config.kv_cache_groups))
+        ]
+        self.adadecode.executor.batcher = AttentionBatcher(groups, self.device)
+        self._runner = runner
+
+    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        """Plan the CUDA graphs of draft steps and of the segments' pieces.
+
+        vLLM calls it whenever the KV cache is set up, also while it measures how much
+        memory graphs take; it then finds the managers among the attributes.
+
+        Args:
+            cudagraph_mode: What the attention backends allow.
+        """
+        full = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
+        self._piecewise = cudagraph_mode.has_piecewise_cudagraphs()
+        executor = self.adadecode.executor
+        executor.steps = None
+        executor.piecewise = None
+        self._kinds = step_kinds(executor.num_segments, self.adadecode.states.window)
+        for kind in self._kinds:
+            graphs = SegmentGraphs(kind, self.vllm_config, self.device, full)
+            setattr(self, kind.name, graphs)
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Capture them; vLLM calls it after its own graphs."""
+        runner = self._runner
+        assert runner is not None, "bound when the KV cache was initialized"
+        executor, states = self.adadecode.executor, self.adadecode.states
+        if self._piecewise and all(map(has_compiled_submodule, executor.segments)):
+            sizes = self.vllm_config.compilation_config.cudagraph_capture_sizes
+            executor.piecewise = PiecewiseInputs(
+                sizes or (), states.hidden.shape[1], states.hidden.dtype, self.device
+            )
+            with graph_capture(device=self.device):
+                executor.capture_piecewise()
+        support = graph_support(runner)
+        kinds = [
+            kind
+            for kind in self._kinds
+            if (support == 2 or kind.max_query_len <= support)
+            and self._graphs(kind).largest
+        ]
+        if not kinds:
+            return
+        buffers = StepBuffers(
+            runner,
+            states,
+            max(runner.max_num_reqs, MAX_TOKENS),
+            executor.num_segments,
+        )
+        steps = Steps(buffers, executor)
+        for kind in kinds:
+            self._graphs(kind).capture_steps(steps)
+        # By name: vLLM drops the managers it profiled with, and these with them.
+        executor.steps = GraphedSteps(
+            buffers,
+            {kind: partial(self._graphs, kind) for kind in kinds},
+            states.window,
+            self.adadecode.measure,
+        )
+
+    def _graphs(self, kind: StepKind) -> SegmentGraphs:
+        return getattr(self, kind.name)
+
+    @contextmanager
+    def warming_up(self) -> Iterator[None]:
+        """While vLLM runs made-up requests, verify the drafts that it made up.
+
+        The kernels of verification would otherwise be compiled on the first request.
+        """
+        self._warming_up = True
+        try:
+            yield
+        finally:
+            self._warming_up = False
+            self.adadecode.reset_counters()
+
+    def start_step(self, scheduler_output: SchedulerOutput) -> SchedulerOutput:
+        """Take a step's schedule in.
+
+        Args:
+            scheduler_output: What the scheduler asks for; is left as it is.
+
+        Returns:
+            The same, with no more drafts per request than were really predicted.
+        """
+        self.step += 1
+        gone = scheduler_output.finished_req_ids | (
+            scheduler_output.preempted_req_ids or set()
+        )
+        self._new = {request.req_id for request in scheduler_output.scheduled_new_reqs}
+        for request_id in gone | self._new:
+            self.drafts.pop(request_id, None)
+            self._stops.pop(request_id, None)
+        self.adadecode.forget(gone)
+
+        self._empty = {}
+        if not self._warming_up:
+            settings = self.adadecode.settings
+            for request in scheduler_output.scheduled_new_reqs:
+                settings.admit(request.req_id, request.sampling_params)
+            plain = settings.forbid_drafts(scheduler_output.num_scheduled_tokens)
+            drafts = {} if plain else self.drafts
+            scheduler_output, self._empty = fill_room(scheduler_output, drafts)
+        self._scheduled = scheduler_output
+        return scheduler_output
+
+    @property
+    def unused_drafts(self) -> dict[str, int]:
+        """Request id to draft slots of this step that stayed empty."""
+        return self._empty
+
+    def add_requests(self, scheduler_output: SchedulerOutput) -> None:
+        """Remember what ends the new requests; their rows exist by now."""
+        for request in scheduler_output.scheduled_new_reqs:
+            row = self._states.req_id_to_index[request.req_id]
+            self._computed[row] = request.num_computed_tokens
+            params = request.sampling_params
+            self._stops[request.req_id] = stop_token_ids(params)
+
+    def may_resume(self, scheduler_output: SchedulerOutput) -> bool:
+        """Whether the step has a request with pending tokens."""
+        request_ids = self.adadecode.ledger.request_ids
+        return any(
+            request_id in scheduler_output.num_scheduled_tokens
+            for request_id in request_ids
+        )
+
+    def resumable(
+        self, input_batch: InputBatch
+    ) -> tuple[ScheduledBatch, Resumable] | None:
+        """Ask the ledger what of a batch has come some way already.
+
+        Requests that are new to the runner, also those resumed after a preemption, have
+        no KV that the ledger knows of.
+
+        Args:
+            input_batch: The step's batch, in its final order.
+
+        Returns:
+            The batch as the core sees it and what may be resumed of it, or None.
+        """
+        scheduled = self._scheduled
+        if scheduled is None or not len(self.adadecode.ledger):
+            return None
+        rows = input_batch.idx_mapping_np.astype(np.int64)
+        count = input_batch.num_scheduled_tokens.astype(np.int64)
+        # Without asynchronous scheduling the scheduler's own count is exact, and
+        # independent of ours.
+        first = (
+            self._computed[rows]
+            if self._async
+            else input_batch.num_computed_tokens_np.astype(np.int64)
+        )
+        resumable = self.adadecode.ledger.take(
+            self.step,
+            {
+                request_id: index
+                for index, request_id in enumerate(input_batch.req_ids)
+                if request_id not in self._new
+            },
+            first,
+            count,
+            None,
+        )
+        if resumable is None:
+            return None
+        batch = ScheduledBatch(
+            rows=rows,
+            first=first,
+            count=count,
+            token_ids=input_batch.input_ids[: input_batch.num_tokens],
+        )
+        return batch, resumable
+
+    def trim_grammar(self, grammar_output: GrammarOutput | None) -> Any:
+        """Remove the grammar's rows for room that stayed empty in this step."""
+        scheduled = self._scheduled
+        assert scheduled is not None, "called within a step"
+        drafts = scheduled.scheduled_spec_decode_tokens
+        return trim_grammar(grammar_output, drafts, self._empty)
+
+    @torch.inference_mode()
+    def propose(
+        self,
+        input_batch: InputBatch,
+        attn_metadata: Any,
+        slot_mappings: Any,
+        last_hidden_states: torch.Tensor,
+        aux_hidden_states: list[torch.Tensor] | None,
+        num_sampled: torch.Tensor,
+        num_rejected: torch.Tensor,
+        last_sampled: torch.Tensor,
+        next_prefill_tokens: torch.Tensor,
+        temperature: torch.Tensor,
+        seeds: torch.Tensor,
+        dp_sync_state: Any = None,
+        dummy_run: bool = False,
+        skip_attn_for_dummy_run: bool = False,
+        mm_inputs: Any = None,
+        is_profile: bool = False,
+        num_speculative_tokens: int | None = None,
+    ) -> torch.Tensor:
+        """Predict early for every request that sampled a token; see vLLM.
+
+        Args:
+            input_batch: The step's batch of R requests.
+            attn_metadata: Unused, as are the other arguments that are not named here:
+                drafting builds metadata of its own and samples nothing.
+            slot_mappings: Unused.
+            last_hidden_states: Unused.
+            aux_hidden_states: Unused.
+            num_sampled: (R,) int32, tokens that the step yielded.
+            num_rejected: Unused.
+            last_sampled: (max_requests, 1) int64, newest token by row.
+            next_prefill_tokens: Unused.
+            temperature: Unused.
+            seeds: Unused.
+            dp_sync_state: Unused.
+            dummy_run: The batch is made up.
+            skip_attn_for_dummy_run: Unused.
+            mm_inputs: Unused.
+            is_profile: vLLM measures the memory that a step takes.
+            num_speculative_tokens: The scheduler's cap for this step.
+
+        Returns:
+            (R, k) int64 early predictions; what is beyond a request's is undefined.
+        """
+        num_reqs = input_batch.num_reqs
+        if dummy_run:
+            if is_profile:
+                self.adadecode.executor.warm_up(input_batch.num_tokens)
+            return self._draft_tokens[:num_reqs]
+
+        rows = input_batch.idx_mapping_np.astype(np.int64)
+        drafted = input_batch.num_draft_tokens_per_req
+        if drafted is None:
+            drafted = np.zeros(num_reqs, np.int64)
+        reached = self._computed[rows] + input_batch.num_scheduled_tokens
+        settings = self.adadecode.settings
+        options = settings.options(input_batch.req_ids)
+        most = self._draft_tokens.shape[1]
+        if num_speculative_tokens is not None:
+            most = min(most, num_speculative_tokens)
+        if settings.forbid_drafts(input_batch.req_ids):
+            most = 0
+        caps = settings.caps(options, num_reqs, most)
+        tokens = None
+        self.waited = caps is not None or bool(input_batch.num_draft_tokens)
+        if self.waited:
+            outcome = torch.stack(
+                (
+                    num_sampled[:num_reqs].to(torch.int64),
+                    last_sampled[input_batch.idx_mapping, 0],
+                )
+            )
+            sampled, tokens = self._outcome(outcome).copy()
+        else:
+            # Nothing to wait for: a finished prompt yields one token.
+            sampled = (reached >= input_batch.prefill_len_np).astype(np.int64)
+        self._computed[rows] = reached - np.where(sampled > 0, drafted + 1 - sampled, 0)
+        self._count_verdicts(input_batch.req_ids, sampled)
+        for request_id in input_batch.req_ids:
+            self.drafts[request_id] = []
+        if caps is None or tokens is None:
+            return self._draft_tokens[:num_reqs]
+        return self._predict(input_batch, rows, sampled, tokens, caps, options)
+
+    def _predict(
+        self,
+        input_batch: InputBatch,
+        rows: np.ndarray,
+        sampled: np.ndarray,
+        tokens: np.ndarray,
+        caps: np.ndarray,
+        options: list[RequestOptions] | None,
+    ) -> torch.Tensor:
+        active = np.flatnonzero(sampled > 0)
+        answer = self._draft_tokens[: input_batch.num_reqs]
+        if not len(active):
+            return answer
+        rows = rows[active]
+        positions = self._computed[rows]
+        request_ids = [input_batch.req_ids[index] for index in active]
+        batcher = self.adadecode.executor.batcher
+        assert batcher is not None, "bound when the KV cache was initialized"
+        owned_slots = batcher.owned_slots(rows)
+        predicted = self.adadecode.draft(
+            self.step,
+            request_ids,
+            DraftRequests(
+                rows=rows,
+                token_ids=tokens[active],
+                positions=positions,
+                limits=draft_limits(
+                    cap=caps[active],
+                    positions=positions,
+                    owned_slots=owned_slots,
+                    max_model_len=self._states.max_model_len,
+                    remaining=self._states.max_seq_len[rows] - positions - 1,
+                ),
+                stop_token_ids=[
+                    self._stops.get(request_id, frozenset())
+                    for request_id in request_ids
+                ],
+                room=owned_slots - positions,
+                alone=len(active) == input_batch.num_reqs,
+                thresholds=self.adadecode.settings.thresholds(
+                    options and [options[index] for index in active]
+                ),
+            ),
+        )
+        if not any(predicted):
+            return answer
+        table = np.zeros(answer.shape, np.int64)
+        for index, request_id, early in zip(
+            active, request_ids, predicted, strict=True
+        ):
+            self.drafts[request_id] = early
+            table[index, : len(early)] = early
+        return async_tensor_h2d(table, out=answer)
+
+    def _count_verdicts(self, request_ids: list[str], sampled: np.ndarray) -> None:
+        scheduled = self._scheduled
+        assert scheduled is not None, "called within a step"
+        drafts = scheduled.scheduled_spec_decode_tokens
+        self.adadecode.count_verdicts(
+            {
+                request_id: tokens
+                for request_id, tokens in zip(
+                    request_ids, sampled.tolist(), strict=True
+                )
+                if tokens
+            },
+            {request_id: len(tokens) for request_id, tokens in drafts.items()},
+        )
+
+
+def _kv_group(runner: GPUModelRunner, index: int) -> KVGroup:
+    tables = runner.block_tables
+    group = runner.kv_cache_config.kv_cache_groups[index]
+    return KVGroup(
+        block_table=lambda: tables.block_tables[index].gpu,
+        block_size=tables.block_sizes[index],
+        blocks_owned=lambda: tables.num_blocks.np[index],
+        layer_names=group.layer_names,
+        attention_groups=runner.attn_groups[index],
+        window_reach=window_reach(group.kv_cache_spec),
+    )

@@ -1,0 +1,379 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Early prediction over a whole batch: step 2 of a cycle."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from adadecode_vllm.method.executor import SegmentExecutor, StepRunner, TokenSubset
+from adadecode_vllm.method.ledger import Window
+from adadecode_vllm.method.policy import ThresholdPolicy
+from adadecode_vllm.method.states import Finished, PendingStates
+from adadecode_vllm.method.stats import Stats
+
+MOST_AHEAD = 8
+"""Most requests whose next forward runs ahead.
+
+With more, a request that joins them is due in many of the steps, and what it computes
+would need a pass over the weights of its own.
+"""
+
+
+@dataclass(frozen=True)
+class DraftRequests:
+    """The requests that may predict early, R of them.
+
+    Attributes:
+        rows: (R,) int64, rows in the block tables.
+        token_ids: (R,) int64, the newest sampled tokens.
+        positions: (R,) int64, their positions; none has KV yet.
+        limits: (R,) int64, most early predictions each request may make: 0 .. cap.
+            KV slots up to ``positions + limits - 1`` must belong to the request (I3).
+        stop_token_ids: R collections of tokens after which nothing will be kept.
+        room: (R,) int64, KV slots that belong to the request from the newest token's
+            position on. With more than its early predictions need, the last of these
+            may run ahead of its verification; None for never.
+        thresholds: (R, K) the requests' own thresholds on the exits' probabilities;
+            None for the policy's.
+        alone: Whether the next step will hold these requests only, as far as is known.
+    """
+
+    rows: np.ndarray
+    token_ids: np.ndarray
+    positions: np.ndarray
+    limits: np.ndarray
+    stop_token_ids: list[Collection[int]]
+    room: np.ndarray | None = None
+    thresholds: np.ndarray | None = None
+    alone: bool = False
+
+    def going_on(self) -> np.ndarray:
+        """The requests, (r,) int64, that may predict and have not just ended."""
+        return np.array(
+            [
+                request
+                for request, (token, limit) in enumerate(
+                    zip(self.token_ids.tolist(), self.limits.tolist(), strict=True)
+                )
+                if limit > 0 and token not in self.stop_token_ids[request]
+            ],
+            np.int64,
+        )
+
+    def select(self, requests: np.ndarray) -> DraftRequests:
+        """Some of the requests, in the given order; (r,) int64."""
+        return DraftRequests(
+            rows=self.rows[requests],
+            token_ids=self.token_ids[requests],
+            positions=self.positions[requests],
+            limits=self.limits[requests],
+            stop_token_ids=[self.stop_token_ids[request] for request in requests],
+            room=None if self.room is None else self.room[requests],
+            thresholds=None if self.thresholds is None else self.thresholds[requests],
+        )
+
+
+class _Cycle:
+    """The windows of R requests while they grow.
+
+    By I1 the tokens of a window that stand at a level are next to each other, lower
+    levels further back, so their number per level says it all. Every round of a cycle
+    costs the host a fixed handful of array operations.
+
+    Attributes:
+        active: (R,) bool, whether the request goes on.
+        front_level: (R,) int64, level of the front token.
+    """
+
+    def __init__(self, requests: DraftRequests, width: int, num_segments: int) -> None:
+        self._requests = requests
+        self._width = width
+        size = len(requests.rows)
+        self._token_ids = np.zeros((size, width), np.int64)
+        self._token_ids[:, 0] = requests.token_ids
+        self._exits = np.full((size, width), -1, np.int8)
+        self._length = np.ones(size, np.int64)
+        self._count = np.zeros((num_segments + 1, size), np.int64)
+        self._count[0] = 1
+        self._limit = requests.limits + 1
+        self._front = np.array(requests.token_ids, np.int64)
+        self.active = requests.limits > 0
+        self.front_level = np.zeros(size, np.int64)
+
+    def standing(
+        self, chosen: np.ndarray, level: int
+    ) -> tuple[TokenSubset, np.ndarray, np.ndarray]:
+        """The tokens of some requests at their front's level.
+
+        Args:
+            chosen: (r,) int64, the requests.
+            level: Where all their front tokens stand.
+
+        Returns:
+            The n tokens, where their states are kept (n,) and their ids (n,).
+        """
+        return self._last(chosen, self._count[level][chosen])
+
+    def up_to(self, level: int) -> tuple[TokenSubset, np.ndarray, np.ndarray]:
+        """The tokens of all requests that stand at a level or below; as above."""
+        count = self._count[: level + 1].sum(0)
+        chosen = np.flatnonzero(count)
+        return self._last(chosen, count[chosen])
+
+    def _last(
+        self, chosen: np.ndarray, count: np.ndarray
+    ) -> tuple[TokenSubset, np.ndarray, np.ndarray]:
+        """So many last tokens of some requests; (r,) both."""
+        requests, width = self._requests, self._width
+        length = self._length[chosen]
+        offset = length - count
+        subset = TokenSubset(
+            requests.rows[chosen], requests.positions[chosen] + offset, count
+        )
+        states = chosen * width + offset
+        num_tokens = int(count.sum())
+        if num_tokens == len(chosen):
+            return subset, states, self._front[chosen]
+        skipped = states - np.cumsum(count) + count
+        states = np.repeat(skipped, count) + np.arange(num_tokens)
+        return subset, states, self._token_ids.ravel()[states]
+
+    def advance(self, chosen: np.ndarray, level: int) -> None:
+        """Note that these requests' tokens at a level have run its segment."""
+        self._count[level + 1][chosen] += self._count[level][chosen]
+        self._count[level][chosen] = 0
+        self.front_level[chosen] = level + 1
+
+    def finish(self) -> None:
+        """Note that all tokens have run all segments."""
+        self._count[-1] = self._count.sum(0)
+        self._count[:-1] = 0
+        self.front_level[:] = len(self._count) - 1
+
+    def predict(
+        self, chosen: np.ndarray, token_ids: np.ndarray, exit_index: int
+    ) -> None:
+        """Append early predictions; (r,) requests and tokens."""
+        length = self._length[chosen]
+        self._token_ids[chosen, length] = token_ids
+        self._exits[chosen, length] = exit_index
+        self._front[chosen] = token_ids
+        self.front_level[chosen] = 0
+        self._count[0][chosen] = 1
+        length += 1
+        self._length[chosen] = length
+        goes_on = self.active[chosen] & (length < self._limit[chosen])
+        stops = self._requests.stop_token_ids
+        for index, (request, token) in enumerate(
+            zip(chosen.tolist(), token_ids.tolist(), strict=True)
+        ):
+            if token in stops[request]:
+                goes_on[index] = False
+        self.active[chosen] = goes_on
+
+    def fresh_predictions(self) -> np.ndarray:
+        """Requests whose newest prediction has not run and has a KV slot; (r,)."""
+        if self._requests.room is None:
+            return np.empty(0, np.int64)
+        fresh = (self.front_level == 0) & (self._length > 1)
+        return np.flatnonzero(fresh & (self._length <= self._requests.room))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all windows."""
+        return int(self._length.sum())
+
+    def has_slots(self) -> bool:
+        """Whether every token has a KV slot: that of a new prediction may not."""
+        room = self._requests.room
+        return room is not None and bool(
+            ((self.front_level > 0) | (self._length <= room)).all()
+        )
+
+    def window(self) -> Window:
+        """The windows as they are now."""
+        used = np.arange(self._width) < self._length[:, None]
+        levels = np.zeros(used.shape, np.int8)
+        # The oldest tokens have come furthest.
+        descending = np.arange(len(self._count), dtype=np.int8)[::-1]
+        levels[used] = np.repeat(
+            np.tile(descending, len(self._length)), self._count[::-1].T.ravel()
+        )
+        return Window(
+            self._requests.positions,
+            self._length,
+            self._token_ids,
+            levels,
+            self._exits,
+        )
+
+
+class Drafter:
+    """Runs front tokens from exit to exit and predicts where a head is confident."""
+
+    def __init__(
+        self,
+        executor: SegmentExecutor,
+        states: PendingStates,
+        policy: ThresholdPolicy,
+        stats: Stats,
+    ) -> None:
+        """Wire the drafter.
+
+        Args:
+            executor: Runs segments and gates.
+            states: Receives the hidden states of all tokens that were run.
+            policy: Decides at each gate.
+            stats: Counters to add to.
+        """
+        self.executor = executor
+        self.states = states
+        self.policy = policy
+        self.stats = stats
+        self._random = np.random.default_rng(0)
+
+    def draft(self, requests: DraftRequests) -> Window:
+        """Predict early for a batch.
+
+        All requests move together. Each round takes the lowest level at which some
+        active request's front token stands and runs that segment for those front
+        tokens and for their pending tokens at the same level, so deferred layers of
+        several tokens and requests share one pass over the weights.
+
+        Args:
+            requests: The requests. Those whose limit is 0 are left alone.
+
+        Returns:
+            Their windows; ``length - 1`` early predictions each.
+        """
+        started = time.perf_counter()
+        cycle = _Cycle(requests, self.states.window, self.executor.num_segments)
+        last_exit = self.executor.num_segments - 2
+        while len(waiting := np.flatnonzero(cycle.active)):
+            front_level = cycle.front_level[waiting]
+            segment = int(front_level.min())
+            chosen = waiting[front_level == segment]
+            predicted, confidence = self._step(cycle, chosen, segment)
+            own = requests.thresholds
+            confident = self.policy.confident(
+                segment, confidence, None if own is None else own[chosen, segment]
+            )
+            if segment == last_exit:
+                cycle.active[chosen[~confident]] = False
+                confident |= self.policy.worth_a_guess(confidence)
+            if confident.any():
+                token_ids = self.policy.spoil(predicted[confident], self._random)
+                cycle.predict(chosen[confident], token_ids, segment)
+        ended = time.perf_counter()
+        self._run_ahead(cycle, requests.alone)
+        window = cycle.window()
+        for exit_index in range(last_exit + 1):
+            predictions = np.count_nonzero(window.exits == exit_index)
+            self.stats.early_predictions[exit_index] += predictions
+        self.stats.drafting_seconds += ended - started
+        return window
+
+    def _run_ahead(self, cycle: _Cycle, alone: bool) -> None:
+        """Let the device work while the host schedules the next step.
+
+        Nothing waits for it. Where the next step will hold these requests only, all of
+        its forward runs now, and the step finds it done. Otherwise the last early
+        predictions run the first segment, which they will in any case; the rest waits
+        for the other requests, to share a pass over the weights with them.
+
+        Args:
+            cycle: The windows.
+            alone: Whether the next step will hold these requests only.
+        """
+        steps = self.executor.steps
+        self.states.finished = None
+        if steps is None:
+            return
+        if (
+            alone
+            and len(cycle.active) <= MOST_AHEAD
+            and cycle.num_tokens <= steps.max_tokens
+            and cycle.has_slots()
+        ):
+            self._finish(cycle, steps)
+            return
+        chosen = cycle.fresh_predictions()
+        if len(chosen) and len(chosen) <= steps.max_tokens:
+            steps.ahead(0, *cycle.standing(chosen, 0))
+            cycle.advance(chosen, 0)
+            self.stats.count_segment(0, len(chosen))
+
+    def _finish(self, cycle: _Cycle, steps: StepRunner) -> None:
+        """Run everything that is left of all tokens."""
+        last = self.executor.num_segments - 1
+        for segment in range(last + 1):
+            subset, states, token_ids = cycle.up_to(segment)
+            if subset.num_tokens:
+                outcome = steps.ahead(segment, subset, states, token_ids)
+                self.stats.count_segment(segment, subset.num_tokens)
+        first = np.concatenate(([0], np.cumsum(subset.count)[:-1]))
+        self.states.finished = Finished(outcome, first)
+        cycle.finish()
+
+    def _step(
+        self, cycle: _Cycle, chosen: np.ndarray, segment: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Run a segment for all tokens of the chosen requests that stand at it.
+
+        Returns:
+            The head's tokens (r,) int64 and their probabilities (r,) float32 for the
+            chosen requests' front tokens.
+        """
+        started = time.perf_counter()
+        subset, states, token_ids = cycle.standing(chosen, segment)
+        steps = self.executor.steps
+        answer = steps.draft(segment, subset, states, token_ids) if steps else None
+        ended = time.perf_counter()
+        if answer is None:
+            front_states = self._run_segment(segment, subset, states, token_ids)
+            ended = time.perf_counter()
+            answer = self.executor.gate(segment, *front_states)
+            self.stats.gate_seconds[segment] += time.perf_counter() - ended
+        self.stats.draft_segment_seconds[segment] += ended - started
+        self.stats.count_segment(segment, len(states))
+        self.stats.draft_steps[segment] += 1
+        self.stats.gates[segment] += len(chosen)
+        cycle.advance(chosen, segment)
+        return answer
+
+    def _run_segment(
+        self,
+        segment: int,
+        subset: TokenSubset,
+        states: np.ndarray,
+        token_ids: np.ndarray,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run a segment where nothing holds the whole step.
+
+        Args:
+            segment: The segment.
+            subset: Its n tokens.
+            states: (n,) int64, where their states are kept.
+            token_ids: (n,) int64.
+
+        Returns:
+            Hidden states and residuals of the requests' last tokens, (r, d).
+        """
+        index = self.executor.to_device(states)
+        if segment == 0:
+            hidden = self.executor.embed(self.executor.to_device(token_ids))
+            residual = None
+        else:
+            hidden, residual = self.states.read(index)
+        hidden, residual = self.executor.run(segment, subset, hidden, residual)
+        assert residual is not None, "only the last segment, never drafted, ends it"
+        self.states.write(index, hidden, residual)
+        if subset.num_tokens == subset.num_requests:
+            return hidden, residual
+        front = self.executor.to_device(np.cumsum(subset.count) - 1)
+        return hidden.index_select(0, front), residual.index_select(0, front)

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`adadecode eval`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.remote_code import TrustRemoteCode
+from adadecode_vllm.toolkit.progress import Meter
+
+
+def eval_command(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="The base model: a directory or a Hugging Face name."
+        ),
+    ],
+    heads: Annotated[Path, typer.Argument(metavar="HEADS", help="A heads directory.")],
+    data: Annotated[
+        list[Path],
+        typer.Option(help="A directory of `adadecode data` with held-out text."),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Where the report goes. Default: HEADS/evaluation."),
+    ] = None,
+    gate: Annotated[
+        str, typer.Option(help="Gate to simulate: probability or acceptance.")
+    ] = "probability",
+    answers: Annotated[
+        int, typer.Option(min=0, help="Answers to simulate at most; 0: none.")
+    ] = 200,
+    overhead: Annotated[
+        float, typer.Option(min=0, help="A draft's overhead, in ordinary steps.")
+    ] = 0.0,
+    last_guess: Annotated[
+        bool,
+        typer.Option(
+            "--last-guess/--no-last-guess",
+            help="Submit unsure guesses of the last exit where they pay.",
+        ),
+    ] = True,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens after which a text is cut.")
+    ] = None,
+    chunk_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens whose distributions are in memory.")
+    ] = 512,
+    pass_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens in one pass of the model.")
+    ] = 1024,
+    dtype: Annotated[
+        str, typer.Option(help="The model's: auto (bfloat16 on GPU, float32 on CPU).")
+    ] = "auto",
+    plots: Annotated[
+        bool, typer.Option("--plots/--no-plots", help="Draw PNGs and an HTML report.")
+    ] = True,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Tell from held-out text what heads will do when served."""
+    import torch
+
+    from adadecode_vllm.heads import load_heads_config
+    from adadecode_vllm.heads.files import heads_named
+    from adadecode_vllm.toolkit.evaluation.output import (
+        check_evaluation_output,
+        write_evaluation,
+    )
+    from adadecode_vllm.toolkit.evaluation.run import SimulationGrid, evaluate_heads
+    from adadecode_vllm.toolkit.publishing.card import write_card
+    from adadecode_vllm.toolkit.states.teacher import Teacher, resolve_dtype
+
+    if gate not in ("probability", "acceptance"):
+        raise AdaDecodeError(
+            f"--gate {gate}: unknown; choose probability or acceptance"
+        )
+    # What can be refused is refused before the model's minutes.
+    output = output or heads / "evaluation"
+    check_evaluation_output(output, plots=plots)
+    with heads_named("HEADS"):
+        load_heads_config(heads)
+    history = _read_json(heads / "run" / "history.json")
+    training = _read_yaml(heads / "run" / "run.yaml")
+    if plots:
+        from adadecode_vllm.toolkit.report import parse_history, write_report
+        from adadecode_vllm.toolkit.report.plots import require_matplotlib
+
+        require_matplotlib()
+        if history is not None:
+            parse_history(history)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    teacher = Teacher.load(
+        model,
+        resolve_dtype(dtype, device),
+        device,
+        trust_remote_code=trust_remote_code,
+    )
+    grid = SimulationGrid(
+        gate=gate, most_answers=answers, overhead=overhead, last_guess=last_guess
+    )
+    with Meter() as meter, heads_named("HEADS"):
+        report = evaluate_heads(
+            teacher,
+            heads,
+            data,
+            grid=grid if answers else None,
+            max_length=max_length,
+            pass_tokens=pass_tokens,
+            chunk_tokens=chunk_tokens,
+            meter=meter,
+        )
+    written = [write_evaluation(output, report)]
+    if plots:
+        written += write_report(output, report, history)
+    config = load_heads_config(heads)
+    written.append(write_card(heads, config, training=training, evaluation=report))
+    _print(report)
+    typer.echo(f"Wrote {', '.join(str(path) for path in written)}")
+
+
+def _read_json(path: Path) -> Any:
+    """A file of the training; None where there is none."""
+    return _read(path, json.loads)
+
+
+def _read_yaml(path: Path) -> Any:
+    """A file of the training; None where there is none."""
+    import yaml
+
+    return _read(path, yaml.safe_load)
+
+
+def _read(path: Path, parse: Callable[[str], Any]) -> Any:
+    from yaml import YAMLError
+
+    if not path.is_file():
+        return None
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, YAMLError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise AdaDecodeError(
+            f"HEADS {path.parent.parent}: {path.parent.name}/{path.name} cannot be "
+            f"read ({reason}); restore it, or move it away to do without"
+        ) from error
+
+
+def _print(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title=f"{report['tokens']} tokens of {report['data']}")
+    columns = ("exit", "agreement", "KL (nats)", "coverage", "precision", "ECE")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in report["exits"]:
+        at = next(entry for entry in row["thresholds"] if entry["threshold"] == 0.75)
+        precision = at["precision"]
+        table.add_row(
+            str(row["layer"]),
+            f"{row['agreement']:.1%}",
+            f"{row['kl']:.4f}",
+            f"{at['coverage']:.1%}",
+            "-" if precision is None else f"{precision:.1%}",
+            f"{row['reliability']['probability']['ece']:.3f}",
+        )
+    table.caption = "coverage and precision at threshold 0.75"
+    console.print(table)
+    simulation, best = report["simulation"], report["best"]
+    if simulation is None:
+        console.print("No answers of the model itself in the data: nothing simulated.")
+        return
+    table = Table(
+        title=f"Predicted speedup, {simulation['answers']} answers, gate: "
+        f"{simulation['gate']}"
+    )
+    table.add_column("threshold", justify="right")
+    for cap in simulation["caps"]:
+        table.add_column(f"cap {cap}", justify="right")
+    for threshold, row in zip(
+        simulation["thresholds"], simulation["speedup"], strict=True
+    ):
+        table.add_row(f"{threshold:g}", *(f"{value:.2f}x" for value in row))
+    console.print(table)
+    console.print(
+        f"Best: threshold {best['threshold']:g}, cap {best['cap']}: "
+        f"{best['speedup']:.2f}x"
+    )

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What decoding costs, in ordinary steps: the formula of docs/design.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from adadecode_vllm.toolkit.evaluation.simulate import Counters
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Shares of one ordinary decoding step at batch 1, where reading weights is all.
+
+    Attributes:
+        head_share: h, the LM head's.
+        transform_share: tau, one T's; 0 for T = I.
+        overhead: o, everything else that a draft adds.
+        gate_head_share: The LM head's where a gate reads it: less than h for a reduced
+            draft vocabulary; None for h.
+    """
+
+    head_share: float
+    transform_share: float
+    overhead: float = 0.0
+    gate_head_share: float | None = None
+
+    @classmethod
+    def of_model(
+        cls,
+        model: Any,
+        *,
+        identity: bool,
+        overhead: float = 0.0,
+        draft_vocabulary: int | None = None,
+    ) -> CostModel:
+        """Count a model's weights.
+
+        Args:
+            model: A causal language model with ``model.layers`` and ``lm_head``.
+            identity: Whether T = I at every exit.
+            overhead: o.
+            draft_vocabulary: Tokens that gates look at; None or 0 for all.
+
+        Returns:
+            The shares.
+        """
+        head = model.lm_head.weight
+        in_layers = sum(weight.numel() for weight in model.model.layers.parameters())
+        total = in_layers + head.numel()
+        transform = 0 if identity else head.shape[1] ** 2
+        at_gates = None
+        if draft_vocabulary:
+            at_gates = min(draft_vocabulary, head.shape[0]) * head.shape[1] / total
+        return cls(head.numel() / total, transform / total, overhead, at_gates)
+
+    def ordinary_steps(self, counters: Counters) -> float:
+        """Cost of the counted work, as a number of ordinary steps.
+
+        Segments that run several tokens cost what they cost for one.
+
+        Args:
+            counters: Of a simulation.
+
+        Returns:
+            Ordinary steps.
+        """
+        bounds = (0, *counters.exit_layers, counters.num_layers)
+        layers = sum(
+            runs * (bounds[segment + 1] - bounds[segment])
+            for segment, runs in enumerate(counters.segments_run)
+        )
+        body = (1 - self.head_share) * layers / counters.num_layers
+        at_gates = self.gate_head_share
+        gate = self.head_share if at_gates is None else at_gates
+        gate += self.transform_share + self.overhead
+        return body + gate * sum(counters.gates) + self.head_share * counters.forwards
+
+    def speedup(self, counters: Counters) -> float:
+        """Speedup over ordinary decoding of the same tokens."""
+        steps = self.ordinary_steps(counters)
+        return counters.generated_tokens / steps if steps else 1.0

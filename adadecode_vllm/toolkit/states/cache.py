@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""States of all training tokens: computed once and kept on disk, or anew each time.
+
+A cache holds the states of texts, each under the hash of its tokens. A run computes
+what is missing, so an interrupted one goes on, and text that is added, left out or held
+out another time costs nothing twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.toolkit.states.state_files import (
+    Entry,
+    Manifest,
+    UnfitCacheError,
+    begin,
+    check_shards,
+    clear,
+    end_of,
+    one_writer,
+    read_index,
+    read_manifest,
+    shard_path,
+)
+from adadecode_vllm.toolkit.states.teacher import Teacher, split_by_tokens
+from adadecode_vllm.toolkit.states.texts import Text, texts_fingerprint
+
+logger = logging.getLogger(__name__)
+
+SHARD_BYTES = 1 << 30
+
+
+class StateSource(Protocol):
+    """Where a trainer gets states from.
+
+    Attributes:
+        layers: Layer counts of the states, the last one L.
+    """
+
+    layers: list[int]
+
+    def __len__(self) -> int:
+        """Number of sequences."""
+
+    def states(self, indices: Sequence[int]) -> torch.Tensor:
+        """States of the used positions of some sequences.
+
+        Args:
+            indices: Indices of sequences.
+
+        Returns:
+            (len(layers), n, d) in the model's dtype on the model's device.
+        """
+
+
+class LiveStates:
+    """States computed each time they are asked for."""
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        texts: Sequence[Text],
+        layers: Sequence[int],
+        pass_tokens: int,
+    ) -> None:
+        """Remember what to run.
+
+        Args:
+            teacher: The model.
+            texts: The texts.
+            layers: Layer counts, the last one L.
+            pass_tokens: Most tokens of one pass of the model.
+        """
+        self.teacher = teacher
+        self.texts = texts
+        self.layers = list(layers)
+        self.pass_tokens = pass_tokens
+
+    def __len__(self) -> int:
+        """Number of sequences."""
+        return len(self.texts)
+
+    def states(self, indices: Sequence[int]) -> torch.Tensor:
+        """Run the model; see the protocol."""
+        chosen = [self.texts[index] for index in indices]
+        parts = []
+        lengths = [len(text.token_ids) for text in chosen]
+        for group in self.teacher.groups(lengths, self.pass_tokens):
+            members = [chosen[index] for index in group]
+            streams = self.teacher.streams(
+                [member.token_ids for member in members], self.layers
+            )
+            used = torch.cat(
+                [
+                    torch.arange(len(member.token_ids)) >= member.first
+                    for member in members
+                ]
+            )
+            ends = torch.tensor([len(member.token_ids) for member in members]).cumsum(0)
+            used[ends - 1] = False  # the last token predicts nothing that is known
+            used = used.to(self.teacher.device)
+            parts.append(torch.stack([streams[layer][used] for layer in self.layers]))
+        return torch.cat(parts, dim=1)
+
+
+class CachedStates:
+    """States of some texts in memory-mapped shards, (tokens, layers, d) each."""
+
+    def __init__(
+        self,
+        directory: Path,
+        manifest: Manifest,
+        entries: Sequence[Entry],
+        device: torch.device,
+    ) -> None:
+        """Map the shards, which hold what the entries say.
+
+        Args:
+            directory: The cache.
+            manifest: Its manifest.
+            entries: Of the texts, in their order.
+            device: Where states are returned.
+        """
+        self.layers = manifest.layers
+        self.device = device
+        self._entries = entries
+        self._shard_tokens = manifest.shard_tokens
+        dtype = getattr(torch, manifest.dtype)
+        total = end_of(entries)
+        self._shards = []
+        for number, first in enumerate(range(0, total, manifest.shard_tokens)):
+            tokens = min(manifest.shard_tokens, total - first)
+            shape = (tokens, len(self.layers), manifest.hidden_size)
+            flat = torch.from_file(
+                str(shard_path(directory, number)),
+                shared=False,
+                size=math.prod(shape),
+                dtype=dtype,
+            )
+            self._shards.append(flat.view(shape))
+
+    def __len__(self) -> int:
+        """Number of sequences."""
+        return len(self._entries)
+
+    def states(self, indices: Sequence[int]) -> torch.Tensor:
+        """Read states; see the protocol."""
+        parts = []
+        for index in indices:
+            entry = self._entries[index]
+            first, last = entry.first, entry.first + entry.tokens
+            while first < last:
+                number, within = divmod(first, self._shard_tokens)
+                shard = self._shards[number]
+                count = min(last - first, self._shard_tokens - within)
+                parts.append(shard[within : within + count])
+                first += count
+        return torch.cat(parts).transpose(0, 1).to(self.device)
+
+
+def cache_key(teacher: Teacher, fingerprint: str, layers: Sequence[int]) -> str:
+    """Hash of everything but the texts that the states depend on.
+
+    Args:
+        teacher: The model.
+        fingerprint: Hash of the model's weights.
+        layers: Layer counts.
+
+    Returns:
+        Hexadecimal digits.
+    """
+    parts = [fingerprint, list(layers), str(teacher.dtype)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def cache_bytes(teacher: Teacher, texts: Iterable[Text], layers: Sequence[int]) -> int:
+    """Size of texts' states on disk."""
+    tokens = sum(text.used for text in texts)
+    return tokens * len(layers) * teacher.hidden_size * teacher.dtype.itemsize
+
+
+def cached_states(
+    directory: Path,
+    teacher: Teacher,
+    fingerprint: str,
+    live: LiveStates,
+    progress: Callable[[int], None] = lambda tokens: None,
+    *,
+    own: bool = False,
+) -> CachedStates:
+    """Open the states of some texts, after those that are missing were computed.
+
+    Args:
+        directory: The cache.
+        teacher: The model.
+        fingerprint: Hash of the model's weights.
+        live: Computes the states.
+        progress: Called with the number of states found or written since the last
+            call.
+        own: Whether the directory is a run's own, so that what does not fit is
+            written anew.
+
+    Returns:
+        The states.
+
+    Raises:
+        AdaDecodeError: If the directory holds something else, another run writes to it
+            or the disk is too small.
+    """
+    key = cache_key(teacher, fingerprint, live.layers)
+    try:
+        try:
+            return _open(directory, teacher, key, live, progress)
+        except UnfitCacheError:
+            if not own:
+                raise
+            clear(directory)
+            return _open(directory, teacher, key, live, progress)
+    except OSError as error:
+        raise AdaDecodeError(
+            f"--cache-dir {directory}: writing failed ({error.strerror or error}); "
+            "name another directory, or pass --no-cache to compute the states in every "
+            "epoch"
+        ) from error
+
+
+def _open(
+    directory: Path,
+    teacher: Teacher,
+    key: str,
+    live: LiveStates,
+    progress: Callable[[int], None],
+) -> CachedStates:
+    manifest = read_manifest(directory)
+    entries: dict[str, Entry] = {}
+    if manifest is None:
+        manifest = _manifest_of(teacher, key, live.layers)
+        begin(directory, manifest)
+    elif manifest.key != key:
+        raise UnfitCacheError(
+            f"--cache-dir {directory}: it holds the states of another model or other "
+            "exit layers; give another directory or delete it"
+        )
+    else:
+        entries, _ = read_index(directory)
+        check_shards(directory, manifest, end_of(entries.values()))
+    keys = [_text_key(text) for text in live.texts]
+    wanted = {key: index for index, key in enumerate(keys)}
+    if wanted.keys() - entries.keys():
+        with one_writer(directory, manifest) as writer:
+            # Another run may have added to it until now.
+            entries = writer.entries
+            missing = [i for key, i in wanted.items() if key not in entries]
+            _check_room(directory, teacher, live, missing)
+            progress(_used(live.texts) - _used(live.texts[i] for i in missing))
+            lengths = [len(live.texts[i].token_ids) for i in missing]
+            for group in split_by_tokens(lengths, live.pass_tokens):
+                members = [missing[place] for place in group]
+                states = live.states(members).transpose(0, 1).contiguous().cpu()
+                writer.add([(keys[i], live.texts[i].used) for i in members], states)
+                progress(len(states))
+    else:
+        progress(_used(live.texts))
+    found = [entries[key] for key in keys]
+    return CachedStates(directory, manifest, found, teacher.device)
+
+
+def _manifest_of(teacher: Teacher, key: str, layers: Sequence[int]) -> Manifest:
+    manifest = Manifest(
+        key=key,
+        layers=list(layers),
+        hidden_size=teacher.hidden_size,
+        dtype=str(teacher.dtype).removeprefix("torch."),
+        shard_tokens=1,
+    )
+    tokens = max(1, SHARD_BYTES // manifest.row_bytes)
+    return manifest.model_copy(update={"shard_tokens": tokens})
+
+
+def _check_room(
+    directory: Path, teacher: Teacher, live: LiveStates, missing: Sequence[int]
+) -> None:
+    size = cache_bytes(teacher, (live.texts[i] for i in missing), live.layers)
+    free = shutil.disk_usage(directory).free
+    logger.info("writing %.2f GB of states to %s", size / 1e9, directory)
+    if size > 0.98 * free:
+        raise AdaDecodeError(
+            f"--cache-dir {directory}: the states need {size / 1e9:.1f} GB and the "
+            f"disk has {free / 1e9:.1f} GB free; name a larger disk, take less text, "
+            "or pass --no-cache to compute them in every epoch"
+        )
+
+
+def _text_key(text: Text) -> str:
+    """Hash of a text's tokens and of which of them are used."""
+    return texts_fingerprint([text])[:32]
+
+
+def _used(texts: Iterable[Text]) -> int:
+    return sum(text.used for text in texts)

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A server's counters as a table for the terminal."""
+
+from __future__ import annotations
+
+import math
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from adadecode_vllm.toolkit.report.text import count, decimal, percent
+from adadecode_vllm.toolkit.stats.snapshot import Snapshot
+
+
+def view(
+    url: str, total: Snapshot, lately: Snapshot | None, problem: str | None = None
+) -> RenderableType:
+    """Draw counters.
+
+    Args:
+        url: Where they were read.
+        total: Since the server's start.
+        lately: Since the reading before; None if there was none.
+        problem: Why the newest reading failed.
+
+    Returns:
+        What rich prints.
+    """
+    parts: list[RenderableType] = [Text(f"AdaDecode at {url}", style="bold")]
+    if options := _options(total):
+        parts.append(Text(options))
+    if problem is not None:
+        parts.append(Text(problem, style="red"))
+    parts.append(_exits(total))
+    summary = Table(box=None, show_header=lately is not None, padding=(0, 2, 0, 0))
+    summary.add_column("")
+    summary.add_column("since start", justify="right")
+    if lately is not None:
+        summary.add_column(f"last {lately.time:.1f} s", justify="right")
+    columns = [total] if lately is None else [total, lately]
+    for label, cells in _summary(columns).items():
+        summary.add_row(label, *cells)
+    parts.append(summary)
+    return Group(*parts)
+
+
+def _options(total: Snapshot) -> str:
+    shown = ("threshold", "max_early_predictions", "gate", "disable_by_batch_size")
+    return ", ".join(
+        f"{name} {total.options[name]}"
+        for name in shown
+        if total.options.get(name) not in (None, "None")
+    )
+
+
+def _exits(total: Snapshot) -> Table:
+    table = Table()
+    for heading in (
+        "exit after layer",
+        "asked",
+        "predicted",
+        "of asked",
+        "accepted",
+        "rejected",
+        "right",
+    ):
+        table.add_column(heading, justify="right")
+    for layer, counted in total.per_exit.items():
+        predicted, asked = counted["early_predictions"], counted["gates"]
+        accepted, rejected = counted["accepted"], counted["rejected"]
+        table.add_row(
+            str(layer),
+            count(int(asked)),
+            count(int(predicted)),
+            percent(_ratio(predicted, asked)),
+            count(int(accepted)),
+            count(int(rejected)),
+            percent(_ratio(accepted, accepted + rejected)),
+        )
+    return table
+
+
+def _summary(columns: list[Snapshot]) -> dict[str, list[str]]:
+    """Label to one cell for each snapshot."""
+    rows = {
+        "tokens per target forward": [
+            decimal(
+                _ratio(part.totals["generated_tokens"], part.totals["request_steps"]), 2
+            )
+            for part in columns
+        ],
+        "generated tokens": [
+            count(int(part.totals["generated_tokens"])) for part in columns
+        ],
+        "resumed tokens": [
+            count(int(part.totals["resumed_tokens"])) for part in columns
+        ],
+        "drafting": [
+            f"{decimal(part.totals['drafting_seconds'], 1)} s" for part in columns
+        ],
+        "verifying": [
+            f"{decimal(part.totals['verifying_seconds'], 1)} s" for part in columns
+        ],
+    }
+    for reason in columns[0].dropped:
+        if columns[0].dropped[reason]:
+            rows[f"dropped, {reason.replace('_', ' ')}"] = [
+                f"{count(int(part.dropped[reason]))} tokens" for part in columns
+            ]
+    return rows
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else math.nan

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Choosing exit layers before any head is trained.
+
+Every layer gets a stand-in for a trained head that costs one linear solve: the ridge
+regression from its states to the final ones. Sets of layers are then compared by the
+cost formula on held-out text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+import numpy as np
+import torch
+
+from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.toolkit.evaluation.cost import CostModel
+from adadecode_vllm.toolkit.evaluation.measure import read_exit
+from adadecode_vllm.toolkit.evaluation.simulate import Counters
+from adadecode_vllm.toolkit.states.cache import LiveStates
+from adadecode_vllm.toolkit.states.teacher import Teacher
+from adadecode_vllm.toolkit.states.texts import Text
+
+# Of the mean diagonal; keeps the solve stable where states are nearly collinear.
+_RIDGE = 1e-2
+_MOST_SETS = 3000
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A set of exits and what the formula says of it.
+
+    Attributes:
+        exit_layers: Layer counts.
+        speedup: Predicted.
+        tokens_per_forward: Tokens per full forward.
+        acceptance: Share of early predictions that were right.
+        coverage: Share of tokens predicted early and right.
+    """
+
+    exit_layers: tuple[int, ...]
+    speedup: float
+    tokens_per_forward: float
+    acceptance: float
+    coverage: float
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """One layer on the held-out tokens: (n,) bool each."""
+
+    confident: np.ndarray
+    agreed: np.ndarray
+
+
+def choose_exits(
+    teacher: Teacher,
+    training: Sequence[Text],
+    held_out: Sequence[Text],
+    *,
+    threshold: float,
+    max_early_predictions: int,
+    most_exits: int = 3,
+    probe_tokens: int = 8192,
+    pass_tokens: int = 1024,
+    start: Callable[[int], None] = lambda total: None,
+    advance: Callable[[int], None] = lambda count: None,
+) -> list[Choice]:
+    """Compare sets of exit layers.
+
+    Args:
+        teacher: The model.
+        training: Texts that the stand-in heads are fitted to.
+        held_out: Texts that the sets are compared on.
+        threshold: The gate's threshold.
+        max_early_predictions: The cap.
+        most_exits: Largest size of a set.
+        probe_tokens: Most tokens of either kind of text.
+        pass_tokens: Most tokens of one pass of the model.
+        start: Called at the beginning with the number of sets to compare.
+        advance: Called with how many further ones were compared.
+
+    Returns:
+        The sets that were compared, the fastest first.
+
+    Raises:
+        AdaDecodeError: If no text is held out.
+    """
+    if not held_out:
+        raise AdaDecodeError(
+            "--exit-layers auto: the choice needs held-out text; give --held-out a "
+            "share above 0, or name the layers"
+        )
+    layers = list(range(1, teacher.num_layers))
+    count = sum(math.comb(len(layers), size) for size in range(1, most_exits + 1))
+    grown_only = count > _MOST_SETS
+    sizes = range(min(most_exits, len(layers)))
+    start(sum(len(layers) - size for size in sizes) if grown_only else count)
+    fit_on = _first_tokens(training, probe_tokens)
+    compare_on = _first_tokens(held_out, probe_tokens)
+    weights = _ridge_heads(teacher, fit_on, layers, pass_tokens)
+    probes = _probe(teacher, compare_on, weights, threshold, pass_tokens)
+    cost = CostModel.of_model(teacher.model, identity=False)
+    lengths = [text.used for text in compare_on]
+
+    def rate(exits: tuple[int, ...]) -> Choice:
+        counters = _walk(
+            [probes[layer] for layer in exits],
+            lengths,
+            Counters(exits, teacher.num_layers),
+            max_early_predictions,
+        )
+        advance(1)
+        return Choice(
+            exits,
+            cost.speedup(counters),
+            counters.tokens_per_forward,
+            counters.acceptance,
+            counters.coverage,
+        )
+
+    if not grown_only:
+        rated = [
+            rate(exits)
+            for size in range(1, most_exits + 1)
+            for exits in combinations(layers, size)
+        ]
+    else:
+        rated, best = [], Choice((), 0.0, 0.0, 0.0, 0.0)
+        for _ in range(most_exits):
+            grown = [
+                rate(tuple(sorted((*best.exit_layers, layer))))
+                for layer in layers
+                if layer not in best.exit_layers
+            ]
+            rated += grown
+            best = max(grown, key=lambda choice: choice.speedup)
+    return sorted(rated, key=lambda choice: -choice.speedup)
+
+
+def _first_tokens(texts: Sequence[Text], most: int) -> list[Text]:
+    """The first texts, the last of them cut: one alone may be as long as a book."""
+    chosen: list[Text] = []
+    left = most
+    for text in texts:
+        if left <= 0:
+            break
+        chosen.append(replace(text, token_ids=text.token_ids[: text.first + 1 + left]))
+        left -= text.used
+    return chosen
+
+
+def _ridge_heads(
+    teacher: Teacher, texts: Sequence[Text], layers: list[int], pass_tokens: int
+) -> dict[int, torch.Tensor]:
+    """T of least squares from each layer's states to the final ones."""
+    live = LiveStates(teacher, texts, [*layers, teacher.num_layers], pass_tokens)
+    states = live.states(range(len(texts))).float()
+    final = states[-1]
+    heads = {}
+    for layer, inputs in zip(layers, states, strict=False):
+        gram = inputs.T @ inputs
+        gram.diagonal().add_(_RIDGE * gram.diagonal().mean())
+        heads[layer] = torch.linalg.solve(gram, inputs.T @ final).T.contiguous()
+    return heads
+
+
+@torch.inference_mode()
+def _probe(
+    teacher: Teacher,
+    texts: Sequence[Text],
+    weights: dict[int, torch.Tensor],
+    threshold: float,
+    pass_tokens: int,
+) -> dict[int, _Probe]:
+    live = LiveStates(teacher, texts, [*weights, teacher.num_layers], pass_tokens)
+    log_odds = math.log(threshold / (1 - threshold)) if 0 < threshold < 1 else -math.inf
+    found: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {k: [] for k in weights}
+    states = live.states(range(len(texts)))
+    for chunk in states.split(512, dim=1):
+        final, _ = read_exit(chunk[-1], None, teacher.lm_head)
+        top = final.argmax(-1)
+        for inputs, (layer, weight) in zip(chunk, weights.items(), strict=False):
+            logits, odds = read_exit(inputs, weight, teacher.lm_head)
+            found[layer].append((odds > log_odds, logits.argmax(-1) == top))
+    return {
+        layer: _Probe(
+            *(torch.cat(column).cpu().numpy() for column in zip(*rows, strict=True))
+        )
+        for layer, rows in found.items()
+    }
+
+
+def _walk(
+    probes: Sequence[_Probe],
+    lengths: Sequence[int],
+    counters: Counters,
+    max_early_predictions: int,
+) -> Counters:
+    """Play the cycles on the text as it stands.
+
+    Unlike :mod:`adadecode_vllm.toolkit.evaluation.simulate` it does not leave the text
+    after a wrong prediction: the cycle ends there. Good enough to rank sets, and fast.
+    """
+    never = len(probes)
+    confident = np.stack([probe.confident for probe in probes])
+    exits = np.where(confident.any(0), confident.argmax(0), never)
+    agreed = np.stack([probe.agreed for probe in probes])
+    right = agreed[np.minimum(exits, never - 1), np.arange(len(exits))]
+    start = 0
+    for length in lengths:
+        position, end = start, start + length
+        while position < end:
+            drafts, lowest, wrong = 0, 0, False
+            while drafts < max_early_predictions and position + drafts < end - 1:
+                front = position + drafts
+                taken = exits[front]
+                for segment in range(min(taken + 1, never)):
+                    counters.segments_run[segment] += 1
+                    counters.gates[segment] += 1
+                if taken == never:
+                    lowest = never
+                    break
+                drafts += 1
+                counters.early_predictions[taken] += 1
+                if not right[front]:
+                    counters.rejected[taken] += 1
+                    wrong = True
+                    break
+                counters.accepted[taken] += 1
+            for segment in range(lowest, len(counters.segments_run)):
+                counters.segments_run[segment] += 1
+            counters.forwards += 1
+            kept = drafts + (0 if wrong else 1)
+            counters.generated_tokens += kept
+            position += kept
+        start = end
+    return counters

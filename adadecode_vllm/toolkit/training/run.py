@@ -1,0 +1,429 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training run, from a model and text to a heads directory."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.files import write_whole, writing
+from adadecode_vllm.heads.config import (
+    ExitCalibration,
+    ExitHeadsConfig,
+    HeadsDtype,
+    default_draft_vocabulary,
+    exit_layers_problem,
+)
+from adadecode_vllm.heads.fingerprint import lm_head_fingerprint
+from adadecode_vllm.heads.io import save_tensors
+from adadecode_vllm.toolkit.evaluation.measure import fit_calibration, measure
+from adadecode_vllm.toolkit.provenance import git_commit, package_versions
+from adadecode_vllm.toolkit.publishing.save import save_pretrained
+from adadecode_vllm.toolkit.states.cache import (
+    LiveStates,
+    StateSource,
+    cache_bytes,
+    cached_states,
+)
+from adadecode_vllm.toolkit.states.teacher import Teacher
+from adadecode_vllm.toolkit.states.texts import (
+    Text,
+    load_texts,
+    model_fingerprint,
+    split_held_out,
+    texts_fingerprint,
+)
+from adadecode_vllm.toolkit.training.draft_vocabulary import (
+    MAX_TOKENS,
+    count_tokens,
+    rank_tokens,
+)
+from adadecode_vllm.toolkit.training.output import (
+    CACHE_DIRECTORY,
+    CHECKPOINT_FILE,
+    FULL_HEADS_FILE,
+    HISTORY_FILE,
+    RUN_DIRECTORY,
+    RUN_FILE,
+    begin,
+    check_training_output,
+    choose_run_directory,
+    finish,
+)
+from adadecode_vllm.toolkit.training.probe import Choice, choose_exits
+from adadecode_vllm.toolkit.training.settings import TrainSettings
+from adadecode_vllm.toolkit.training.together import all_or_none, in_main, main_first
+from adadecode_vllm.toolkit.training.trainer import Trainer
+
+__all__ = [
+    "FULL_HEADS_FILE",
+    "RUN_DIRECTORY",
+    "Reporter",
+    "RunOptions",
+    "heads_config",
+    "train_heads",
+]
+
+_PACKAGES = ("adadecode-vllm", "torch", "transformers", "accelerate", "safetensors")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where a run reads and writes, and how it works; no influence on the weights.
+
+    Attributes:
+        output: The heads directory; run files go to its ``run/``.
+        cache: Whether to keep states on disk.
+        cache_directory: Where; None for ``run/cache``, which is deleted at the end.
+        overwrite: Replace heads, or an unfinished run of another kind, once the new
+            heads are trained.
+        threshold: The gate that ``auto`` exits are chosen for.
+        max_early_predictions: The cap that they are chosen for.
+        heads_dtype: Of the weights that are written; they are trained in float32.
+    """
+
+    output: Path
+    cache: bool = True
+    cache_directory: Path | None = None
+    overwrite: bool = False
+    threshold: float = 0.75
+    max_early_predictions: int = 5
+    heads_dtype: HeadsDtype = "float32"
+
+
+@dataclass
+class Reporter:
+    """What a run tells while it works; the defaults say nothing.
+
+    Attributes:
+        say: Called with sentences.
+        choices: Called with the table behind automatic exit layers.
+        begin: Called with the directory that the run works in.
+        start: Called when something begins that takes long, with what it is, what is
+            counted, and how many there are.
+        advance: Called with how many further ones are done.
+        step: Called with each step's record.
+        epoch: Called with each epoch's held-out record.
+    """
+
+    say: Callable[[str], None] = lambda sentence: None
+    choices: Callable[[list[Choice]], None] = lambda choices: None
+    begin: Callable[[Path], None] = lambda directory: None
+    start: Callable[[str, str, int], None] = lambda what, unit, total: None
+    advance: Callable[[int], None] = lambda count: None
+    step: Callable[[dict[str, Any]], None] = lambda record: None
+    epoch: Callable[[dict[str, Any]], None] = lambda record: None
+
+
+def train_heads(
+    teacher: Teacher,
+    data: Sequence[Path],
+    exit_layers: Sequence[int] | None,
+    settings: TrainSettings,
+    options: RunOptions,
+    processes: Any,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """Train, calibrate and write heads.
+
+    Args:
+        teacher: The frozen model.
+        data: Data directories.
+        exit_layers: Layer counts of the exits; None to choose them.
+        settings: What decides the weights.
+        options: Where and how.
+        processes: accelerate's ``Accelerator``.
+        reporter: Told what happens.
+
+    Returns:
+        Contents of ``run.yaml``.
+
+    Raises:
+        AdaDecodeError: If something of the user's cannot be used.
+    """
+    started = time.perf_counter()
+
+    def read() -> list[Text]:
+        check_training_output(options.output, overwrite=options.overwrite)
+        return load_texts(data, teacher, settings.max_length)
+
+    texts = all_or_none(processes, read)
+    training, held_out = split_held_out(texts, settings.held_out, settings.seed)
+    reporter.say(
+        f"{len(training)} texts to train on with {_used(training)} tokens to predict, "
+        f"{len(held_out)} held out with {_used(held_out)}"
+    )
+    if exit_layers is None:
+        choices = all_or_none(
+            processes,
+            lambda: choose_exits(
+                teacher,
+                training,
+                held_out,
+                threshold=options.threshold,
+                max_early_predictions=options.max_early_predictions,
+                pass_tokens=settings.pass_tokens,
+                start=lambda total: reporter.start("choosing exits", "sets", total),
+                advance=reporter.advance,
+            ),
+        )
+        reporter.choices(choices)
+        exit_layers = choices[0].exit_layers
+    if problem := exit_layers_problem(list(exit_layers), teacher.num_layers):
+        raise AdaDecodeError(f"--exit-layers {problem}; give increasing layer counts")
+
+    weights_key = model_fingerprint(teacher)
+    data_key = texts_fingerprint(texts)
+    key = settings.digest(weights_key, data_key, repr(list(exit_layers)))
+    # Everything has been read: from here on there is something to write.
+    directory = all_or_none(
+        processes,
+        lambda: choose_run_directory(options.output, key, overwrite=options.overwrite),
+    )
+    in_main(processes, lambda: _to_disk(options.output, lambda: begin(directory, key)))
+    reporter.begin(directory)
+    layers = [*exit_layers, teacher.num_layers]
+    training_states, held_out_states = _sources(
+        teacher, [training, held_out], layers, weights_key, settings, options,
+        directory, processes, reporter,
+    )  # fmt: skip
+    prepared = time.perf_counter()
+    size = settings.draft_vocabulary
+    counts = count_tokens((text.answer for text in training), teacher.vocab_size)
+    draft_token_ids = rank_tokens(counts, size or MAX_TOKENS)
+    lm_head = teacher.lm_head
+    if size is not None:
+        lm_head = lm_head[draft_token_ids.to(lm_head.device)]
+        share = counts[draft_token_ids].sum() / counts.sum()
+        reporter.say(
+            f"Trained on {len(draft_token_ids):,} of {teacher.vocab_size:,} tokens, "
+            f"{share:.1%} of the text"
+        )
+    trainer = Trainer(
+        exit_layers,
+        lm_head,
+        training_states,
+        held_out_states if held_out else None,
+        settings,
+        processes,
+    )
+    checkpoint = directory / CHECKPOINT_FILE
+    if all_or_none(processes, checkpoint.exists):
+        all_or_none(processes, lambda: trainer.load_checkpoint(checkpoint, key))
+        reporter.say(f"Continuing after epoch {trainer.progress.epoch}")
+    reporter.start("training", "steps", trainer.total_steps - trainer.progress.step)
+
+    def save_checkpoint() -> None:
+        _to_disk(options.output, lambda: trainer.save_checkpoint(checkpoint, key))
+
+    def step(record: dict[str, Any]) -> None:
+        reporter.step(record)
+        reporter.advance(1)
+
+    weights = trainer.run(
+        checkpoint=lambda: in_main(processes, save_checkpoint),
+        on_step=step,
+        on_epoch=reporter.epoch,
+    )
+    trained = time.perf_counter()
+    calibration = None
+    if held_out:
+        reporter.start("calibrating", "texts", len(held_out))
+        calibration = all_or_none(
+            processes,
+            lambda: _calibrate(
+                teacher, weights, draft_token_ids, held_out_states, settings, reporter
+            ),
+        )
+    record = {
+        "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "commit": git_commit(Path(__file__).parent),
+        "versions": package_versions(_PACKAGES),
+        "python": platform.python_version(),
+        "model": teacher.name,
+        "model_fingerprint": weights_key,
+        "dtype": str(teacher.dtype).removeprefix("torch."),
+        "device": str(teacher.device),
+        "processes": processes.num_processes,
+        "data": [str(directory) for directory in data],
+        "data_fingerprint": data_key,
+        "sources": sorted({text.source for text in texts}),
+        "texts": {"training": len(training), "held_out": len(held_out)},
+        "tokens": {"training": _used(training), "held_out": _used(held_out)},
+        "exit_layers": list(exit_layers),
+        "settings": settings.model_dump(),
+        "epochs_run": trainer.progress.epoch,
+        "best_epoch": trainer.progress.best_epoch or None,
+        "held_out": _record_of(trainer, trainer.progress.best_epoch),
+        "calibration": calibration,
+        "seconds": {
+            "states": round(prepared - started, 1),
+            "training": round(trained - prepared, 1),
+        },
+    }
+
+    def write() -> None:
+        _write_outputs(
+            teacher, weights, draft_token_ids, trainer, record, options, directory
+        )
+
+    in_main(processes, lambda: _to_disk(options.output, write))
+    return record
+
+
+def _to_disk(output: Path, write: Callable[[], None]) -> None:
+    """Let a failure to write be a sentence."""
+    try:
+        write()
+    except OSError as error:
+        raise AdaDecodeError(
+            f"OUT {output}: writing failed ({error.strerror or error}); make room or "
+            "mend the directory and run the command again; it goes on after its last "
+            "whole epoch"
+        ) from error
+
+
+def _sources(
+    teacher: Teacher,
+    texts: Sequence[list[Text]],
+    layers: list[int],
+    weights_key: str,
+    settings: TrainSettings,
+    options: RunOptions,
+    directory: Path,
+    processes: Any,
+    reporter: Reporter,
+) -> list[StateSource]:
+    """States of several lists of texts, from the cache or computed when asked for."""
+    live = [LiveStates(teacher, part, layers, settings.pass_tokens) for part in texts]
+    if not options.cache:
+        return list(live)
+    own = options.cache_directory is None
+    root = options.cache_directory or directory / CACHE_DIRECTORY
+    size = sum(cache_bytes(teacher, part, layers) for part in texts)
+    reporter.say(f"States of {len(layers)} layers: {_size(size)} in {root}")
+    reporter.start("states", "tokens", sum(map(_used, texts)))
+
+    def open_cache() -> list[StateSource]:
+        return [
+            cached_states(root, teacher, weights_key, source, reporter.advance, own=own)
+            for source in live
+        ]
+
+    # The main process writes, the others then open what it wrote.
+    return main_first(processes, open_cache)
+
+
+def _calibrate(
+    teacher: Teacher,
+    weights: dict[int, torch.Tensor],
+    draft_token_ids: torch.Tensor,
+    source: StateSource,
+    settings: TrainSettings,
+    reporter: Reporter,
+) -> dict[str, dict[str, float]]:
+    """Calibrate for the tokens that gates will look at by default."""
+    few = default_draft_vocabulary(len(draft_token_ids), teacher.vocab_size)
+    found = measure(
+        weights,
+        source,
+        teacher.lm_head,
+        draft_token_ids=draft_token_ids if few else None,
+        chunk_tokens=settings.chunk_tokens,
+        advance=reporter.advance,
+    )
+    table = {}
+    for layer, exit_measure in found.items():
+        slope, intercept, likelihoods = fit_calibration(exit_measure)
+        table[str(layer)] = {
+            "slope": slope,
+            "intercept": intercept,
+            "tokens": len(exit_measure.agreed),
+            **likelihoods,
+        }
+    return table
+
+
+def _write_outputs(
+    teacher: Teacher,
+    weights: dict[int, torch.Tensor],
+    draft_token_ids: torch.Tensor,
+    trainer: Trainer,
+    record: dict[str, Any],
+    options: RunOptions,
+    directory: Path,
+) -> None:
+    """Write all that was made, then let it take the place of what is in OUT."""
+    import yaml
+
+    history = json.dumps(trainer.progress.history, indent=1) + "\n"
+    write_whole(directory / HISTORY_FILE, history.encode())
+    write_whole(directory / RUN_FILE, yaml.safe_dump(record, sort_keys=False).encode())
+    if trainer.settings.head == "full":
+        tensors = {f"exit_heads.{k}.weight": v.cpu() for k, v in weights.items()}
+        with writing(directory / FULL_HEADS_FILE) as temporary:
+            save_tensors(temporary, tensors)
+    else:
+        save_pretrained(
+            options.output,
+            weights,
+            heads_config(teacher, record, options.heads_dtype),
+            draft_token_ids=draft_token_ids,
+            architectures=teacher.model.config.architectures or (),
+            training=record,
+        )
+    finish(options.output, directory)
+
+
+def heads_config(
+    teacher: Teacher, record: dict[str, Any], dtype: HeadsDtype
+) -> ExitHeadsConfig:
+    """The heads' ``config.json``.
+
+    Args:
+        teacher: The model.
+        record: Of the run, with ``exit_layers`` and ``calibration``.
+        dtype: Of the stored weights.
+
+    Returns:
+        The configuration.
+    """
+    calibration = record["calibration"]
+    return ExitHeadsConfig(
+        exit_layers=record["exit_layers"],
+        hidden_size=teacher.hidden_size,
+        vocab_size=teacher.vocab_size,
+        num_hidden_layers=teacher.num_layers,
+        base_model=teacher.name,
+        dtype=dtype,
+        lm_head_fingerprint=lm_head_fingerprint(teacher.lm_head),
+        calibration=calibration
+        and {
+            layer: ExitCalibration(
+                slope=row["slope"], intercept=row["intercept"], tokens=row["tokens"]
+            )
+            for layer, row in calibration.items()
+        },
+    )
+
+
+def _record_of(trainer: Trainer, epoch: int) -> dict[str, Any] | None:
+    records = trainer.progress.history["held_out"]
+    return next((record for record in records if record["epoch"] == epoch), None)
+
+
+def _used(texts: Sequence[Text]) -> int:
+    return sum(text.used for text in texts)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

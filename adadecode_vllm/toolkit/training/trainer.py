@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop: Adam on cached states, with exact resumption."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+
+from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.files import writing
+from adadecode_vllm.heads.io import save_tensors
+from adadecode_vllm.toolkit.states.cache import StateSource
+from adadecode_vllm.toolkit.training import together
+from adadecode_vllm.toolkit.training.objective import ExitLoss, evaluate
+from adadecode_vllm.toolkit.training.settings import TrainSettings
+
+logger = logging.getLogger(__name__)
+
+_ADAM = ("exp_avg", "exp_avg_sq")
+
+
+class Processes(together.Processes, Protocol):
+    """The part of accelerate's ``Accelerator`` that the loop needs."""
+
+    def reduce(self, tensor: torch.Tensor, reduction: str) -> torch.Tensor:
+        """Sum a tensor over all processes."""
+
+
+@dataclass
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        step: Steps done.
+        epoch: Epochs done.
+        best_loss: Lowest held-out loss, averaged over exits.
+        best_epoch: The epoch that reached it.
+        history: ``steps`` and ``held_out``, see :class:`Trainer`.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    best_loss: float = math.inf
+    best_epoch: int = 0
+    history: dict[str, list[dict[str, Any]]] = field(
+        default_factory=lambda: {"steps": [], "held_out": []}
+    )
+
+
+class Trainer:
+    """Trains one weight per exit against the final layer.
+
+    ``progress.history["steps"]`` holds step, epoch, learning_rate and loss (nats per
+    token, by exit); ``["held_out"]`` holds epoch, loss and agreement.
+    """
+
+    def __init__(
+        self,
+        exit_layers: Sequence[int],
+        lm_head: torch.Tensor,
+        training: StateSource,
+        held_out: StateSource | None,
+        settings: TrainSettings,
+        processes: Processes,
+    ) -> None:
+        """Start at T = I, or at the LM head for full-size heads.
+
+        Args:
+            exit_layers: Layer counts of the exits.
+            lm_head: (V, d), the frozen LM head.
+            training: States of the texts to train on.
+            held_out: States of the others; None for none.
+            settings: The options.
+            processes: This process among those that train together.
+        """
+        self.settings = settings
+        self.lm_head = lm_head
+        self.training = training
+        self.held_out = held_out
+        self.processes = processes
+        self.progress = Progress()
+        size, device = lm_head.shape[1], lm_head.device
+        if settings.head == "full":
+            start = lm_head.float()
+        else:
+            start = torch.eye(size, device=device)
+        self.weights = {layer: start.clone() for layer in exit_layers}
+        for weight in self.weights.values():
+            weight.grad = torch.zeros_like(weight)
+        self.best = {layer: start.clone() for layer in exit_layers}
+        self._optimizer = torch.optim.Adam(
+            self.weights.values(), lr=settings.learning_rate
+        )
+        self.steps_per_epoch = max(1, math.ceil(len(training) / settings.batch_size))
+        self.total_steps = settings.epochs * self.steps_per_epoch
+
+    def run(
+        self,
+        checkpoint: Callable[[], None] = lambda: None,
+        on_step: Callable[[dict[str, Any]], None] = lambda record: None,
+        on_epoch: Callable[[dict[str, Any]], None] = lambda record: None,
+    ) -> dict[int, torch.Tensor]:
+        """Train from where :attr:`progress` stands to the end.
+
+        Args:
+            checkpoint: Called after every epoch, in every process.
+            on_step: Called with each step's record.
+            on_epoch: Called with each epoch's held-out record.
+
+        Returns:
+            The weights with the lowest held-out loss; the last ones without held-out
+            texts.
+
+        Raises:
+            AdaDecodeError: If the loss is not a number.
+        """
+        settings, progress = self.settings, self.progress
+        while progress.epoch < settings.epochs and not self._stalled():
+            order = self._order(progress.epoch)
+            for first in range(0, len(order), settings.batch_size):
+                on_step(self._step(order[first : first + settings.batch_size]))
+            progress.epoch += 1
+            if self.held_out is not None and len(self.held_out):
+                record = self._validate()
+                on_epoch(record)
+            checkpoint()
+        return self.best if progress.best_epoch else self.weights
+
+    def _stalled(self) -> bool:
+        progress = self.progress
+        behind = progress.epoch - progress.best_epoch
+        stalled = bool(
+            self.settings.patience
+            and progress.best_epoch
+            and behind >= self.settings.patience
+        )
+        if stalled:
+            logger.info(
+                "no better held-out loss for %d epochs: stopped after epoch %d",
+                behind,
+                progress.epoch,
+            )
+        return stalled
+
+    def _order(self, epoch: int) -> list[int]:
+        """The texts' order in an epoch, a function of the seed and the epoch only."""
+        generator = torch.Generator().manual_seed(
+            self.settings.seed * 1_000_003 + epoch
+        )
+        return torch.randperm(len(self.training), generator=generator).tolist()
+
+    def _rate(self, step: int) -> float:
+        warm_up = max(1, round(self.settings.warmup * self.total_steps))
+        cosine = 0.5 * (1 + math.cos(math.pi * step / self.total_steps))
+        return self.settings.learning_rate * min(1.0, (step + 1) / warm_up) * cosine
+
+    def _step(self, batch: list[int]) -> dict[str, Any]:
+        for weight in self.weights.values():
+            assert weight.grad is not None
+            weight.grad.zero_()
+        gradients = {
+            layer: weight.grad
+            for layer, weight in self.weights.items()
+            if weight.grad is not None
+        }
+        losses = self._evaluate(self.training, self._mine(batch), gradients)
+        tokens = max(1, next(iter(losses.values())).tokens)
+        for gradient in gradients.values():
+            if self.processes.num_processes > 1:
+                gradient.copy_(self.processes.reduce(gradient, "sum"))
+            gradient.div_(tokens)
+        loss = {str(layer): total.loss / tokens for layer, total in losses.items()}
+        step = self.progress.step
+        if not all(math.isfinite(value) for value in loss.values()):
+            raise AdaDecodeError(
+                f"--learning-rate {self.settings.learning_rate}: the loss is not a "
+                f"number at step {step + 1}; give a lower rate"
+            )
+        rate = self._rate(step)
+        self._optimizer.param_groups[0]["lr"] = rate
+        self._optimizer.step()
+        self.progress.step += 1
+        record = {
+            "step": self.progress.step,
+            "epoch": self.progress.epoch + 1,
+            "learning_rate": rate,
+            "loss": loss,
+        }
+        self.progress.history["steps"].append(record)
+        return record
+
+    def _validate(self) -> dict[str, Any]:
+        assert self.held_out is not None
+        totals = {layer: ExitLoss() for layer in self.weights}
+        size = self.settings.batch_size
+        for first in range(0, len(self.held_out), size):
+            batch = list(range(first, min(first + size, len(self.held_out))))
+            part = self._evaluate(self.held_out, self._mine(batch), None)
+            for layer, total in part.items():
+                totals[layer].add(total)
+        progress = self.progress
+        record: dict[str, Any] = {
+            "epoch": progress.epoch,
+            "loss": {str(k): v.loss / max(1, v.tokens) for k, v in totals.items()},
+            "agreement": {
+                str(k): v.agreed / max(1, v.tokens) for k, v in totals.items()
+            },
+        }
+        progress.history["held_out"].append(record)
+        mean = sum(record["loss"].values()) / len(totals)
+        if mean < progress.best_loss:
+            progress.best_loss, progress.best_epoch = mean, progress.epoch
+            for layer, weight in self.weights.items():
+                self.best[layer].copy_(weight)
+        return record
+
+    def _mine(self, batch: list[int]) -> list[int]:
+        return batch[self.processes.process_index :: self.processes.num_processes]
+
+    def _evaluate(
+        self,
+        source: StateSource,
+        batch: list[int],
+        gradients: dict[int, torch.Tensor] | None,
+    ) -> dict[int, ExitLoss]:
+        """Losses of a batch, summed over all processes."""
+        totals = {layer: ExitLoss() for layer in self.weights}
+        if batch:
+            states = source.states(batch)
+            by_layer = dict(zip(source.layers, states, strict=True))
+            totals = evaluate(
+                self.weights,
+                by_layer,
+                states[-1],
+                self.lm_head,
+                objective=self.settings.objective,
+                chunk_tokens=self.settings.chunk_tokens,
+                gradients=gradients,
+            )
+        if self.processes.num_processes > 1:
+            sums = torch.tensor(
+                [[t.loss, t.agreed, t.tokens] for t in totals.values()],
+                dtype=torch.float64,
+                device=self.lm_head.device,
+            )
+            for total, row in zip(
+                totals.values(),
+                self.processes.reduce(sums, "sum").tolist(),
+                strict=True,
+            ):
+                total.loss, total.agreed, total.tokens = (
+                    row[0],
+                    int(row[1]),
+                    int(row[2]),
+                )
+        return totals
+
+    def save_checkpoint(self, path: Path, run_key: str) -> None:
+        """Write everything that resumption needs into one file.
+
+        Args:
+            path: A safetensors file; replaced in one step.
+            run_key: What the run depends on; see :meth:`load_checkpoint`.
+
+        Raises:
+            OSError: The file cannot be written; what was there is still there.
+        """
+        tensors = {}
+        for layer, weight in self.weights.items():
+            tensors[f"weight.{layer}"] = weight
+            tensors[f"best.{layer}"] = self.best[layer]
+            for name in _ADAM:
+                tensors[f"{name}.{layer}"] = self._optimizer.state[weight][name]
+        progress = self.progress
+        metadata = {
+            "run_key": run_key,
+            "step": str(progress.step),
+            "epoch": str(progress.epoch),
+            "best_loss": progress.best_loss.hex(),
+            "best_epoch": str(progress.best_epoch),
+            "history": json.dumps(progress.history),
+        }
+        contiguous = {name: t.contiguous().cpu() for name, t in tensors.items()}
+        with writing(path) as temporary:
+            save_tensors(temporary, contiguous, metadata)
+
+    def load_checkpoint(self, path: Path, run_key: str) -> None:
+        """Continue a run; the weights end up bit for bit as without interruption.
+
+        Args:
+            path: What :meth:`save_checkpoint` wrote.
+            run_key: Must be that of the checkpoint.
+
+        Raises:
+            AdaDecodeError: If the checkpoint cannot be read.
+            RuntimeError: If it is another run's.
+        """
+        from safetensors import SafetensorError
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("run_key") != run_key:
+                    raise RuntimeError("the checkpoint is another run's")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise AdaDecodeError(
+                f"OUT {path.parent.parent}: the checkpoint {path.name} cannot be read "
+                f"({error}); start again with --overwrite"
+            ) from error
+        self.progress = Progress(
+            step=int(metadata["step"]),
+            epoch=int(metadata["epoch"]),
+            best_loss=float.fromhex(metadata["best_loss"]),
+            best_epoch=int(metadata["best_epoch"]),
+            history=json.loads(metadata["history"]),
+        )
+        for layer, weight in self.weights.items():
+            weight.copy_(tensors[f"weight.{layer}"])
+            self.best[layer].copy_(tensors[f"best.{layer}"])
+            state: dict[str, Any] = {"step": torch.tensor(float(self.progress.step))}
+            for name in _ADAM:
+                state[name] = tensors[f"{name}.{layer}"].to(weight.device)
+            self._optimizer.state[weight] = state

@@ -1,9 +1,0 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Training of exit heads by distillation from a frozen model.
-
-``teacher`` runs the model once over the text and ``cache`` keeps what it computed;
-``objective`` turns cached states into losses and gradients, chunk by chunk;
-``trainer`` is the loop. ``calibration`` relates an exit's confidence to how often it is
-right, ``probe`` chooses exit layers, ``draft_vocabulary`` ranks the tokens of the text.
-Everything that meets a user is in ``command``.
-"""
