@@ -22,6 +22,9 @@ CONFIG_KEY = "adadecode"
 # (vllm/v1/sample/rejection_sampler.py, MAX_SPEC_LEN).
 _MAX_EARLY_PREDICTIONS = 128
 
+Ngram = Literal["off", "tail"]
+"""Drafts by n-gram lookup beside the exit heads'."""
+
 _SHOWN_CHARACTERS = 200
 _SHOWN_MISTAKES = 5
 
@@ -72,6 +75,12 @@ class AdaDecodeConfig(BaseModel):
         default=True,
         description="Where no exit is confident, also submit the last exit's guess if "
         "it is probably worth its verification.",
+    )
+    ngram: Ngram = Field(
+        default="off",
+        description="tail: behind the last early prediction, or where there is none, "
+        "draft what followed the same last tokens earlier in the request, up to the "
+        "cap.",
     )
     disable_by_batch_size: int | None = Field(
         default=None,

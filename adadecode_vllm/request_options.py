@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from adadecode_vllm.config import AdaDecodeConfig, shown, shown_bare, validated
+from adadecode_vllm.config import (
+    AdaDecodeConfig,
+    Ngram,
+    shown,
+    shown_bare,
+    validated,
+)
 from adadecode_vllm.errors import AdaDecodeError
 
 if TYPE_CHECKING:
@@ -40,6 +46,23 @@ class RequestOptions(BaseModel):
     max_early_predictions: int | None = Field(
         default=None, ge=0, description="Most unverified tokens, up to the engine's."
     )
+
+    ngram: Ngram | None = Field(
+        default=None, description="off, or tail to draft by n-gram lookup as well."
+    )
+
+    def may_draft(self, *, early: bool, ngram: bool) -> bool:
+        """Whether the request drafts.
+
+        Args:
+            early: Whether it predicts early where that is up to the engine.
+            ngram: Whether it drafts by n-gram lookup where that is.
+        """
+        if not self.enabled or self.max_early_predictions == 0:
+            return False
+        return (early if self.predicts is None else self.predicts) or (
+            ngram if self.ngram is None else self.ngram == "tail"
+        )
 
     @property
     def predicts(self) -> bool | None:
@@ -161,7 +184,7 @@ def most_early_predictions(
         it can be changed on a running engine.
     """
     own = options_of(params, config)
-    if own.predicts is False:
+    if not own.may_draft(early=True, ngram=config.ngram == "tail"):
         return 0
     asked = own.max_early_predictions
     return config.max_early_predictions if asked is None else asked

@@ -15,6 +15,7 @@ from vllm.config import VllmConfig
 from adadecode_vllm.config import AdaDecodeConfig
 from adadecode_vllm.engine.device_timer import DeviceTimer
 from adadecode_vllm.engine.gate import Gate
+from adadecode_vllm.engine.ngram import NgramTail
 from adadecode_vllm.engine.segments import build_segments, find_decoder
 from adadecode_vllm.engine.served_heads import load_served_heads
 from adadecode_vllm.engine.settings import Settings
@@ -74,6 +75,9 @@ class AdaDecode:
             self.executor, self.states, self.settings.policy, self.stats
         )
         self._resumer = Resumer(self.executor, self.states, self.stats)
+        self._max_model_len = vllm_config.model_config.max_model_len
+        # Compiled before anything is served where the engine asks for it.
+        self._ngram = NgramTail(self._max_model_len) if config.ngram != "off" else None
         self.timer: DeviceTimer | None = None
         self._exits: dict[str, np.ndarray] = {}
         self._contradicted: set[str] = set()
@@ -96,7 +100,7 @@ class AdaDecode:
                 them are left alone.
 
         Returns:
-            R lists of early predictions.
+            R lists of drafts: early predictions, then those by n-gram lookup.
         """
         drafts: list[list[int]] = [[] for _ in request_ids]
         drafting = requests.going_on()
@@ -106,14 +110,37 @@ class AdaDecode:
             requests = requests.select(drafting)
         drafting_ids = [request_ids[request] for request in drafting]
         window = self._drafter.draft(requests)
-        self.ledger.record(step, drafting_ids, window)
+        # Requests that only draft by n-gram lookup have run nothing.
+        pending = drafting_ids if window.begun.any() else []
+        self.ledger.record(step, pending, window)
         for row, (request, request_id) in enumerate(
             zip(drafting, drafting_ids, strict=True)
         ):
             predicted = slice(1, window.length[row])
-            drafts[request] = window.token_ids[row, predicted].tolist()
-            self._exits[request_id] = window.exits[row, predicted]
+            early = window.token_ids[row, predicted].tolist()
+            exits = window.exits[row, predicted]
+            tail = self._tail(requests, row, early)
+            if tail:
+                exits = np.concatenate((exits, np.full(len(tail), -1, exits.dtype)))
+            drafts[request] = early + tail
+            self._exits[request_id] = exits
         return drafts
+
+    def _tail(self, requests: DraftRequests, row: int, early: list[int]) -> list[int]:
+        """Drafts that follow a request's early predictions."""
+        context = None if requests.contexts is None else requests.contexts[row]
+        if context is None:
+            return []
+        if self._ngram is None:
+            self._ngram = NgramTail(self._max_model_len)
+        tail = self._ngram.extend(
+            context,
+            early,
+            int(requests.limits[row]) - len(early),
+            requests.stop_token_ids[row],
+        )
+        self.stats.ngram_drafts += len(tail)
+        return tail
 
     def runs_in_steps(self, batch: ScheduledBatch) -> bool:
         """Whether :meth:`forward` can run outside vLLM's forward context."""
@@ -157,8 +184,10 @@ class AdaDecode:
             exits = self._exits.pop(request_id, None)
             tokens = sampled.get(request_id, 0)
             if exits is not None and tokens:
-                self.stats.count_verdict(exits[:num_drafts], tokens - 1)
-                if tokens <= num_drafts and request_id not in self._contradicted:
+                verified = exits[:num_drafts]
+                self.stats.count_verdict(verified, tokens - 1)
+                contradicted = tokens <= len(verified) and verified[tokens - 1] >= 0
+                if contradicted and request_id not in self._contradicted:
                     self._contradicted.add(request_id)
                     self.stats.contradicted_requests += 1
 

@@ -46,7 +46,7 @@ def split_counters(
     """Name the numbers of a report.
 
     Args:
-        counters: (4 K + 14,) as :meth:`AdaDecode.counters` orders them.
+        counters: (4 K + 17,) as :meth:`AdaDecode.counters` orders them.
 
     Returns:
         By name K numbers per exit, by name the totals, and by reason the dropped

@@ -31,6 +31,18 @@ TOTALS = {
         "generated_tokens",
         "Tokens that those forwards yielded; by them, tokens per target forward.",
     ),
+    "ngram_drafts": (
+        "ngram_draft_tokens",
+        "Tokens drafted by n-gram lookup behind early predictions.",
+    ),
+    "ngram_accepted": (
+        "ngram_accepted_tokens",
+        "Tokens drafted by n-gram lookup that the final layer confirmed.",
+    ),
+    "ngram_rejected": (
+        "ngram_rejected_tokens",
+        "Tokens drafted by n-gram lookup that the final layer contradicted.",
+    ),
     "resumed_tokens": (
         "resumed_tokens",
         "Tokens that entered a forward with layers already done.",

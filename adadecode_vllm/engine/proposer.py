@@ -102,6 +102,7 @@ class AdaDecodeProposer:
         states = [requests[request_id] for request_id in request_ids]
         caps = np.where(processed_rows(input_batch, rows), 0, caps)
 
+        tails = settings.tails(options, len(rows))
         positions = input_batch.num_tokens_no_spec[rows].astype(np.int64) - 1
         batcher = self.adadecode.executor.batcher
         assert batcher is not None, "bound when the KV cache was initialized"
@@ -123,6 +124,11 @@ class AdaDecodeProposer:
                     stop_token_ids(state.sampling_params) for state in states
                 ],
                 thresholds=settings.thresholds(options),
+                contexts=tails
+                and [
+                    input_batch.token_ids_cpu[row, : position + 1] if tail else None
+                    for row, position, tail in zip(rows, positions, tails, strict=True)
+                ],
             ),
         )
         for row, early in zip(rows, predicted, strict=True):

@@ -29,6 +29,7 @@ _CHANGEABLE = {
     "max_early_predictions",
     "gate",
     "last_guess",
+    "ngram",
     "synthetic_acceptance_rate",
 }
 
@@ -139,16 +140,40 @@ class Settings:
         """
         cap = min(self.policy.max_early_predictions, most)
         if options is None:
-            caps = np.full(requests, cap if self.policy.can_predict else 0, np.int64)
+            drafts = self.policy.can_predict or self._ngram
+            caps = np.full(requests, cap if drafts else 0, np.int64)
         else:
             caps = np.array([self._cap(own, cap) for own in options], np.int64)
         return caps if caps.any() else None
 
     def _cap(self, own: RequestOptions, cap: int) -> int:
-        if not (self.policy.can_predict if own.predicts is None else own.predicts):
+        if not own.may_draft(early=self.policy.can_predict, ngram=self._ngram):
             return 0
         asked = own.max_early_predictions
         return cap if asked is None else min(cap, asked)
+
+    def tails(
+        self, options: Sequence[RequestOptions] | None, requests: int
+    ) -> list[bool] | None:
+        """Which requests also draft by n-gram lookup.
+
+        Args:
+            options: R requests' options, or None for the engine's.
+            requests: R.
+
+        Returns:
+            R, or None if none does.
+        """
+        if options is None:
+            return [True] * requests if self._ngram else None
+        tails = [
+            self._ngram if own.ngram is None else own.ngram == "tail" for own in options
+        ]
+        return tails if any(tails) else None
+
+    @property
+    def _ngram(self) -> bool:
+        return self._config.ngram == "tail"
 
     def thresholds(self, options: Sequence[RequestOptions] | None) -> np.ndarray | None:
         """Requests' own thresholds on the exits' probabilities.

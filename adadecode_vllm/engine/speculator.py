@@ -408,6 +408,8 @@ class AdaDecodeSpeculator(BaseSpeculator):
         rows = rows[active]
         positions = self._computed[rows]
         request_ids = [input_batch.req_ids[index] for index in active]
+        settings = self.adadecode.settings
+        own = options and [options[index] for index in active]
         batcher = self.adadecode.executor.batcher
         assert batcher is not None, "bound when the KV cache was initialized"
         owned_slots = batcher.owned_slots(rows)
@@ -431,8 +433,9 @@ class AdaDecodeSpeculator(BaseSpeculator):
                 ],
                 room=owned_slots - positions,
                 alone=len(active) == input_batch.num_reqs,
-                thresholds=self.adadecode.settings.thresholds(
-                    options and [options[index] for index in active]
+                thresholds=settings.thresholds(own),
+                contexts=self._contexts(
+                    rows, positions, settings.tails(own, len(active))
                 ),
             ),
         )
@@ -445,6 +448,21 @@ class AdaDecodeSpeculator(BaseSpeculator):
             self.drafts[request_id] = early
             table[index, : len(early)] = early
         return async_tensor_h2d(table, out=answer)
+
+    def _contexts(
+        self, rows: np.ndarray, positions: np.ndarray, tails: list[bool] | None
+    ) -> list[np.ndarray | None] | None:
+        """The verified tokens of requests that draft by n-gram lookup.
+
+        vLLM keeps them in memory that host and device share. What the last step sampled
+        is there: its outcome, which was copied after that, has arrived.
+        """
+        if tails is None or (token_ids := _host_token_ids(self._states)) is None:
+            return None
+        return [
+            token_ids[row, : position + 1] if tail else None
+            for row, position, tail in zip(rows, positions, tails, strict=True)
+        ]
 
     def _count_verdicts(self, request_ids: list[str], sampled: np.ndarray) -> None:
         scheduled = self._scheduled
@@ -460,6 +478,15 @@ class AdaDecodeSpeculator(BaseSpeculator):
             },
             {request_id: len(tokens) for request_id, tokens in drafts.items()},
         )
+
+
+def _host_token_ids(states: RequestState) -> np.ndarray | None:
+    """(max_requests, max_model_len) int32; None where only the device has them."""
+    table: Any = states.all_token_ids
+    if table.gpu.device.type == "cpu":
+        return table.gpu.numpy()
+    shared = getattr(table, "_uva_buf", None)
+    return None if shared is None else shared.np
 
 
 def _kv_group(runner: GPUModelRunner, index: int) -> KVGroup:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +41,9 @@ class DraftRequests:
         thresholds: (R, K) the requests' own thresholds on the exits' probabilities;
             None for the policy's.
         alone: Whether the next step will hold these requests only, as far as is known.
+        contexts: R requests' verified tokens, (n,) int32 each, where drafts by n-gram
+            lookup follow the early predictions, and None where none do; None for
+            nowhere. With any, nothing runs ahead of the next step: they have to run.
     """
 
     rows: np.ndarray
@@ -51,6 +54,7 @@ class DraftRequests:
     room: np.ndarray | None = None
     thresholds: np.ndarray | None = None
     alone: bool = False
+    contexts: Sequence[np.ndarray | None] | None = None
 
     def going_on(self) -> np.ndarray:
         """The requests, (r,) int64, that may predict and have not just ended."""
@@ -75,6 +79,9 @@ class DraftRequests:
             stop_token_ids=[self.stop_token_ids[request] for request in requests],
             room=None if self.room is None else self.room[requests],
             thresholds=None if self.thresholds is None else self.thresholds[requests],
+            contexts=None
+            if self.contexts is None
+            else [self.contexts[request] for request in requests],
         )
 
 
@@ -253,6 +260,7 @@ class Drafter:
         """
         started = time.perf_counter()
         cycle = _Cycle(requests, self.states.window, self.executor.num_segments)
+        cycle.active &= self.policy.may_predict(requests.thresholds)
         last_exit = self.executor.num_segments - 2
         while len(waiting := np.flatnonzero(cycle.active)):
             front_level = cycle.front_level[waiting]
@@ -270,7 +278,9 @@ class Drafter:
                 token_ids = self.policy.spoil(predicted[confident], self._random)
                 cycle.predict(chosen[confident], token_ids, segment)
         ended = time.perf_counter()
-        self._run_ahead(cycle, requests.alone)
+        self.states.finished = None
+        if requests.contexts is None:
+            self._run_ahead(cycle, requests.alone)
         window = cycle.window()
         for exit_index in range(last_exit + 1):
             predictions = np.count_nonzero(window.exits == exit_index)
@@ -291,7 +301,6 @@ class Drafter:
             alone: Whether the next step will hold these requests only.
         """
         steps = self.executor.steps
-        self.states.finished = None
         if steps is None:
             return
         if (

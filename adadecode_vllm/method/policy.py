@@ -37,6 +37,17 @@ class ThresholdPolicy:
         """Whether any early prediction can happen at all."""
         return min(self.thresholds) < 1.0
 
+    def may_predict(self, own: np.ndarray | None) -> np.ndarray | bool:
+        """Which requests may predict early at some exit.
+
+        Args:
+            own: (R, K) the requests' own thresholds; None for the policy's.
+
+        Returns:
+            (R,) bool, or one bool for all.
+        """
+        return self.can_predict if own is None else own.min(axis=1) < 1.0
+
     def confident(
         self,
         exit_index: int,

@@ -12,6 +12,9 @@ REPORTED_PER_EXIT = ("early_predictions", "accepted", "rejected", "gates")
 REPORTED = (
     "request_steps",
     "generated_tokens",
+    "ngram_drafts",
+    "ngram_accepted",
+    "ngram_rejected",
     "resumed_tokens",
     "resumed_forwards",
     "drafting_seconds",
@@ -42,6 +45,9 @@ class Stats:
         token_layers: Tokens times layers run by each segment in those calls.
         request_steps: Full forwards, counted per decoding request.
         generated_tokens: Tokens that those yielded.
+        ngram_drafts: Drafts by n-gram lookup behind early predictions.
+        ngram_accepted: Of those, confirmed by the final layer.
+        ngram_rejected: Of those, contradicted by the final layer.
         resumed_tokens: Tokens that entered a forward with work already done.
         resumed_forwards: Forwards with at least one resumed token.
         draft_segment_seconds: Wall time of each segment while drafting.
@@ -62,6 +68,9 @@ class Stats:
     token_layers: np.ndarray = field(init=False)
     request_steps: int = field(init=False)
     generated_tokens: int = field(init=False)
+    ngram_drafts: int = field(init=False)
+    ngram_accepted: int = field(init=False)
+    ngram_rejected: int = field(init=False)
     resumed_tokens: int = field(init=False)
     resumed_forwards: int = field(init=False)
     draft_segment_seconds: np.ndarray = field(init=False)
@@ -86,6 +95,9 @@ class Stats:
         self.token_layers = np.zeros(exits + 1, np.int64)
         self.request_steps = 0
         self.generated_tokens = 0
+        self.ngram_drafts = 0
+        self.ngram_accepted = 0
+        self.ngram_rejected = 0
         self.resumed_tokens = 0
         self.resumed_forwards = 0
         self.draft_segment_seconds = np.zeros(exits + 1)
@@ -103,18 +115,25 @@ class Stats:
         """Count the outcome of one request's verified drafts.
 
         Args:
-            exits: (m,) int8, the exit of each draft that was verified, in order.
+            exits: (m,) int8, the exit of each draft that was verified, in order; -1 for
+                those by n-gram lookup.
             accepted: Number of drafts that were accepted, 0 .. m.
         """
-        np.add.at(self.accepted, exits[:accepted], 1)
+        confirmed = exits[:accepted]
+        early = confirmed >= 0
+        np.add.at(self.accepted, confirmed[early], 1)
+        self.ngram_accepted += int(np.count_nonzero(~early))
         if accepted < len(exits):
-            self.rejected[exits[accepted]] += 1
+            if exits[accepted] >= 0:
+                self.rejected[exits[accepted]] += 1
+            else:
+                self.ngram_rejected += 1
 
     def reported(self) -> np.ndarray:
         """The counters of :data:`REPORTED_PER_EXIT` and :data:`REPORTED`; float64.
 
         Returns:
-            (4 K + 6,): K numbers for each counter per exit, then the others.
+            (4 K + 9,): K numbers for each counter per exit, then the others.
         """
         return np.concatenate(
             [

@@ -62,7 +62,13 @@ def start(directory: Path, **options: Any) -> Any:
     return start_engine(str(directory / "model"), **values)
 
 
-def sample(llm: Any, seed: int, continuations: int, **options: Any) -> np.ndarray:
+def sample(
+    llm: Any,
+    seed: int,
+    continuations: int,
+    prompt: dict[str, Any] = PROMPT,
+    **options: Any,
+) -> np.ndarray:
     """(continuations, TOKENS) token ids."""
     from vllm import SamplingParams
 
@@ -70,7 +76,7 @@ def sample(llm: Any, seed: int, continuations: int, **options: Any) -> np.ndarra
         max_tokens=TOKENS, ignore_eos=True, detokenize=False, **options
     )
     torch.manual_seed(seed)
-    outputs = llm.generate([PROMPT] * continuations, params, use_tqdm=False)
+    outputs = llm.generate([prompt] * continuations, params, use_tqdm=False)
     return np.array([list(output.outputs[0].token_ids) for output in outputs])
 
 
@@ -152,6 +158,23 @@ def test_the_distribution_is_ordinary(
         assert accepted + rejected >= 20_000
     assert found[:, 1:].size >= 20_000
     assert p_value(found, ordinary[name]) > SAME
+
+
+def test_ngram_drafts_leave_the_distribution_alone(engine: Any) -> None:
+    """Behind a prompt in which most pairs of tokens occur, so that most are drafted."""
+    draw = np.random.default_rng(0)
+    prompt = {"prompt_token_ids": draw.integers(0, VOCABULARY, 250).tolist()}
+    options = {"prompt": prompt, **SETTINGS["cooler, top-k, top-p"]}
+    configure(engine, threshold=0.3, ngram="tail")
+    found = sample(engine, 2, BIASED, **options)
+    counted = stats(engine)
+    configure(engine, ngram="off")
+    assert counted["ngram_accepted"] > 100
+    assert counted["ngram_rejected"] > 1000
+    configure(engine, threshold=1.0)
+    without = sample(engine, 3, BIASED, **options)
+    assert sum(stats(engine)["early_predictions"]) == 0
+    assert p_value(found, without) > SAME
 
 
 def test_drafts_accepted_on_the_gates_word_are_noticed(

@@ -245,6 +245,22 @@ def test_options_of_a_request(engine: EngineProcess, some: Case) -> None:
     assert sum(engine.stats()["accepted"]) > 0
 
 
+@pytest.mark.parametrize("threshold", [0.5, 1.0])
+def test_ngram_drafts_follow_the_exits(
+    engine: EngineProcess, some: Case, threshold: float
+) -> None:
+    prompts, texts = some
+    engine.configure(threshold=threshold, max_early_predictions=5, ngram="tail")
+    try:
+        assert engine.generate(prompts) == texts
+        counted = engine.stats()
+    finally:
+        engine.configure(ngram="off")
+    assert counted["ngram_accepted"] > 0
+    assert counted["ngram_rejected"] > 0
+    assert (sum(counted["accepted"]) > 0) is (threshold < 1.0)
+
+
 @pytest.mark.feature("structured output: JSON schema", "supported")
 def test_structured_output(engine: EngineProcess, some: Case) -> None:
     """The grammar sees the drafts that there are; what it forbids is not resumed."""

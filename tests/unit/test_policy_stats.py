@@ -40,6 +40,14 @@ def test_at_one_drafting_is_not_even_started(threshold: float, can: bool) -> Non
     assert ThresholdPolicy([1.0, threshold], 5).can_predict is can
 
 
+def test_a_request_at_one_predicts_nothing_beside_others() -> None:
+    policy = ThresholdPolicy([1.0, 0.75], 5)
+    assert policy.may_predict(None) is True
+    assert ThresholdPolicy([1.0, 1.0], 5).may_predict(None) is False
+    own = np.array([[1.0, 1.0], [0.2, 1.0], [0.75, 0.75]])
+    assert np.array_equal(policy.may_predict(own), [False, True, True])
+
+
 def test_an_unsure_guess_has_a_threshold_of_its_own() -> None:
     policy = ThresholdPolicy([0.75], 5, guess_threshold=0.5)
     assert policy.worth_a_guess(CONFIDENCES).tolist() == [

@@ -67,6 +67,26 @@ def test_whether_a_request_predicts(
 
 
 @pytest.mark.parametrize(
+    ("options", "drafts"),
+    [
+        # Of the engine's: early predictions and n-gram drafts, one of them, none.
+        ({}, [True, True, True, False]),
+        ({"threshold": 1}, [True, False, True, False]),
+        ({"threshold": 0.5}, [True, True, True, True]),
+        ({"ngram": "tail"}, [True, True, True, True]),
+        ({"ngram": "off"}, [True, True, False, False]),
+        ({"ngram": "tail", "threshold": 1}, [True, True, True, True]),
+        ({"ngram": "tail", "enabled": False}, [False] * 4),
+        ({"ngram": "tail", "max_early_predictions": 0}, [False] * 4),
+    ],
+)
+def test_whether_a_request_drafts(options: dict[str, Any], drafts: list[bool]) -> None:
+    engines = [(True, True), (True, False), (False, True), (False, False)]
+    own = parse(**options)
+    assert [own.may_draft(early=e, ngram=n) for e, n in engines] == drafts
+
+
+@pytest.mark.parametrize(
     ("options", "sentence"),
     [
         ({"threshold": 1.5}, "adadecode_threshold = 1.5 is refused: Input should be"),

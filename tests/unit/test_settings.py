@@ -69,6 +69,29 @@ def test_caps_where_nobody_asks() -> None:
     assert settings(1.0).caps(None, 3, 5) is None
 
 
+def test_who_drafts_by_ngram_lookup() -> None:
+    batch = [ENGINES, ask(ngram="tail"), ask(ngram="off"), ask(threshold=1)]
+    assert settings().tails(None, 2) is None
+    assert settings(ngram="tail").tails(None, 2) == [True, True]
+    assert settings().tails(batch, 4) == [False, True, False, False]
+    assert settings().tails(batch[2:], 2) is None
+    running = settings(ngram="tail")
+    assert running.tails(batch, 4) == [True, True, False, True]
+    running.configure({"ngram": "off"})
+    assert running.tails(None, 2) is None
+
+
+def test_ngram_drafts_need_no_exit() -> None:
+    """At threshold 1 they are all there is."""
+    caps = settings(1.0, ngram="tail").caps(None, 2, 5)
+    assert caps is not None
+    assert caps.tolist() == [5, 5]
+    batch = [ask(ngram="tail"), ENGINES, ask(ngram="tail", enabled=False)]
+    found = settings(1.0).caps(batch, 3, 5)
+    assert found is not None
+    assert found.tolist() == [5, 0, 0]
+
+
 def test_thresholds_of_a_mixed_batch() -> None:
     running = settings()
     assert running.thresholds(None) is None

@@ -88,6 +88,8 @@ def _adadecode(draw: Random) -> dict[str, Any]:
         found["draft_vocabulary_size"] = draw.choice((16, 64, 500, 829))
     if draw.random() < 0.3:
         found["last_guess"] = False
+    if draw.random() < 0.4:
+        found["ngram"] = "tail"
     if draw.random() < 0.2:
         found["disable_by_batch_size"] = draw.choice((1, 2, 3, 5))
     return found
@@ -366,6 +368,8 @@ class _Stream:
             options["adadecode_max_early_predictions"] = draw.randint(0, cap)
         if draw.random() < 0.05:
             options["adadecode_enabled"] = False
+        if draw.random() < 0.3:
+            options["adadecode_ngram"] = draw.choice(("off", "tail"))
         if "logits_processors" in self._arguments and draw.random() < 0.3:
             options["shift"] = draw.choice((1.0, 4.0))
         return {"extra_args": options} if options else {}

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drafts that follow the early predictions: what came after the same tokens before."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+from vllm.v1.spec_decode.ngram_proposer import (
+    _find_longest_matched_ngram_and_propose_tokens as find_and_propose,
+)
+
+MIN_NGRAM = 2
+MAX_NGRAM = 5
+"""Last tokens that must have occurred before, and how many are compared."""
+
+
+class NgramTail:
+    """vLLM's n-gram lookup (prompt lookup decoding) behind a request's window."""
+
+    def __init__(self, max_model_len: int) -> None:
+        """Compile the lookup, which takes vLLM a second at the first time.
+
+        Args:
+            max_model_len: The model's length.
+        """
+        self._max_model_len = max_model_len
+        self.extend(np.zeros(MIN_NGRAM, np.int32), [], 1, ())
+
+    def extend(
+        self,
+        context: np.ndarray,
+        early: Sequence[int],
+        most: int,
+        stop_token_ids: Collection[int],
+    ) -> list[int]:
+        """Draft what followed the same last tokens earlier in a request.
+
+        Args:
+            context: (n,) int32, the request's verified tokens.
+            early: Its early predictions, which follow them.
+            most: Most tokens to draft.
+            stop_token_ids: Tokens after which nothing will be kept.
+
+        Returns:
+            0 .. ``most`` tokens.
+        """
+        if most <= 0 or (early and early[-1] in stop_token_ids):
+            return []
+        if early:
+            context = np.concatenate((context, np.array(early, context.dtype)))
+        drafts = find_and_propose(
+            context, MIN_NGRAM, MAX_NGRAM, self._max_model_len, most
+        ).tolist()
+        for index, token in enumerate(drafts):
+            if token in stop_token_ids:
+                return drafts[: index + 1]
+        return drafts

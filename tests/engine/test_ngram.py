@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drafts by n-gram lookup behind early predictions; the texts stay the same (I6)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.harness import (
+    OUTPUT_TOKENS,
+    Reference,
+    adadecode_options,
+    configure,
+    generate,
+    metric,
+    start_engine,
+    stats,
+)
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.feature("n-gram drafts beside the exits'", "supported"),
+]
+
+
+@pytest.fixture(scope="module")
+def engine(reference: Reference) -> Iterator[Any]:
+    options = adadecode_options(threshold=0.5, max_early_predictions=6, ngram="tail")
+    with start_engine(**options) as llm:
+        yield llm
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 0.9, 1.0])
+def test_texts_are_the_same(
+    engine: Any, prompts: list[str], reference: Reference, threshold: float
+) -> None:
+    configure(engine, threshold=threshold, ngram="tail")
+    assert generate(engine, prompts) == reference["texts"]
+    counted = stats(engine)
+    assert counted["ngram_accepted"] > 0
+    assert counted["ngram_rejected"] > 0
+    assert (
+        counted["ngram_accepted"] + counted["ngram_rejected"] <= counted["ngram_drafts"]
+    )
+    early = sum(counted["early_predictions"])
+    assert (early == 0) is (threshold == 1.0)
+    assert (counted["resumed_tokens"] == 0) is (threshold == 1.0)
+
+
+def test_one_at_a_time_takes_fewer_steps(
+    engine: Any, prompts: list[str], reference: Reference
+) -> None:
+    """And each step's tokens are what both kinds of drafts brought, and one more."""
+    steps = {}
+    for ngram in ("off", "tail"):
+        configure(engine, threshold=0.9, ngram=ngram)
+        for prompt, text in zip(prompts[:6], reference["texts"], strict=False):
+            assert generate(engine, [prompt]) == [text]
+        counted = stats(engine)
+        steps[ngram] = counted["request_steps"]
+        drafts = sum(counted["accepted"]) + counted["ngram_accepted"]
+        assert counted["generated_tokens"] == counted["request_steps"] + drafts
+    assert steps["tail"] < steps["off"]
+
+
+def test_vllms_metrics_count_all_drafts(engine: Any, prompts: list[str]) -> None:
+    configure(engine, threshold=0.5, ngram="tail")
+    name = "vllm:spec_decode_num_accepted_tokens"
+    before = metric(engine, name)
+    generate(engine, prompts[:6])
+    counted = stats(engine)
+    accepted = sum(counted["accepted"]) + counted["ngram_accepted"]
+    assert metric(engine, name) - before == accepted
+
+
+def test_requests_choose(engine: Any, prompts: list[str], reference: Reference) -> None:
+    from vllm import SamplingParams
+
+    kinds: list[dict[str, Any]] = [
+        {"adadecode_ngram": "tail"},
+        {"adadecode_ngram": "off"},
+        {"adadecode_ngram": "tail", "adadecode_threshold": 1.0},
+        {"adadecode_ngram": "off", "adadecode_threshold": 1.0},
+    ]
+    configure(engine, threshold=0.5, ngram="off")
+    params = [
+        SamplingParams(
+            temperature=0, max_tokens=OUTPUT_TOKENS, extra_args=kinds[index % 4]
+        )
+        for index in range(len(prompts))
+    ]
+    outputs = engine.generate(prompts, params, use_tqdm=False)
+    texts = [list(output.outputs[0].token_ids) for output in outputs]
+    assert texts == reference["texts"]
+    assert stats(engine)["ngram_drafts"] > 0
+    for asks, drafts in zip(kinds, (True, False, True, False), strict=True):
+        configure(engine, threshold=0.5, ngram="off")
+        generate(engine, prompts[:2], extra_args=asks)
+        counted = stats(engine)
+        assert (counted["ngram_drafts"] > 0) is drafts
+        early = asks.get("adadecode_threshold") != 1.0
+        assert (sum(counted["early_predictions"]) > 0) is early
+
+
+def test_with_preemption_and_chunked_prefill(
+    prompts: list[str], reference: Reference
+) -> None:
+    with start_engine(
+        **adadecode_options(threshold=0.5, ngram="tail"),
+        enable_prefix_caching=False,
+        max_num_batched_tokens=48,
+        num_gpu_blocks_override=9,
+        max_num_seqs=6,
+    ) as llm:
+        assert generate(llm, prompts) == reference["texts"]
+        assert metric(llm, "vllm:num_preemptions") > 0
+        assert stats(llm)["ngram_accepted"] > 0
