@@ -72,6 +72,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "pipeline parallel",
         "context parallel",
         "expert parallel",
+        "n-gram drafts beside the exits'",
         "other speculative methods",
     ),
     "Models": (

@@ -130,6 +130,9 @@ class ReferenceModel:
         size = self.block_size
         return [block * size + i for block in blocks for i in range(size)]
 
+    def to_device(self, values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values)
+
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         assert int(token_ids.min()) >= 0
         tags = torch.zeros(len(token_ids), TAGS)

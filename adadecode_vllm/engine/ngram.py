@@ -6,9 +6,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 import numpy as np
-from vllm.v1.spec_decode.ngram_proposer import (
-    _find_longest_matched_ngram_and_propose_tokens as find_and_propose,
-)
+
+from adadecode_vllm.patches import llvmlite_library
 
 MIN_NGRAM = 2
 MAX_NGRAM = 5
@@ -24,6 +23,11 @@ class NgramTail:
         Args:
             max_model_len: The model's length.
         """
+        # Loads numba, which only engines with this option shall wait for.
+        from vllm.v1.spec_decode import ngram_proposer
+
+        llvmlite_library.install()
+        self._lookup = ngram_proposer._find_longest_matched_ngram_and_propose_tokens
         self._max_model_len = max_model_len
         self.extend(np.zeros(MIN_NGRAM, np.int32), [], 1, ())
 
@@ -49,7 +53,7 @@ class NgramTail:
             return []
         if early:
             context = np.concatenate((context, np.array(early, context.dtype)))
-        drafts = find_and_propose(
+        drafts = self._lookup(
             context, MIN_NGRAM, MAX_NGRAM, self._max_model_len, most
         ).tolist()
         for index, token in enumerate(drafts):

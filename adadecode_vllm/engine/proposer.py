@@ -124,8 +124,9 @@ class AdaDecodeProposer:
                     stop_token_ids(state.sampling_params) for state in states
                 ],
                 thresholds=settings.thresholds(options),
-                contexts=tails
-                and [
+                contexts=None
+                if tails is None
+                else [
                     input_batch.token_ids_cpu[row, : position + 1] if tail else None
                     for row, position, tail in zip(rows, positions, tails, strict=True)
                 ],

@@ -5,7 +5,7 @@
 #
 #   benchmarks/gpu/run.sh KIT OUT [STAGE...]
 #
-# KIT is a folder with vLLM 0.32 for such a machine (its parts, manifest and
+# KIT is a folder with vLLM for such a machine (its parts, manifest and
 # install_kit.sh); - uses the vLLM that is installed. OUT receives the result files.
 # Stages, by default all of them; meant to fit in 9 minutes on one H200:
 #
@@ -142,7 +142,7 @@ if wants real; then
     say "real acceptance"
     # The heads' exits 2, 4, 8 and 15 of 30 layers are 2, 4, 8 and 16 of 32.
     config='{"threshold": 0.5, "max_early_predictions": 3, "gate": "acceptance"}'
-    compare "real-$shape" ordinary,paper,adadecode,single-exit:2,exits:2+8,ngram 1,4 8 \
+    compare "real-$shape" ordinary,paper,adadecode,ngram-tail,exits:2+8,ngram 1,4 8 \
         --dataset-name "${DATASET:-text}" \
         --dataset-path "${DATASET_PATH:-examples/smollm2/prompts/problems.jsonl}" \
         --adadecode-config "${REAL_CONFIG:-$config}"

@@ -159,8 +159,13 @@ def test_propose_takes_what_the_runner_gives() -> None:
     assert list(inspect.signature(AdaDecodeSpeculator.propose).parameters) == theirs
 
 
+NGRAM = "vllm.v1.spec_decode.ngram_proposer"
+
 # Callables and the arguments that are given to them by name.
 CALLS = {
+    f"{NGRAM}._find_longest_matched_ngram_and_propose_tokens": (
+        "origin_tokens min_ngram max_ngram max_model_len k"
+    ),
     "vllm.forward_context.set_forward_context": (
         "num_tokens cudagraph_runtime_mode batch_descriptor slot_mapping"
     ),

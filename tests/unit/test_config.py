@@ -40,6 +40,7 @@ def test_defaults() -> None:
         "gate": "probability",
         "draft_vocabulary_size": None,
         "last_guess": True,
+        "ngram": "off",
         "disable_by_batch_size": None,
         "synthetic_acceptance_rate": None,
         "enabled": True,
@@ -126,7 +127,7 @@ def test_unknown_option() -> None:
     assert refusal({"heads": "H", "treshold": 0.5}) == (
         "--adadecode-config: unknown option 'treshold'. Options are heads, "
         "exit_layers, threshold, max_early_predictions, gate, draft_vocabulary_size, "
-        "last_guess, disable_by_batch_size, synthetic_acceptance_rate, enabled; "
+        "last_guess, ngram, disable_by_batch_size, synthetic_acceptance_rate, enabled; "
         "remove or correct it."
     )
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from vllm.platforms import current_platform
 
 from adadecode_vllm.engine.ngram import NgramTail
 from adadecode_vllm.method.stats import Stats
+from adadecode_vllm.patches import llvmlite_library
 
 CONTEXT = [7, 1, 2, 3, 4, 5, 9, 1, 2]
 
@@ -59,3 +61,21 @@ def test_verdicts_tell_exits_from_lookups() -> None:
     assert stats.accepted.tolist() == [0, 2]
     assert stats.rejected.tolist() == [0, 1]
     assert (stats.ngram_accepted, stats.ngram_rejected) == (2, 1)
+
+
+def test_llvmlite_still_has_every_attribute() -> None:
+    """Once it has not, `patches/llvmlite_library.py` can go."""
+    from llvmlite.binding import ffi
+
+    llvmlite_library.install()
+    llvmlite_library.install()
+    patched = type(ffi.lib).__getattr__
+    assert not hasattr(ffi.lib, "__dict__")
+    assert callable(ffi.lib.LLVMPY_GetVersionInfo)
+    original = patched._adadecode_original
+    assert not isinstance(original(ffi.lib, "__dict__"), dict)
+
+
+def test_workers_set_themselves_up_after_numba(tail: NgramTail) -> None:
+    """vLLM looks through all modules then."""
+    current_platform.register_triton_kernel_overrides()

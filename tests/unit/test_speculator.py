@@ -14,11 +14,11 @@ from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 
 from adadecode_vllm.compat import SUPPORTED
 from adadecode_vllm.config import parse_config
+from adadecode_vllm.engine import draft_room
 from adadecode_vllm.engine.settings import Settings
 from adadecode_vllm.engine.speculator import AdaDecodeSpeculator
 from adadecode_vllm.heads import load_heads_config
 from adadecode_vllm.method.ledger import Ledger, Window
-from adadecode_vllm.runner import draft_room
 from tests.harness import HEADS
 
 CAP = 3

@@ -49,6 +49,7 @@ def test_resolved_options_are_part_of_the_configuration(
             "gate": "probability",
             "draft_vocabulary_size": 0,
             "last_guess": True,
+            "ngram": "off",
             "disable_by_batch_size": None,
             "synthetic_acceptance_rate": None,
             "enabled": True,
