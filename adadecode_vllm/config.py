@@ -88,6 +88,11 @@ class AdaDecodeConfig(BaseModel):
         description="Predict nothing early in steps with more requests than this. "
         "Default: no limit.",
     )
+    adaptive: bool = Field(
+        default=False,
+        description="Draft only at batch sizes where tokens come faster with drafts "
+        "than without: measured while serving, at about a hundredth of the time.",
+    )
     synthetic_acceptance_rate: float | None = Field(
         default=None,
         ge=0.0,

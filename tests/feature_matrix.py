@@ -73,6 +73,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "context parallel",
         "expert parallel",
         "n-gram drafts beside the exits'",
+        "drafting that adapts to its speed",
         "other speculative methods",
     ),
     "Models": (

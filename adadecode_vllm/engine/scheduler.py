@@ -15,6 +15,7 @@ from vllm.v1.metrics.stats import RequestSpecDecodeMetrics, SchedulerStats
 from vllm.v1.request import Request
 
 from adadecode_vllm.config import CONFIG_KEY, engine_config
+from adadecode_vllm.engine.adaptive import AdaptiveDrafting
 from adadecode_vllm.engine.counter_report import CounterReport
 from adadecode_vllm.engine.outcomes import COUNTERS, UNUSED_DRAFTS
 from adadecode_vllm.patches import finished_outcomes
@@ -60,10 +61,14 @@ class AdaDecodeScheduler(Scheduler):
         # Drafts of a step by its number of requests, vLLM's dynamic speculation. Where
         # it is None, vLLM fills up requests that have one token left to compute with
         # drafts that nobody made, for the sake of uniform batches.
-        self.dynamic_sd_lookup = [
+        self._adaptive = (
+            AdaptiveDrafting(self.max_num_active_reqs) if config.adaptive else None
+        )
+        self._most_by_requests = [
             0 if limit is not None and requests > limit else most
             for requests in range(self.max_num_active_reqs + 1)
         ]
+        self.dynamic_sd_lookup = list(self._most_by_requests)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule one step; see vLLM."""
@@ -96,7 +101,32 @@ class AdaDecodeScheduler(Scheduler):
                 **unused,
                 **(scheduler_output.num_invalid_spec_tokens or {}),
             }
-        return super().update_from_output(scheduler_output, model_runner_output)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if self._adaptive is not None:
+            self._adapt(self._adaptive, scheduler_output, model_runner_output)
+        return outputs
+
+    def _adapt(
+        self,
+        adaptive: AdaptiveDrafting,
+        scheduler_output: SchedulerOutput,
+        model_runner_output: Any,
+    ) -> None:
+        """Let a step's time decide which of the next ones draft."""
+        requests = len(scheduler_output.num_scheduled_tokens)
+        drafts = scheduler_output.scheduled_spec_decode_tokens.values()
+        if adaptive.step(
+            requests=requests,
+            drafted=scheduler_output.num_spec_tokens_to_schedule > 0,
+            tokens=sum(map(len, model_runner_output.sampled_token_ids)),
+            decodes=scheduler_output.total_num_scheduled_tokens
+            == requests + sum(map(len, drafts)),
+            busy=bool(self.running),
+        ):
+            self.dynamic_sd_lookup = [
+                most if not most or not count or adaptive.drafts(count) else 0
+                for count, most in enumerate(self._most_by_requests)
+            ]
 
     def make_spec_decoding_stats(
         self,

@@ -20,6 +20,7 @@ import pytest
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from adadecode_vllm.engine.segments import SHARED_LOOPS, runs_shared_loop
+from adadecode_vllm.patches import llvmlite_library
 
 ROOT = Path(__file__).parents[2]
 
@@ -159,7 +160,9 @@ def test_propose_takes_what_the_runner_gives() -> None:
     assert list(inspect.signature(AdaDecodeSpeculator.propose).parameters) == theirs
 
 
+# Loads numba, which the workers of other tests in this process stumble over.
 NGRAM = "vllm.v1.spec_decode.ngram_proposer"
+llvmlite_library.install()
 
 # Callables and the arguments that are given to them by name.
 CALLS = {

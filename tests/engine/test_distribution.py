@@ -164,12 +164,12 @@ def test_ngram_drafts_leave_the_distribution_alone(engine: Any) -> None:
     """Behind a prompt in which most pairs of tokens occur, so that most are drafted."""
     draw = np.random.default_rng(0)
     prompt = {"prompt_token_ids": draw.integers(0, VOCABULARY, 250).tolist()}
-    options = {"prompt": prompt, **SETTINGS["cooler, top-k, top-p"]}
-    configure(engine, threshold=0.3, ngram="tail")
+    options = {"prompt": prompt, **SETTINGS["temperature 1"]}
+    configure(engine, threshold=0.5, ngram="tail")
     found = sample(engine, 2, BIASED, **options)
     counted = stats(engine)
     configure(engine, ngram="off")
-    assert counted["ngram_accepted"] > 100
+    assert counted["ngram_accepted"] > 50
     assert counted["ngram_rejected"] > 1000
     configure(engine, threshold=1.0)
     without = sample(engine, 3, BIASED, **options)

@@ -122,6 +122,14 @@ class Books:
         early, accepted, rejected = (
             sum(counted[name]) for name in ("early_predictions", "accepted", "rejected")
         )
+        drafted, confirmed, contradicted = (
+            exits + counted[f"ngram_{name}"]
+            for exits, name in (
+                (early, "drafts"),
+                (accepted, "accepted"),
+                (rejected, "rejected"),
+            )
+        )
         wrong = []
         # A request may end while a step with its drafts is under way, whose outcome the
         # scheduler does not take in.
@@ -134,20 +142,22 @@ class Books:
                     f"vLLM's metric {name} is {metrics[name]}, verified were "
                     f"{verified[name]}"
                 )
-        if metrics["accepted_tokens"] != accepted and (
-            exact or metrics["accepted_tokens"] > accepted
+        if metrics["accepted_tokens"] != confirmed and (
+            exact or metrics["accepted_tokens"] > confirmed
         ):
             wrong.append(
                 f"vLLM's metric accepted_tokens is {metrics['accepted_tokens']}, the "
-                f"worker counted {accepted}"
+                f"worker counted {confirmed}"
             )
-        if not accepted + rejected <= verified["draft_tokens"] <= early:
+        if not confirmed + contradicted <= verified["draft_tokens"] <= drafted:
             wrong.append(
-                f"{accepted} accepted + {rejected} rejected <= "
-                f"{verified['draft_tokens']} verified <= {early} predicted is false"
+                f"{confirmed} accepted + {contradicted} rejected <= "
+                f"{verified['draft_tokens']} verified <= {drafted} drafted is false"
             )
-        if rejected > verified["drafts"]:
-            wrong.append(f"{rejected} rejected in {verified['drafts']} verifications")
+        if contradicted > verified["drafts"]:
+            wrong.append(
+                f"{contradicted} rejected in {verified['drafts']} verifications"
+            )
         for name, value in (
             ("early_predictions", early),
             ("accepted", accepted),

@@ -90,6 +90,8 @@ def _adadecode(draw: Random) -> dict[str, Any]:
         found["last_guess"] = False
     if draw.random() < 0.4:
         found["ngram"] = "tail"
+    if draw.random() < 0.3:
+        found["adaptive"] = True
     if draw.random() < 0.2:
         found["disable_by_batch_size"] = draw.choice((1, 2, 3, 5))
     return found

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drafts by n-gram lookup behind early predictions; the texts stay the same (I6)."""
+"""n-gram drafts, and drafting that adapts; the texts stay the same (I6)."""
 
 from __future__ import annotations
 
@@ -19,10 +19,8 @@ from tests.harness import (
     stats,
 )
 
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.feature("n-gram drafts beside the exits'", "supported"),
-]
+pytestmark = pytest.mark.engine
+NGRAM = pytest.mark.feature("n-gram drafts beside the exits'", "supported")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +30,8 @@ def engine(reference: Reference) -> Iterator[Any]:
         yield llm
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.5, 0.9, 1.0])
+@NGRAM
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.9, 1.0])
 def test_texts_are_the_same(
     engine: Any, prompts: list[str], reference: Reference, threshold: float
 ) -> None:
@@ -75,6 +74,7 @@ def test_vllms_metrics_count_all_drafts(engine: Any, prompts: list[str]) -> None
     assert metric(engine, name) - before == accepted
 
 
+@NGRAM
 def test_requests_choose(engine: Any, prompts: list[str], reference: Reference) -> None:
     from vllm import SamplingParams
 
@@ -117,3 +117,32 @@ def test_with_preemption_and_chunked_prefill(
         assert generate(llm, prompts) == reference["texts"]
         assert metric(llm, "vllm:num_preemptions") > 0
         assert stats(llm)["ngram_accepted"] > 0
+
+
+@pytest.mark.feature("drafting that adapts to its speed", "supported")
+@pytest.mark.parametrize("slow", [True, False], ids=["drafts cost", "drafts pay"])
+def test_drafting_stops_where_it_costs(
+    prompts: list[str], reference: Reference, slow: bool
+) -> None:
+    """By a clock of our own; the texts stay the same whenever it stops and begins."""
+    options = adadecode_options(threshold=0.0, ngram="tail", adaptive=True)
+    with start_engine(**options) as llm:
+        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        seconds = 0.0
+
+        def clock() -> float:
+            nonlocal seconds
+            drafts = scheduler.dynamic_sd_lookup[1] > 0
+            seconds += 10.0 if drafts is slow else 1.0
+            return seconds
+
+        scheduler._adaptive._clock = clock
+        for prompt, text in zip(prompts[:8], reference["texts"], strict=False):
+            assert generate(llm, [prompt]) == [text]
+        assert metric(llm, "vllm:spec_decode_num_draft_tokens") > 0
+        configure(llm)
+        for prompt, text in zip(prompts[:4], reference["texts"], strict=False):
+            assert generate(llm, [prompt]) == [text]
+        counted = stats(llm)
+        share = sum(counted["early_predictions"]) / counted["request_steps"]
+    assert (share < 0.5) if slow else (share > 0.5)

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When drafting stops and begins again, with made-up steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from adadecode_vllm.engine.adaptive import AdaptiveDrafting
+
+REQUESTS = 4
+
+
+class Steps:
+    """An engine that takes its time.
+
+    Attributes:
+        ways: Whether each step drafted.
+        seconds: Time of all steps.
+        tokens: What they yielded.
+    """
+
+    def __init__(self, cost: Callable[[int, bool], tuple[int, float]]) -> None:
+        self.seconds = 0.0
+        self.adaptive = AdaptiveDrafting(64, lambda: self.seconds)
+        self.ways: list[bool] = []
+        self.tokens = 0
+        self._cost = cost
+
+    def run(
+        self, steps: int, requests: int = REQUESTS, *, decodes: bool = True
+    ) -> None:
+        for _ in range(steps):
+            drafted = self.adaptive.drafts(requests)
+            tokens, seconds = self._cost(len(self.ways), drafted)
+            self.seconds += seconds
+            self.tokens += tokens
+            self.ways.append(drafted)
+            self.adaptive.step(
+                requests=requests,
+                drafted=drafted,
+                tokens=tokens,
+                decodes=decodes,
+                busy=True,
+            )
+
+    def share(self, last: int) -> float:
+        """Of the last steps, those with drafts."""
+        return sum(self.ways[-last:]) / last
+
+
+def pays(step: int, drafted: bool) -> tuple[int, float]:
+    return (6, 1.2) if drafted else (4, 1.0)
+
+
+def costs(step: int, drafted: bool) -> tuple[int, float]:
+    return (5, 1.6) if drafted else (4, 1.0)
+
+
+def test_drafting_that_pays_goes_on() -> None:
+    steps = Steps(pays)
+    steps.run(3000)
+    assert steps.share(2000) > 0.94
+    # Looking at the other way may cost a hundredth.
+    assert steps.tokens / steps.seconds > 0.985 * 6 / 1.2
+
+
+def test_drafting_that_costs_stops() -> None:
+    steps = Steps(costs)
+    steps.run(60)
+    assert not all(steps.ways)
+    steps.run(3000)
+    assert steps.share(2000) < 0.08
+    # Against never drafting, the first look included.
+    assert steps.tokens / steps.seconds > 0.98 * 4
+
+
+def test_it_follows_the_text() -> None:
+    steps = Steps(lambda step, drafted: (costs if step < 2000 else pays)(step, drafted))
+    steps.run(2000)
+    assert steps.share(500) < 0.08
+    steps.run(4000)
+    assert steps.share(500) > 0.9
+
+
+def test_where_both_are_alike_little_is_lost() -> None:
+    steps = Steps(lambda step, drafted: (5, 1.25) if drafted else (4, 1.0))
+    steps.run(3000)
+    assert steps.tokens / steps.seconds == 4
+
+
+def test_batch_sizes_are_apart() -> None:
+    steps = Steps(costs)
+    steps.run(100, requests=16)
+    assert not steps.adaptive.drafts(16)
+    assert not steps.adaptive.drafts(31)
+    assert steps.adaptive.drafts(15)
+    assert steps.adaptive.drafts(32)
+
+
+def test_prompts_and_pauses_say_nothing() -> None:
+    steps = Steps(costs)
+    steps.run(1000, decodes=False)
+    assert all(steps.ways)
+    adaptive = AdaptiveDrafting(8, iter(range(0, 100_000, 10)).__next__)
+    for _ in range(1000):
+        adaptive.step(requests=1, drafted=True, tokens=1, decodes=True, busy=False)
+    assert adaptive.drafts(1)
