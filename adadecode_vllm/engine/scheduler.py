@@ -58,12 +58,12 @@ class AdaDecodeScheduler(Scheduler):
         groups = self.kv_cache_config.kv_cache_groups
         self._groups = len(groups)
         self._smallest_block = min(group.kv_cache_spec.block_size for group in groups)
-        # Drafts of a step by its number of requests, vLLM's dynamic speculation. Where
-        # it is None, vLLM fills up requests that have one token left to compute with
-        # drafts that nobody made, for the sake of uniform batches.
         self._adaptive = (
             AdaptiveDrafting(self.max_num_active_reqs) if config.adaptive else None
         )
+        # Drafts of a step by its number of requests, vLLM's dynamic speculation. Where
+        # it is None, vLLM fills up requests that have one token left to compute with
+        # drafts that nobody made, for the sake of uniform batches.
         self._most_by_requests = [
             0 if limit is not None and requests > limit else most
             for requests in range(self.max_num_active_reqs + 1)
