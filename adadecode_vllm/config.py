@@ -22,7 +22,7 @@ CONFIG_KEY = "adadecode"
 # (vllm/v1/sample/rejection_sampler.py, MAX_SPEC_LEN).
 _MAX_EARLY_PREDICTIONS = 128
 
-Ngram = Literal["off", "tail"]
+Ngram = Literal["off", "tail", "first"]
 """Drafts by n-gram lookup beside the exit heads'."""
 
 _SHOWN_CHARACTERS = 200
@@ -80,7 +80,8 @@ class AdaDecodeConfig(BaseModel):
         default="off",
         description="tail: behind the last early prediction, or where there is none, "
         "draft what followed the same last tokens earlier in the request, up to the "
-        "cap.",
+        "cap. first: look there before any exit is asked, and ask the exits only where "
+        "nothing is found.",
     )
     disable_by_batch_size: int | None = Field(
         default=None,

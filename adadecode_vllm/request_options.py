@@ -48,7 +48,8 @@ class RequestOptions(BaseModel):
     )
 
     ngram: Ngram | None = Field(
-        default=None, description="off, or tail to draft by n-gram lookup as well."
+        default=None,
+        description="tail or first to draft by n-gram lookup as well, or off.",
     )
 
     def may_draft(self, *, early: bool, ngram: bool) -> bool:
@@ -61,7 +62,7 @@ class RequestOptions(BaseModel):
         if not self.enabled or self.max_early_predictions == 0:
             return False
         return (early if self.predicts is None else self.predicts) or (
-            ngram if self.ngram is None else self.ngram == "tail"
+            ngram if self.ngram is None else self.ngram != "off"
         )
 
     @property
@@ -184,7 +185,7 @@ def most_early_predictions(
         it can be changed on a running engine.
     """
     own = options_of(params, config)
-    if not own.may_draft(early=True, ngram=config.ngram == "tail"):
+    if not own.may_draft(early=True, ngram=config.ngram != "off"):
         return 0
     asked = own.max_early_predictions
     return config.max_early_predictions if asked is None else asked

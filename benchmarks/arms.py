@@ -29,6 +29,7 @@ ARMS: Mapping[str, str] = {
     "draft-vocabulary": "AdaDecode whose gates look at the most frequent tokens only, "
     "as in draft-vocabulary:8192",
     "ngram-tail": "AdaDecode with n-gram drafts behind its early predictions",
+    "ngram-first": "the same, the n-gram lookup before the exits",
     "no-guess": "AdaDecode that never submits an unsure guess of the last exit",
     "ngram": "vLLM's n-gram speculation (prompt look-up)",
     "suffix": "vLLM's suffix decoding, where arctic-inference is installed",
@@ -247,8 +248,8 @@ def _adadecode(arm: Arm, settings: EngineSettings) -> dict[str, Any]:
         options["draft_vocabulary_size"] = int(arm.value)
     elif arm.kind == "no-guess":
         options["last_guess"] = False
-    elif arm.kind == "ngram-tail":
-        options["ngram"] = "tail"
+    elif arm.kind in ("ngram-tail", "ngram-first"):
+        options["ngram"] = arm.kind.removeprefix("ngram-")
     elif arm.kind == "t-identity":
         assert settings.identity_heads is not None, "made before the arms start"
         heads = settings.identity_heads

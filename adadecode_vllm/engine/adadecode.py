@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -109,6 +110,12 @@ class AdaDecode:
         if len(drafting) < len(request_ids):
             requests = requests.select(drafting)
         drafting_ids = [request_ids[request] for request in drafting]
+        found = self._look_up_first(requests)
+        if found:
+            # What was found costs no layer: the exits are not asked.
+            limits = requests.limits.copy()
+            limits[list(found)] = 0
+            requests = replace(requests, limits=limits)
         window = self._drafter.draft(requests)
         # Requests that only draft by n-gram lookup have run nothing.
         pending = drafting_ids if window.begun.any() else []
@@ -119,15 +126,27 @@ class AdaDecode:
             predicted = slice(1, window.length[row])
             early = window.token_ids[row, predicted].tolist()
             exits = window.exits[row, predicted]
-            tail = self._tail(requests, row, early)
+            tail = found.get(row) or self._look_up(requests, row, early)
             if tail:
                 exits = np.concatenate((exits, np.full(len(tail), -1, exits.dtype)))
             drafts[request] = early + tail
             self._exits[request_id] = exits
         return drafts
 
-    def _tail(self, requests: DraftRequests, row: int, early: list[int]) -> list[int]:
-        """Drafts that follow a request's early predictions."""
+    def _look_up_first(self, requests: DraftRequests) -> dict[int, list[int]]:
+        """Drafts of the requests whose lookup comes before the exits and finds any."""
+        if requests.lookup_first is None:
+            return {}
+        found = {
+            int(row): self._look_up(requests, row, [])
+            for row in np.flatnonzero(requests.lookup_first)
+        }
+        return {row: drafts for row, drafts in found.items() if drafts}
+
+    def _look_up(
+        self, requests: DraftRequests, row: int, early: list[int]
+    ) -> list[int]:
+        """Drafts by n-gram lookup behind a request's early predictions."""
         context = None if requests.contexts is None else requests.contexts[row]
         if context is None:
             return []

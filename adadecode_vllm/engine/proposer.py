@@ -102,7 +102,7 @@ class AdaDecodeProposer:
         states = [requests[request_id] for request_id in request_ids]
         caps = np.where(processed_rows(input_batch, rows), 0, caps)
 
-        tails = settings.tails(options, len(rows))
+        lookups = settings.lookups(options, len(rows))
         positions = input_batch.num_tokens_no_spec[rows].astype(np.int64) - 1
         batcher = self.adadecode.executor.batcher
         assert batcher is not None, "bound when the KV cache was initialized"
@@ -125,11 +125,16 @@ class AdaDecodeProposer:
                 ],
                 thresholds=settings.thresholds(options),
                 contexts=None
-                if tails is None
+                if lookups is None
                 else [
-                    input_batch.token_ids_cpu[row, : position + 1] if tail else None
-                    for row, position, tail in zip(rows, positions, tails, strict=True)
+                    input_batch.token_ids_cpu[row, : position + 1]
+                    if way != "off"
+                    else None
+                    for row, position, way in zip(rows, positions, lookups, strict=True)
                 ],
+                lookup_first=None
+                if lookups is None
+                else np.array([way == "first" for way in lookups]),
             ),
         )
         for row, early in zip(rows, predicted, strict=True):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adadecode_vllm.config import AdaDecodeConfig, parse_config
+from adadecode_vllm.config import AdaDecodeConfig, Ngram, parse_config
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.heads import ExitHeadsConfig
 from adadecode_vllm.method.policy import ThresholdPolicy
@@ -152,28 +152,27 @@ class Settings:
         asked = own.max_early_predictions
         return cap if asked is None else min(cap, asked)
 
-    def tails(
+    def lookups(
         self, options: Sequence[RequestOptions] | None, requests: int
-    ) -> list[bool] | None:
-        """Which requests also draft by n-gram lookup.
+    ) -> list[Ngram] | None:
+        """How requests draft by n-gram lookup.
 
         Args:
             options: R requests' options, or None for the engine's.
             requests: R.
 
         Returns:
-            R, or None if none does.
+            R ways, or None if none does.
         """
+        engines = self._config.ngram
         if options is None:
-            return [True] * requests if self._ngram else None
-        tails = [
-            self._ngram if own.ngram is None else own.ngram == "tail" for own in options
-        ]
-        return tails if any(tails) else None
+            return [engines] * requests if self._ngram else None
+        lookups = [engines if own.ngram is None else own.ngram for own in options]
+        return lookups if any(way != "off" for way in lookups) else None
 
     @property
     def _ngram(self) -> bool:
-        return self._config.ngram == "tail"
+        return self._config.ngram != "off"
 
     def thresholds(self, options: Sequence[RequestOptions] | None) -> np.ndarray | None:
         """Requests' own thresholds on the exits' probabilities.

@@ -24,7 +24,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.cudagraph_utils import has_compiled_submodule
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
-from adadecode_vllm.config import engine_config
+from adadecode_vllm.config import Ngram, engine_config
 from adadecode_vllm.engine.adadecode import AdaDecode
 from adadecode_vllm.engine.batch import AttentionBatcher, KVGroup, window_reach
 from adadecode_vllm.engine.draft_room import fill_room, trim_grammar
@@ -410,6 +410,8 @@ class AdaDecodeSpeculator(BaseSpeculator):
         request_ids = [input_batch.req_ids[index] for index in active]
         settings = self.adadecode.settings
         own = options and [options[index] for index in active]
+        lookups = settings.lookups(own, len(active))
+        contexts = self._contexts(rows, positions, lookups)
         batcher = self.adadecode.executor.batcher
         assert batcher is not None, "bound when the KV cache was initialized"
         owned_slots = batcher.owned_slots(rows)
@@ -434,9 +436,10 @@ class AdaDecodeSpeculator(BaseSpeculator):
                 room=owned_slots - positions,
                 alone=len(active) == input_batch.num_reqs,
                 thresholds=settings.thresholds(own),
-                contexts=self._contexts(
-                    rows, positions, settings.tails(own, len(active))
-                ),
+                contexts=contexts,
+                lookup_first=None
+                if contexts is None or lookups is None
+                else np.array([way == "first" for way in lookups]),
             ),
         )
         if not any(predicted):
@@ -450,18 +453,18 @@ class AdaDecodeSpeculator(BaseSpeculator):
         return async_tensor_h2d(table, out=answer)
 
     def _contexts(
-        self, rows: np.ndarray, positions: np.ndarray, tails: list[bool] | None
+        self, rows: np.ndarray, positions: np.ndarray, lookups: list[Ngram] | None
     ) -> list[np.ndarray | None] | None:
         """The verified tokens of requests that draft by n-gram lookup.
 
         vLLM keeps them in memory that host and device share. What the last step sampled
         is there: its outcome, which was copied after that, has arrived.
         """
-        if tails is None or (token_ids := _host_token_ids(self._states)) is None:
+        if lookups is None or (token_ids := _host_token_ids(self._states)) is None:
             return None
         return [
-            token_ids[row, : position + 1] if tail else None
-            for row, position, tail in zip(rows, positions, tails, strict=True)
+            token_ids[row, : position + 1] if way != "off" else None
+            for row, position, way in zip(rows, positions, lookups, strict=True)
         ]
 
     def _count_verdicts(self, request_ids: list[str], sampled: np.ndarray) -> None:

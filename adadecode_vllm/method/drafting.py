@@ -44,6 +44,8 @@ class DraftRequests:
         contexts: R requests' verified tokens, (n,) int32 each, where drafts by n-gram
             lookup follow the early predictions, and None where none do; None for
             nowhere. With any, nothing runs ahead of the next step: they have to run.
+        lookup_first: (R,) bool, whether the lookup comes before the exits; None for
+            nowhere.
     """
 
     rows: np.ndarray
@@ -55,6 +57,7 @@ class DraftRequests:
     thresholds: np.ndarray | None = None
     alone: bool = False
     contexts: Sequence[np.ndarray | None] | None = None
+    lookup_first: np.ndarray | None = None
 
     def going_on(self) -> np.ndarray:
         """The requests, (r,) int64, that may predict and have not just ended."""
@@ -82,6 +85,9 @@ class DraftRequests:
             contexts=None
             if self.contexts is None
             else [self.contexts[request] for request in requests],
+            lookup_first=None
+            if self.lookup_first is None
+            else self.lookup_first[requests],
         )
 
 

@@ -31,11 +31,16 @@ def engine(reference: Reference) -> Iterator[Any]:
 
 
 @NGRAM
-@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("ngram", ["tail", "first"])
+@pytest.mark.parametrize("threshold", [0.3, 0.9, 1.0])
 def test_texts_are_the_same(
-    engine: Any, prompts: list[str], reference: Reference, threshold: float
+    engine: Any,
+    prompts: list[str],
+    reference: Reference,
+    threshold: float,
+    ngram: str,
 ) -> None:
-    configure(engine, threshold=threshold, ngram="tail")
+    configure(engine, threshold=threshold, ngram=ngram)
     assert generate(engine, prompts) == reference["texts"]
     counted = stats(engine)
     assert counted["ngram_accepted"] > 0
@@ -52,16 +57,19 @@ def test_one_at_a_time_takes_fewer_steps(
     engine: Any, prompts: list[str], reference: Reference
 ) -> None:
     """And each step's tokens are what both kinds of drafts brought, and one more."""
-    steps = {}
-    for ngram in ("off", "tail"):
+    steps, early = {}, {}
+    for ngram in ("off", "tail", "first"):
         configure(engine, threshold=0.9, ngram=ngram)
         for prompt, text in zip(prompts[:6], reference["texts"], strict=False):
             assert generate(engine, [prompt]) == [text]
         counted = stats(engine)
         steps[ngram] = counted["request_steps"]
+        early[ngram] = sum(counted["early_predictions"])
         drafts = sum(counted["accepted"]) + counted["ngram_accepted"]
         assert counted["generated_tokens"] == counted["request_steps"] + drafts
-    assert steps["tail"] < steps["off"]
+    assert max(steps["tail"], steps["first"]) < steps["off"]
+    # What the lookup finds no exit is asked for.
+    assert early["first"] < early["tail"]
 
 
 def test_vllms_metrics_count_all_drafts(engine: Any, prompts: list[str]) -> None:
@@ -81,7 +89,7 @@ def test_requests_choose(engine: Any, prompts: list[str], reference: Reference) 
     kinds: list[dict[str, Any]] = [
         {"adadecode_ngram": "tail"},
         {"adadecode_ngram": "off"},
-        {"adadecode_ngram": "tail", "adadecode_threshold": 1.0},
+        {"adadecode_ngram": "first", "adadecode_threshold": 1.0},
         {"adadecode_ngram": "off", "adadecode_threshold": 1.0},
     ]
     configure(engine, threshold=0.5, ngram="off")

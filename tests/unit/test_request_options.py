@@ -74,6 +74,7 @@ def test_whether_a_request_predicts(
         ({"threshold": 1}, [True, False, True, False]),
         ({"threshold": 0.5}, [True, True, True, True]),
         ({"ngram": "tail"}, [True, True, True, True]),
+        ({"ngram": "first"}, [True, True, True, True]),
         ({"ngram": "off"}, [True, True, False, False]),
         ({"ngram": "tail", "threshold": 1}, [True, True, True, True]),
         ({"ngram": "tail", "enabled": False}, [False] * 4),

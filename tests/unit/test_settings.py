@@ -70,15 +70,15 @@ def test_caps_where_nobody_asks() -> None:
 
 
 def test_who_drafts_by_ngram_lookup() -> None:
-    batch = [ENGINES, ask(ngram="tail"), ask(ngram="off"), ask(threshold=1)]
-    assert settings().tails(None, 2) is None
-    assert settings(ngram="tail").tails(None, 2) == [True, True]
-    assert settings().tails(batch, 4) == [False, True, False, False]
-    assert settings().tails(batch[2:], 2) is None
-    running = settings(ngram="tail")
-    assert running.tails(batch, 4) == [True, True, False, True]
+    batch = [ENGINES, ask(ngram="tail"), ask(ngram="off"), ask(ngram="first")]
+    assert settings().lookups(None, 2) is None
+    assert settings(ngram="tail").lookups(None, 2) == ["tail", "tail"]
+    assert settings().lookups(batch, 4) == ["off", "tail", "off", "first"]
+    assert settings().lookups([ENGINES, ask(ngram="off")], 2) is None
+    running = settings(ngram="first")
+    assert running.lookups(batch, 4) == ["first", "tail", "off", "first"]
     running.configure({"ngram": "off"})
-    assert running.tails(None, 2) is None
+    assert running.lookups(None, 2) is None
 
 
 def test_ngram_drafts_need_no_exit() -> None:

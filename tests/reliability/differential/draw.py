@@ -89,7 +89,7 @@ def _adadecode(draw: Random) -> dict[str, Any]:
     if draw.random() < 0.3:
         found["last_guess"] = False
     if draw.random() < 0.4:
-        found["ngram"] = "tail"
+        found["ngram"] = draw.choice(("tail", "first"))
     if draw.random() < 0.3:
         found["adaptive"] = True
     if draw.random() < 0.2:
@@ -371,7 +371,7 @@ class _Stream:
         if draw.random() < 0.05:
             options["adadecode_enabled"] = False
         if draw.random() < 0.3:
-            options["adadecode_ngram"] = draw.choice(("off", "tail"))
+            options["adadecode_ngram"] = draw.choice(("off", "tail", "first"))
         if "logits_processors" in self._arguments and draw.random() < 0.3:
             options["shift"] = draw.choice((1.0, 4.0))
         return {"extra_args": options} if options else {}
