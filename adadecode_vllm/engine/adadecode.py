@@ -110,11 +110,11 @@ class AdaDecode:
         if len(drafting) < len(request_ids):
             requests = requests.select(drafting)
         drafting_ids = [request_ids[request] for request in drafting]
-        found = self._look_up_first(requests)
-        if found:
+        looked_up = self._look_up_first(requests)
+        if found := [row for row, tail in looked_up.items() if tail]:
             # What was found costs no layer: the exits are not asked.
             limits = requests.limits.copy()
-            limits[list(found)] = 0
+            limits[found] = 0
             requests = replace(requests, limits=limits)
         window = self._drafter.draft(requests)
         # Requests that only draft by n-gram lookup have run nothing.
@@ -126,7 +126,10 @@ class AdaDecode:
             predicted = slice(1, window.length[row])
             early = window.token_ids[row, predicted].tolist()
             exits = window.exits[row, predicted]
-            tail = found.get(row) or self._look_up(requests, row, early)
+            if early or row not in looked_up:
+                tail = self._look_up(requests, row, early)
+            else:
+                tail = looked_up[row]
             if tail:
                 exits = np.concatenate((exits, np.full(len(tail), -1, exits.dtype)))
             drafts[request] = early + tail
@@ -134,14 +137,13 @@ class AdaDecode:
         return drafts
 
     def _look_up_first(self, requests: DraftRequests) -> dict[int, list[int]]:
-        """Drafts of the requests whose lookup comes before the exits and finds any."""
+        """Drafts, if any, of the requests whose lookup comes before the exits."""
         if requests.lookup_first is None:
             return {}
-        found = {
+        return {
             int(row): self._look_up(requests, row, [])
             for row in np.flatnonzero(requests.lookup_first)
         }
-        return {row: drafts for row, drafts in found.items() if drafts}
 
     def _look_up(
         self, requests: DraftRequests, row: int, early: list[int]

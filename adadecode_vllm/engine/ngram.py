@@ -7,11 +7,36 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
+from adadecode_vllm.config import Ngram
 from adadecode_vllm.patches import llvmlite_library
 
 MIN_NGRAM = 2
 MAX_NGRAM = 5
 """Last tokens that must have occurred before, and how many are compared."""
+
+
+def contexts_of(
+    lookups: Sequence[Ngram],
+    token_ids: np.ndarray,
+    rows: np.ndarray,
+    positions: np.ndarray,
+) -> tuple[list[np.ndarray | None], np.ndarray]:
+    """What :class:`DraftRequests` says of lookups.
+
+    Args:
+        lookups: R requests' ways.
+        token_ids: (max_requests, max_model_len) int32, verified tokens by row.
+        rows: (R,) int64, the requests' rows in it.
+        positions: (R,) int64, positions of their newest tokens.
+
+    Returns:
+        ``contexts`` and ``lookup_first``.
+    """
+    contexts = [
+        None if way == "off" else token_ids[row, : position + 1]
+        for row, position, way in zip(rows, positions, lookups, strict=True)
+    ]
+    return contexts, np.array([way == "first" for way in lookups])
 
 
 class NgramTail:

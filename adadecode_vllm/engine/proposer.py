@@ -18,6 +18,7 @@ from adadecode_vllm.engine.limits import (
     processed_rows,
     stop_token_ids,
 )
+from adadecode_vllm.engine.ngram import contexts_of
 from adadecode_vllm.method.drafting import DraftRequests
 
 if TYPE_CHECKING:
@@ -104,6 +105,11 @@ class AdaDecodeProposer:
 
         lookups = settings.lookups(options, len(rows))
         positions = input_batch.num_tokens_no_spec[rows].astype(np.int64) - 1
+        contexts = lookup_first = None
+        if lookups is not None:
+            contexts, lookup_first = contexts_of(
+                lookups, input_batch.token_ids_cpu, rows, positions
+            )
         batcher = self.adadecode.executor.batcher
         assert batcher is not None, "bound when the KV cache was initialized"
         predicted = self.adadecode.draft(
@@ -124,17 +130,8 @@ class AdaDecodeProposer:
                     stop_token_ids(state.sampling_params) for state in states
                 ],
                 thresholds=settings.thresholds(options),
-                contexts=None
-                if lookups is None
-                else [
-                    input_batch.token_ids_cpu[row, : position + 1]
-                    if way != "off"
-                    else None
-                    for row, position, way in zip(rows, positions, lookups, strict=True)
-                ],
-                lookup_first=None
-                if lookups is None
-                else np.array([way == "first" for way in lookups]),
+                contexts=contexts,
+                lookup_first=lookup_first,
             ),
         )
         for row, early in zip(rows, predicted, strict=True):

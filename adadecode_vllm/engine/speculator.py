@@ -24,12 +24,13 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.cudagraph_utils import has_compiled_submodule
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
-from adadecode_vllm.config import Ngram, engine_config
+from adadecode_vllm.config import engine_config
 from adadecode_vllm.engine.adadecode import AdaDecode
 from adadecode_vllm.engine.batch import AttentionBatcher, KVGroup, window_reach
 from adadecode_vllm.engine.draft_room import fill_room, trim_grammar
 from adadecode_vllm.engine.host_copy import HostCopy
 from adadecode_vllm.engine.limits import draft_limits, stop_token_ids
+from adadecode_vllm.engine.ngram import contexts_of
 from adadecode_vllm.engine.piecewise import PiecewiseInputs
 from adadecode_vllm.engine.segment_graphs import (
     MAX_TOKENS,
@@ -411,7 +412,9 @@ class AdaDecodeSpeculator(BaseSpeculator):
         settings = self.adadecode.settings
         own = options and [options[index] for index in active]
         lookups = settings.lookups(own, len(active))
-        contexts = self._contexts(rows, positions, lookups)
+        contexts = lookup_first = None
+        if lookups is not None and (table := _host_token_ids(self._states)) is not None:
+            contexts, lookup_first = contexts_of(lookups, table, rows, positions)
         batcher = self.adadecode.executor.batcher
         assert batcher is not None, "bound when the KV cache was initialized"
         owned_slots = batcher.owned_slots(rows)
@@ -437,9 +440,7 @@ class AdaDecodeSpeculator(BaseSpeculator):
                 alone=len(active) == input_batch.num_reqs,
                 thresholds=settings.thresholds(own),
                 contexts=contexts,
-                lookup_first=None
-                if contexts is None or lookups is None
-                else np.array([way == "first" for way in lookups]),
+                lookup_first=lookup_first,
             ),
         )
         if not any(predicted):
@@ -451,21 +452,6 @@ class AdaDecodeSpeculator(BaseSpeculator):
             self.drafts[request_id] = early
             table[index, : len(early)] = early
         return async_tensor_h2d(table, out=answer)
-
-    def _contexts(
-        self, rows: np.ndarray, positions: np.ndarray, lookups: list[Ngram] | None
-    ) -> list[np.ndarray | None] | None:
-        """The verified tokens of requests that draft by n-gram lookup.
-
-        vLLM keeps them in memory that host and device share. What the last step sampled
-        is there: its outcome, which was copied after that, has arrived.
-        """
-        if lookups is None or (token_ids := _host_token_ids(self._states)) is None:
-            return None
-        return [
-            token_ids[row, : position + 1] if way != "off" else None
-            for row, position, way in zip(rows, positions, lookups, strict=True)
-        ]
 
     def _count_verdicts(self, request_ids: list[str], sampled: np.ndarray) -> None:
         scheduled = self._scheduled
@@ -484,7 +470,11 @@ class AdaDecodeSpeculator(BaseSpeculator):
 
 
 def _host_token_ids(states: RequestState) -> np.ndarray | None:
-    """(max_requests, max_model_len) int32; None where only the device has them."""
+    """(max_requests, max_model_len) int32; None where only the device has them.
+
+    vLLM keeps them in memory that host and device share. What a step sampled is there
+    once its outcome, which is copied after that, has arrived.
+    """
     table: Any = states.all_token_ids
     if table.gpu.device.type == "cpu":
         return table.gpu.numpy()
