@@ -73,6 +73,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "context parallel",
         "expert parallel",
         "n-gram drafts beside the exits'",
+        "exits before the first layer, heads with memory",
         "drafting that adapts to its speed",
         "other speculative methods",
     ),

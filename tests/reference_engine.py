@@ -171,10 +171,23 @@ class WholeSteps:
             return None
         self.drafted += 1
         ids = torch.from_numpy(token_ids)
-        hidden, residual = self._run(segment, subset, states, ids)
-        assert residual is not None
+        residual: torch.Tensor | None = None
+        if segment < 0:
+            hidden = self.model.embed(ids)
+        else:
+            hidden, residual = self._run(segment, subset, states, ids)
+            assert residual is not None
         front = np.cumsum(subset.count) - 1
-        return self.model.gate(segment, hidden[front], residual[front])
+        index = torch.from_numpy(states[front])
+        answer = self.model.gate(
+            segment + self.model.exits_at_embedding,
+            hidden[front],
+            None if residual is None else residual[front],
+            self.states.read_memory(index),
+        )
+        assert answer.output is not None
+        self.states.write_memory(index, answer.output)
+        return answer.token_ids, answer.confidence
 
     def ahead(
         self,
@@ -266,6 +279,7 @@ class Engine:
             model.state_width,
             torch.float32,
             torch.device("cpu"),
+            with_memory=True,
         )
         if step_tokens:
             model.steps = WholeSteps(model, self.states, step_tokens)
@@ -280,6 +294,7 @@ class Engine:
         self.compared_states = 0
         self._free = list(range(model.num_blocks))
         self._exits: dict[int, np.ndarray] = {}
+        self._final_rows: dict[int, int] = {}
 
     def add(
         self,
@@ -316,7 +331,7 @@ class Engine:
         sampled = self._verify(schedule, final, starts)
         for request in self.rows:
             request.tokens += sampled.get(request.number, [])
-        drafts = self._draft([r for r in self.rows if r.number in sampled])
+        drafts = self._draft([r for r in self.rows if r.number in sampled], final)
         for request in self.rows:
             if request.number in sampled:
                 request.drafts = drafts.get(request.number, [])
@@ -501,9 +516,11 @@ class Engine:
             end = int(starts[row]) + count
             chosen = self.model.next_tokens(final[end - len(drafts) - 1 : end])
             accepted = 0
+            self._final_rows[request.number] = end - len(drafts) - 1
             while accepted < len(drafts) and drafts[accepted] == chosen[accepted]:
                 accepted += 1
             sampled[request.number] = chosen[: accepted + 1]
+            self._final_rows[request.number] += accepted
             request.computed -= len(drafts) - accepted
             exits = self._exits.pop(request.number, None)
             if exits is not None:
@@ -512,7 +529,9 @@ class Engine:
         self.stats.generated_tokens += sum(map(len, sampled.values()))
         return sampled
 
-    def _draft(self, requests: list[Request]) -> dict[int, list[int]]:
+    def _draft(
+        self, requests: list[Request], final: torch.Tensor
+    ) -> dict[int, list[int]]:
         if not self.policy.can_predict:
             return {}
         limits = {request.number: self._limit(request) for request in requests}
@@ -523,8 +542,10 @@ class Engine:
         self.model.drafting = True
         self.model.views = {}
         room = {}
+        places = np.zeros((len(final), 2), np.int64)
         for request in requests:
             position = len(request.tokens) - 1
+            places[self._final_rows[request.number]] = position - 1, request.number
             room[request.number] = self._owned(request) - position
             # The last prediction may run ahead where there is a slot for it.
             needed = limits[request.number] + 1
@@ -532,6 +553,11 @@ class Engine:
             self.model.views[rows[request.number]] = View(
                 request.number, request.blocks, list(request.tokens), (position, end)
             )
+        final_states = self.model.final_states(final, places)
+        for request in requests:
+            view = self.model.views[rows[request.number]]
+            row = self._final_rows[request.number]
+            view.memory = {len(request.tokens) - 1: final_states[row]}
         numbers = [request.number for request in requests]
         window = self.drafter.draft(
             DraftRequests(
@@ -542,6 +568,8 @@ class Engine:
                 stop_token_ids=[request.stop_token_ids for request in requests],
                 room=np.array([room[number] for number in numbers], np.int64),
                 alone=len(numbers) == len(self.rows),
+                final_states=final_states,
+                final_rows=np.array([self._final_rows[number] for number in numbers]),
             )
         )
         self._check_window(window, [limits[number] for number in numbers])
@@ -577,11 +605,12 @@ class Engine:
             assert 1 <= length <= limit + 1, "limits"
             levels = window.levels[index, :length]
             assert (np.diff(levels) <= 0).all(), "I1"
-            assert levels[0] > 0, "the newest token ran"
+            at_embedding = self.model.exits_at_embedding
+            assert levels[0] > 0 or at_embedding, "the newest token ran"
             done = levels == self.model.num_segments
             assert done.all() or not done.any(), "all tokens are done, or none"
             exits = window.exits[index, :length]
             assert exits[0] == -1
             assert (exits[1:] >= 0).all()
             # A token is predicted at an exit that the one before it has reached.
-            assert (levels[:-1] > exits[1:]).all()
+            assert (levels[:-1] + at_embedding > exits[1:]).all()

@@ -10,19 +10,21 @@ a bit. It also keeps books, and an ``AssertionError`` tells the first violation:
 * Every KV entry remembers the request and the token ids up to it. Attention accepts
   only entries of its own request and prefix, hence no stale or foreign ones.
 * KV may be written only at positions that the engine announced, in owned blocks (I3).
+* A token's memory must be the final state that the engine announced, or what the exit
+  that predicted the token has returned.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from adadecode_vllm.method.executor import StepRunner, TokenSubset
+from adadecode_vllm.method.executor import ExitAnswer, StepRunner, TokenSubset
 
 TAGS = 3
 WIDTH = 6
@@ -40,12 +42,14 @@ class View:
         blocks: Its blocks.
         tokens: Its token ids; drafting appends predictions.
         writable: First position and end of what may be written.
+        memory: By position, what the token there was taken from.
     """
 
     request: int
     blocks: list[int]
     tokens: list[int]
     writable: tuple[int, int]
+    memory: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 class Write(NamedTuple):
@@ -83,7 +87,8 @@ class ReferenceModel:
             seed: Seed of the weights.
             gate: What the exits answer; None asks the model's own LM head there.
         """
-        self.bounds = [0, *exit_layers, num_layers]
+        self.bounds = [0, *filter(None, exit_layers), num_layers]
+        self.exits_at_embedding = int(exit_layers[0] == 0)
         self.exit_layers = tuple(exit_layers)
         self.num_layers = num_layers
         self.vocab_size = vocab_size
@@ -110,6 +115,7 @@ class ReferenceModel:
         self.drafting = False
         self.writes: list[Write] = []
         self.steps: StepRunner | None = None
+        self.asked = 0
 
     @property
     def num_segments(self) -> int:
@@ -181,24 +187,64 @@ class ReferenceModel:
             return _norm(state.double() + stream.double()).float(), None
         return torch.cat((state, tags), 1), torch.cat((stream, -tags), 1)
 
+    def final_states(self, final: torch.Tensor, places: np.ndarray) -> torch.Tensor:
+        """Final states that say where they belong.
+
+        Args:
+            final: (n, WIDTH) final states.
+            places: (n, 2), the tokens' positions and requests.
+
+        Returns:
+            (n, state_width).
+        """
+        tags = torch.zeros(len(final), TAGS)
+        tags[:, 1:] = torch.from_numpy(places)
+        return torch.cat((final, tags), dim=1)
+
     def gate(
-        self, exit_index: int, hidden: torch.Tensor, residual: torch.Tensor
-    ) -> tuple[np.ndarray, np.ndarray]:
+        self,
+        exit_index: int,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        memory: torch.Tensor | None,
+    ) -> ExitAnswer:
         """Ask an exit; see the protocol."""
-        assert torch.equal(hidden[:, WIDTH:], -residual[:, WIDTH:])
-        tags = hidden[:, WIDTH:].long().tolist()
-        if self.gate_function is None:
-            normed = _norm(hidden[:, :WIDTH].double() + residual[:, :WIDTH].double())
-            top = _linear(normed, self.lm_head).softmax(-1).max(-1)
-            return top.indices.numpy(), top.values.float().numpy()
+        assert memory is not None
+        # The memory is of the token before.
+        tags = memory[:, WIDTH:] + torch.tensor([0.0, 1.0, 0.0])
+        state = hidden[:, :WIDTH].double()
+        if residual is None:
+            assert (exit_index, self.exits_at_embedding) == (0, 1)
+            tags[:, 0] = hidden[:, WIDTH]
+        else:
+            tags[:, 0] = hidden[:, WIDTH]
+            assert torch.equal(hidden[:, WIDTH:], tags), "memory of another token"
+            assert torch.equal(residual[:, WIDTH:], -tags)
+            state = state + residual[:, :WIDTH].double()
         by_request = {view.request: view for view in self.views.values()}
         answers = []
-        for token, position, request in tags:
-            prefix = tuple(by_request[request].tokens[: position + 1])
+        normed = _norm(state)
+        # An exit's output is told from another's by the order of asking.
+        self.asked += 1
+        output = torch.cat((normed.float() + self.asked, tags), dim=1)
+        output[:, WIDTH] = 0
+        for row, (token, position, request) in enumerate(tags.long().tolist()):
+            view = by_request[request]
+            if self.drafting and position == len(view.tokens):
+                view.tokens.append(token)
+            prefix = tuple(view.tokens[: position + 1])
             assert prefix[position] == token
-            answers.append(self.gate_function(request, prefix, exit_index))
+            assert torch.equal(memory[row], view.memory[position]), "another memory"
+            view.memory[position + 1] = output[row]
+            if self.gate_function is not None:
+                answers.append(self.gate_function(request, prefix, exit_index))
+        if self.gate_function is None:
+            top = _linear(normed, self.lm_head).softmax(-1).max(-1)
+            return ExitAnswer(top.indices.numpy(), top.values.float().numpy(), output)
         tokens, confidences = zip(*answers, strict=True)
-        return np.array(tokens, np.int64), np.array(confidences, np.float32)
+        return ExitAnswer(
+            np.array(tokens, np.int64), np.array(confidences, np.float32), output
+        )
 
     def forward(self, subset: TokenSubset, token_ids: torch.Tensor) -> torch.Tensor:
         """Run the whole model, as vLLM does without a pending token."""

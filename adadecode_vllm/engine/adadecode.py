@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,8 @@ from adadecode_vllm.engine.ngram import NgramTail
 from adadecode_vllm.engine.segments import build_segments, find_decoder
 from adadecode_vllm.engine.served_heads import load_served_heads
 from adadecode_vllm.engine.settings import Settings
-from adadecode_vllm.engine.vllm_executor import VllmExecutor
+from adadecode_vllm.engine.split_model import SplitModel
+from adadecode_vllm.engine.vllm_executor import Backend, VllmExecutor
 from adadecode_vllm.method.drafting import Drafter, DraftRequests
 from adadecode_vllm.method.ledger import REASONS, Ledger, Resumable
 from adadecode_vllm.method.policy import ThresholdPolicy
@@ -29,17 +30,33 @@ from adadecode_vllm.method.states import PendingStates
 from adadecode_vllm.method.stats import Stats
 
 
+class Drafts(NamedTuple):
+    """A request's drafts.
+
+    Attributes:
+        token_ids: m tokens.
+        exits: (m,) int8, the exit of each; -1 for those by n-gram lookup.
+    """
+
+    token_ids: list[int]
+    exits: np.ndarray
+
+
 class AdaDecode:
     """Early prediction for one loaded model.
 
     Attributes:
-        executor: Runs segments and gates on vLLM.
-        gate: The exit heads over the model's LM head.
+        model: The model, split at the exits.
+        executor: Runs its parts; exists once there is a KV cache, see :meth:`bind`.
         ledger: The pending tokens.
         settings: When to predict early, and what requests ask for.
         stats: Counters.
         timer: Measures the device's time, where that was asked for.
     """
+
+    executor: VllmExecutor
+    _drafter: Drafter
+    _resumer: Resumer
 
     def __init__(
         self, model: nn.Module, config: AdaDecodeConfig, vllm_config: VllmConfig
@@ -58,10 +75,8 @@ class AdaDecode:
         decoder = find_decoder(model)
         heads = load_served_heads(config, decoder, vllm_config.model_config.model)
         segments = build_segments(decoder, config.exit_layers, vllm_config)
-        self.gate = Gate(
-            decoder, heads.exits, config.exit_layers, heads.draft_token_ids
-        )
-        self.executor = VllmExecutor(decoder, segments, self.gate, vllm_config)
+        gate = Gate(decoder, heads.exits, config.exit_layers, heads.draft_token_ids)
+        self.model = SplitModel(decoder, segments, gate, vllm_config)
         self.settings = Settings(config, heads.config)
         self.stats = Stats(config.exit_layers, len(decoder.layers))
         self.ledger = Ledger()
@@ -71,17 +86,31 @@ class AdaDecode:
             decoder.hidden_size,
             decoder.dtype,
             decoder.device,
+            with_memory=gate.has_memory,
         )
-        self._drafter = Drafter(
-            self.executor, self.states, self.settings.policy, self.stats
-        )
-        self._resumer = Resumer(self.executor, self.states, self.stats)
         self._max_model_len = vllm_config.model_config.max_model_len
         # Compiled before anything is served where the engine asks for it.
         self._ngram = NgramTail(self._max_model_len) if config.ngram != "off" else None
         self.timer: DeviceTimer | None = None
-        self._exits: dict[str, np.ndarray] = {}
+        self._drafts: dict[str, Drafts] = {}
         self._contradicted: set[str] = set()
+
+    def bind(self, backend: Backend) -> None:
+        """Run on a KV cache, or on another one, or with other graphs.
+
+        Args:
+            backend: What exists by now.
+        """
+        self.executor = VllmExecutor(self.model, backend)
+        self._drafter = Drafter(
+            self.executor, self.states, self.settings.policy, self.stats
+        )
+        self._resumer = Resumer(self.executor, self.states, self.stats)
+
+    @property
+    def gate(self) -> Gate:
+        """The exit heads over the model's LM head."""
+        return self.model.gate
 
     @property
     def policy(self) -> ThresholdPolicy:
@@ -117,9 +146,7 @@ class AdaDecode:
             limits[found] = 0
             requests = replace(requests, limits=limits)
         window = self._drafter.draft(requests)
-        # Requests that only draft by n-gram lookup have run nothing.
-        pending = drafting_ids if window.begun.any() else []
-        self.ledger.record(step, pending, window)
+        self.ledger.record(step, drafting_ids, window)
         for row, (request, request_id) in enumerate(
             zip(drafting, drafting_ids, strict=True)
         ):
@@ -133,7 +160,7 @@ class AdaDecode:
             if tail:
                 exits = np.concatenate((exits, np.full(len(tail), -1, exits.dtype)))
             drafts[request] = early + tail
-            self._exits[request_id] = exits
+            self._drafts[request_id] = Drafts(drafts[request], exits)
         return drafts
 
     def _look_up_first(self, requests: DraftRequests) -> dict[int, list[int]]:
@@ -202,10 +229,10 @@ class AdaDecode:
         self.stats.request_steps += len(sampled)
         self.stats.generated_tokens += sum(sampled.values())
         for request_id, num_drafts in scheduled.items():
-            exits = self._exits.pop(request_id, None)
+            drafts = self._drafts.pop(request_id, None)
             tokens = sampled.get(request_id, 0)
-            if exits is not None and tokens:
-                verified = exits[:num_drafts]
+            if drafts is not None and tokens:
+                verified = drafts.exits[:num_drafts]
                 self.stats.count_verdict(verified, tokens - 1)
                 contradicted = tokens <= len(verified) and verified[tokens - 1] >= 0
                 if contradicted and request_id not in self._contradicted:
@@ -250,9 +277,26 @@ class AdaDecode:
         self.settings.configure(options)
         self._drafter.policy = self.settings.policy
 
-    def forget(self, request_ids: set[str]) -> None:
+    def early_predictions(self) -> dict[str, list[tuple[int, int]]]:
+        """Early predictions that wait for their verification.
+
+        Returns:
+            By request, in order, the token and the index of its exit.
+        """
+        return {
+            request_id: [
+                (token, exit_index)
+                for token, exit_index in zip(
+                    drafts.token_ids, drafts.exits.tolist(), strict=True
+                )
+                if exit_index >= 0
+            ]
+            for request_id, drafts in self._drafts.items()
+        }
+
+    def forget(self, request_ids: Collection[str]) -> None:
         """Release what is remembered of finished requests."""
         for request_id in request_ids:
-            self._exits.pop(request_id, None)
-        self._contradicted -= request_ids
+            self._drafts.pop(request_id, None)
+        self._contradicted.difference_update(request_ids)
         self.settings.forget(request_ids)

@@ -113,7 +113,11 @@ class DraftVocabulary(nn.Module):
 
 
 class Gate(nn.Module):
-    """The exits' top tokens and their probabilities."""
+    """The exits' top tokens and their probabilities.
+
+    Attributes:
+        num_exits: K.
+    """
 
     def __init__(
         self,
@@ -134,6 +138,7 @@ class Gate(nn.Module):
         self._decoder = decoder
         self._heads = heads
         self._exit_layers = list(exit_layers)
+        self.num_exits = len(self._exit_layers)
         self._vocabulary = (
             None
             if draft_token_ids is None
@@ -150,9 +155,18 @@ class Gate(nn.Module):
         tensors = chain(self._heads.named_parameters(), self.named_buffers())
         return {name: tensor.data for name, tensor in tensors}
 
+    @property
+    def has_memory(self) -> bool:
+        """Whether the heads read a memory beside the hidden state."""
+        return self._heads.has_memory
+
     def forward(
-        self, exit_index: int, hidden: torch.Tensor, residual: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self,
+        exit_index: int,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        memory: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Ask an exit head for the next token.
 
         Every tensor-parallel rank computes the same logits from the same all-gathered
@@ -160,15 +174,16 @@ class Gate(nn.Module):
 
         Args:
             exit_index: Index of the exit, 0 .. K - 1.
-            hidden: (n, d) hidden states at the exit.
-            residual: (n, d) residual stream at the exit.
+            hidden: (n, d) hidden states at the exit; may be overwritten.
+            residual: (n, d) residual stream at the exit; None at the embedding.
+            memory: (n, d) the states that the tokens were told from; None for zeros.
 
         Returns:
-            Token ids (n,) int64 and their probabilities (n,) float32 under the head's
-            own distribution.
+            Token ids (n,) int64, their probabilities (n,) float32 under the head's own
+            distribution, and what the LM head read, (n, d).
         """
-        normed, _ = self._decoder.norm(hidden, residual)
-        transformed = self._heads(self._exit_layers[exit_index], normed)
+        normed = self._decoder.normalize(hidden, residual)
+        transformed = self._heads(self._exit_layers[exit_index], normed, memory)
         if self._vocabulary is not None:
             logits = self._vocabulary(transformed)
         else:
@@ -179,4 +194,5 @@ class Gate(nn.Module):
         top, token = logits.max(dim=-1)
         if self._vocabulary is not None:
             token = self._vocabulary.token_ids[token]
-        return token, torch.exp(top - torch.logsumexp(logits, dim=-1))
+        confidence = torch.exp(top - torch.logsumexp(logits, dim=-1))
+        return token, confidence, transformed

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,17 +12,12 @@ from torch import nn
 
 from adadecode_vllm.config import engine_config
 from adadecode_vllm.engine.adadecode import AdaDecode
-from adadecode_vllm.engine.batch import AttentionBatcher, KVGroup
-from adadecode_vllm.engine.limits import (
-    draft_limits,
-    processed_rows,
-    stop_token_ids,
-)
-from adadecode_vllm.engine.ngram import contexts_of
-from adadecode_vllm.method.drafting import DraftRequests
+from adadecode_vllm.engine.draft_cycle import DraftCycle, Sampled
+from adadecode_vllm.engine.limits import processed_rows, stop_token_ids
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 
 
@@ -30,13 +25,15 @@ class AdaDecodeProposer:
     """Turns vLLM's state after sampling into a drafting cycle.
 
     vLLM creates it and calls :meth:`load_model` once the target model is loaded. The
-    model runner calls :meth:`bind`, and :meth:`propose` after each step's bookkeeping.
+    model runner calls :meth:`propose` after each step's bookkeeping.
 
     Attributes:
         adadecode: The method's parts; exists after :meth:`load_model`.
+        cycle: Counts steps and drafts; exists after :meth:`load_model`.
     """
 
     adadecode: AdaDecode
+    cycle: DraftCycle
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         """Read the options that start-up resolved.
@@ -56,24 +53,17 @@ class AdaDecodeProposer:
             target_model: The model as vLLM loaded it.
         """
         self.adadecode = AdaDecode(target_model, self.config, self.vllm_config)
-
-    def bind(self, groups: Sequence[KVGroup], device: torch.device) -> None:
-        """Learn the KV cache groups; called whenever they change.
-
-        Args:
-            groups: The runner's KV cache groups, in order.
-            device: The model's device.
-        """
-        self.adadecode.executor.batcher = AttentionBatcher(groups, device)
+        self.cycle = DraftCycle(
+            self.adadecode, self.vllm_config.model_config.max_model_len
+        )
 
     def propose(
         self,
         sampled_token_ids: list[list[int]],
         input_batch: InputBatch,
         requests: Mapping[str, CachedRequestState],
-        *,
-        step: int,
-        most: int,
+        sample_hidden_states: torch.Tensor,
+        scheduler_output: SchedulerOutput,
     ) -> list[list[int]]:
         """Predict early for every request that sampled a token.
 
@@ -82,11 +72,12 @@ class AdaDecodeProposer:
                 rows whose prompt is not finished.
             input_batch: The runner's batch, after the step's bookkeeping.
             requests: Request id to the runner's state of it.
-            step: Number of the current engine step.
-            most: Early predictions per request that the scheduler allows in this step.
+            sample_hidden_states: (n, d) the final norm's output of each row's verified
+                drafts and of the token before them.
+            scheduler_output: The step's schedule.
 
         Returns:
-            Early predictions per batch row.
+            Drafts per batch row.
         """
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
         rows = np.array(
@@ -97,46 +88,52 @@ class AdaDecodeProposer:
             return drafts
         request_ids = [input_batch.req_ids[row] for row in rows]
         options = settings.options(request_ids)
+        most = scheduler_output.num_spec_tokens_to_schedule
         caps = settings.caps(options, len(rows), most)
         if caps is None:
             return drafts
         states = [requests[request_id] for request_id in request_ids]
-        caps = np.where(processed_rows(input_batch, rows), 0, caps)
-
-        lookups = settings.lookups(options, len(rows))
         positions = input_batch.num_tokens_no_spec[rows].astype(np.int64) - 1
-        contexts = lookup_first = None
-        if lookups is not None:
-            contexts, lookup_first = contexts_of(
-                lookups, input_batch.token_ids_cpu, rows, positions
-            )
-        batcher = self.adadecode.executor.batcher
-        assert batcher is not None, "bound when the KV cache was initialized"
-        predicted = self.adadecode.draft(
-            step,
-            request_ids,
-            DraftRequests(
+        predicted = self.cycle.draft(
+            Sampled(
+                request_ids=request_ids,
                 rows=rows,
                 token_ids=input_batch.token_ids_cpu[rows, positions].astype(np.int64),
                 positions=positions,
-                limits=draft_limits(
-                    cap=caps,
-                    positions=positions,
-                    owned_slots=batcher.owned_slots(rows),
-                    max_model_len=self.vllm_config.model_config.max_model_len,
-                    remaining=np.array([_remaining_tokens(state) for state in states]),
-                ),
+                caps=np.where(processed_rows(input_batch, rows), 0, caps),
+                remaining=np.array([_remaining_tokens(state) for state in states]),
                 stop_token_ids=[
                     stop_token_ids(state.sampling_params) for state in states
                 ],
-                thresholds=settings.thresholds(options),
-                contexts=contexts,
-                lookup_first=lookup_first,
-            ),
+                final_states=sample_hidden_states,
+                final_rows=_sampled_rows(
+                    input_batch.req_ids, sampled_token_ids, scheduler_output
+                )[rows],
+                options=options,
+                token_table=input_batch.token_ids_cpu,
+            )
         )
         for row, early in zip(rows, predicted, strict=True):
             drafts[row] = early
         return drafts
+
+
+def _sampled_rows(
+    request_ids: list[str],
+    sampled_token_ids: list[list[int]],
+    scheduler_output: SchedulerOutput,
+) -> np.ndarray:
+    """Which rows of a step's logits the newest tokens were sampled from.
+
+    A request has a row for each of its drafts and one more.
+
+    Returns:
+        (B,) int64 by batch row; undefined where nothing was sampled.
+    """
+    drafts = scheduler_output.scheduled_spec_decode_tokens
+    rows = [len(drafts.get(request_id, ())) + 1 for request_id in request_ids]
+    sampled = [len(tokens) for tokens in sampled_token_ids]
+    return np.cumsum(rows) - rows + sampled - 1
 
 
 def _remaining_tokens(state: CachedRequestState) -> int:

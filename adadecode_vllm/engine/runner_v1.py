@@ -15,10 +15,11 @@ from vllm.v1.worker.cpu_model_runner import (
 )
 
 from adadecode_vllm.engine.adadecode import AdaDecode
-from adadecode_vllm.engine.batch import KVGroup
-from adadecode_vllm.engine.draft_room import fill_room, trim_grammar
+from adadecode_vllm.engine.batch import AttentionBatcher, KVGroup
+from adadecode_vllm.engine.draft_room import trim_grammar
 from adadecode_vllm.engine.outcomes import UNUSED_DRAFTS
 from adadecode_vllm.engine.proposer import AdaDecodeProposer
+from adadecode_vllm.engine.vllm_executor import Backend
 from adadecode_vllm.method.ledger import Resumable
 from adadecode_vllm.method.resume import ScheduledBatch
 from adadecode_vllm.patches import logits_processors
@@ -32,9 +33,6 @@ class AdaDecodeCPUModelRunner(CPUModelRunner):
     """vLLM's runner, whose forward resumes pending tokens.
 
     Steps without a pending token run the ordinary, unchanged forward.
-
-    Attributes:
-        step: Number of the current engine step.
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
@@ -46,7 +44,6 @@ class AdaDecodeCPUModelRunner(CPUModelRunner):
         """
         with logits_processors.beside_drafts():
             super().__init__(vllm_config, device)
-        self.step = 0
         self._scheduled: SchedulerOutput | None = None
         self._dropped: dict[str, int] = {}
         # vLLM replaces all drafts of a batch by zeros once one request comes within
@@ -70,7 +67,10 @@ class AdaDecodeCPUModelRunner(CPUModelRunner):
         """Allocate the KV cache and tell the proposer about its groups."""
         super().initialize_kv_cache(*args, **kwargs)
         groups = range(len(self.kv_cache_config.kv_cache_groups))
-        self.proposer.bind([self._kv_group(index) for index in groups], self.device)
+        batcher = AttentionBatcher(
+            [self._kv_group(index) for index in groups], self.device
+        )
+        self.adadecode.bind(Backend(batcher))
         holder = self.input_batch.thinking_budget_state_holder
         if holder is not None:
             # Requests with a budget run in steps without drafts, where vLLM would look
@@ -87,7 +87,7 @@ class AdaDecodeCPUModelRunner(CPUModelRunner):
         super().warming_up_model()
         if self.vllm_config.compilation_config.mode != CompilationMode.NONE:
             with _set_global_compilation_settings(self.vllm_config):
-                self.adadecode.executor.warm_up()
+                self.adadecode.model.warm_up()
 
     def _sample(self, logits: Any, spec_decode_metadata: Any) -> Any:
         """Sample; without drafts as ordinary vLLM does, which is cheaper."""
@@ -104,14 +104,9 @@ class AdaDecodeCPUModelRunner(CPUModelRunner):
         self, scheduler_output: SchedulerOutput, intermediate_tensors: Any = None
     ) -> Any:
         """Run one engine step."""
-        self.step += 1
-        settings = self.adadecode.settings
-        self.adadecode.forget(scheduler_output.finished_req_ids)
-        for request in scheduler_output.scheduled_new_reqs:
-            settings.admit(request.req_id, request.sampling_params)
-        self._dropped = {}
-        if settings.forbid_drafts(scheduler_output.num_scheduled_tokens):
-            scheduler_output, self._dropped = fill_room(scheduler_output, {})
+        scheduler_output, self._dropped = self.proposer.cycle.begin(
+            scheduler_output, scheduler_output.finished_req_ids
+        )
         self._scheduled = scheduler_output
         return super().execute_model(scheduler_output, intermediate_tensors)
 
@@ -170,28 +165,41 @@ class AdaDecodeCPUModelRunner(CPUModelRunner):
             if request_id not in resumed
         }
         return ledger.take(
-            self.step, rows, first, count, self.input_batch.token_ids_cpu
+            self.proposer.cycle.step, rows, first, count, self.input_batch.token_ids_cpu
         )
 
     def propose_draft_token_ids(
-        self, scheduler_output: SchedulerOutput, sampled_token_ids: Any, *_: Any
+        self,
+        scheduler_output: SchedulerOutput,
+        sampled_token_ids: Any,
+        sampling_metadata: Any,
+        hidden_states: torch.Tensor,
+        sample_hidden_states: torch.Tensor,
+        *_: Any,
     ) -> list[list[int]]:
         """Count what was accepted, then predict early.
 
         Args:
             scheduler_output: The step's.
             sampled_token_ids: Tokens that the step yielded, per batch row.
+            sampling_metadata: Unused.
+            hidden_states: Unused.
+            sample_hidden_states: (n, d) final states that the step's logits came from.
 
         Returns:
             Early predictions per batch row.
         """
-        self._count_verdicts(scheduler_output, sampled_token_ids)
+        self.proposer.cycle.count_verdicts(
+            self.input_batch.req_ids,
+            [len(tokens) for tokens in sampled_token_ids],
+            scheduler_output,
+        )
         return self.proposer.propose(
             sampled_token_ids,
             self.input_batch,
             self.requests,
-            step=self.step,
-            most=scheduler_output.num_spec_tokens_to_schedule,
+            sample_hidden_states,
+            scheduler_output,
         )
 
     def _kv_group(self, index: int) -> KVGroup:
@@ -205,17 +213,3 @@ class AdaDecodeCPUModelRunner(CPUModelRunner):
             layer_names=self.kv_cache_config.kv_cache_groups[index].layer_names,
             attention_groups=self.attn_groups[index],
         )
-
-    def _count_verdicts(
-        self, scheduler_output: SchedulerOutput, sampled_token_ids: list[list[int]]
-    ) -> None:
-        sampled = {
-            request_id: len(tokens)
-            for request_id, tokens in zip(
-                self.input_batch.req_ids, sampled_token_ids, strict=True
-            )
-            if tokens
-        }
-        drafts = scheduler_output.scheduled_spec_decode_tokens
-        scheduled = {request_id: len(tokens) for request_id, tokens in drafts.items()}
-        self.adadecode.count_verdicts(sampled, scheduled)

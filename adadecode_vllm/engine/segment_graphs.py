@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
-    from adadecode_vllm.engine.vllm_executor import VllmExecutor
+    from adadecode_vllm.engine.split_model import SplitModel
 
 logger = init_logger("vllm.adadecode")
 
@@ -51,8 +51,8 @@ class StepKind:
     """What a graph does.
 
     Attributes:
-        segment: The segment.
-        gated: Whether its exit head is asked.
+        segment: The segment; -1 for none, where the exit at the embedding is asked.
+        gated: Whether the exit head behind it is asked.
         max_query_len: Most tokens of a request.
     """
 
@@ -64,37 +64,44 @@ class StepKind:
     def name(self) -> str:
         """A name for an attribute."""
         form = "draft" if self.gated else "resume"
-        return f"segment_{self.segment}_{form}_{self.max_query_len}_graphs"
+        segment = "no_segment" if self.segment < 0 else f"segment_{self.segment}"
+        return f"{segment}_{form}_{self.max_query_len}_graphs"
 
 
-def step_kinds(num_segments: int, window: int) -> list[StepKind]:
+def step_kinds(
+    num_segments: int, exits_at_embedding: int, window: int
+) -> list[StepKind]:
     """All graphs of a model.
 
     Args:
-        num_segments: K + 1.
+        num_segments: Segments with layers.
+        exits_at_embedding: 1 where an exit reads the embedding, else 0.
         window: Tokens of a request that may be pending, and one.
     """
-    exits = range(num_segments - 1)
+    gated = range(-exits_at_embedding, num_segments - 1)
+    # A single segment is the whole model, which vLLM has graphs of.
+    resumed = range(num_segments) if num_segments > 1 else ()
+    # Without an exit before it, segment 0 runs for fronts only, one a request.
+    alone = -1 if exits_at_embedding else 0
     return [
-        *(StepKind(segment, True, 1) for segment in exits),
-        # Only fronts stand at level 0, one a request.
-        *(StepKind(segment, True, window) for segment in exits if segment > 0),
-        *(StepKind(segment, False, window) for segment in range(num_segments)),
+        *(StepKind(segment, True, 1) for segment in gated),
+        *(StepKind(segment, True, window) for segment in gated if segment > alone),
+        *(StepKind(segment, False, window) for segment in resumed),
     ]
 
 
 class Steps:
     """What the graphs hold, in plain calls."""
 
-    def __init__(self, buffers: StepBuffers, executor: VllmExecutor) -> None:
+    def __init__(self, buffers: StepBuffers, model: SplitModel) -> None:
         """Wire the steps.
 
         Args:
             buffers: Inputs and outputs.
-            executor: Runs segments and heads.
+            model: The segments and heads.
         """
         self.buffers = buffers
-        self.executor = executor
+        self.model = model
 
     def run(self, kind: StepKind, tokens: int) -> None:
         """Run a step's segment in the forward context that is set.
@@ -105,24 +112,43 @@ class Steps:
             kind: What to do.
             tokens: Number of tokens, padding included.
         """
-        buffers, executor = self.buffers, self.executor
+        buffers, model = self.buffers, self.model
         states = buffers.states[:tokens]
         residual: torch.Tensor | None = None
-        if kind.segment == 0:
-            hidden = executor.embed(buffers.token_ids[:tokens])
+        if kind.segment <= 0:
+            hidden = model.embed(buffers.token_ids[:tokens])
         else:
             hidden, residual = buffers.pending.read(states)
-        hidden, residual = executor.call(
-            kind.segment, buffers.positions[:tokens], hidden, residual
-        )
-        if residual is None:
-            buffers.normed[:tokens] = hidden
-            return
-        buffers.pending.write(states, hidden, residual)
+        if kind.segment >= 0:
+            hidden, residual = model.call(
+                kind.segment, buffers.positions[:tokens], hidden, residual
+            )
+            if residual is None:
+                buffers.normed[:tokens] = hidden
+                return
+            buffers.pending.write(states, hidden, residual)
         if kind.gated:
-            token, confidence = executor.ask(kind.segment, hidden, residual)
-            buffers.answers[:tokens, 0] = token
-            buffers.answers[:tokens, 1] = confidence
+            self._ask(kind.segment + model.exits_at_embedding, tokens, hidden, residual)
+
+    def _ask(
+        self,
+        exit_index: int,
+        tokens: int,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+    ) -> None:
+        """Ask an exit head about all tokens; only the fronts' answers count."""
+        buffers = self.buffers
+        pending = buffers.pending
+        states = buffers.states[:tokens]
+        token, confidence, output = self.model.gate(
+            exit_index, hidden, residual, pending.read_memory(states)
+        )
+        buffers.answers[:tokens, 0] = token
+        buffers.answers[:tokens, 1] = confidence
+        if pending.memory is not None:
+            fronts = torch.where(buffers.fronts(tokens), states, pending.padding_row)
+            pending.write_memory(fronts, output)
 
 
 class SegmentGraphs(CudaGraphManager):

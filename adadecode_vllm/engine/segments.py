@@ -74,6 +74,24 @@ class Decoder:
     dtype: torch.dtype
     device: torch.device
 
+    def normalize(
+        self, hidden: torch.Tensor, residual: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The final norm of the residual stream.
+
+        Args:
+            hidden: (n, d); may be overwritten.
+            residual: (n, d), which is added; None at the embedding.
+
+        Returns:
+            (n, d).
+        """
+        if residual is not None:
+            return self.norm(hidden, residual)[0]
+        # Some norms return a pair whatever they are given.
+        normed = self.norm(hidden)
+        return normed[0] if isinstance(normed, tuple) else normed
+
 
 def find_decoder(model: nn.Module) -> Decoder:
     """Take a loaded vLLM model apart.
@@ -143,18 +161,23 @@ def build_segments(
 
     Args:
         decoder: The model's parts.
-        exit_layers: Layer counts of the exits, strictly increasing.
+        exit_layers: Layer counts of the exits, strictly increasing. One at 0 reads the
+            embedding and ends no segment.
         vllm_config: The engine's configuration.
 
     Returns:
-        K + 1 callables ``segment(positions, hidden, residual) -> (hidden, residual)``.
-        Segment 0 takes no residual; the last one ends with the final norm and returns
-        (normed, None).
+        Callables ``segment(positions, hidden, residual) -> (hidden, residual)``, one
+        more than there are exits behind a layer. Segment 0 takes no residual; the last
+        one ends with the final norm and returns (normed, None). A single one stands for
+        the whole model and cannot be called.
     """
-    bounds = [0, *exit_layers, len(decoder.layers)]
+    bounds = [0, *filter(None, exit_layers), len(decoder.layers)]
     segments: list[nn.Module] = []
     for first, last in pairwise(bounds):
         ends_model = last == len(decoder.layers)
+        if first == 0 and ends_model:
+            # The whole model, which vLLM compiles and runs itself.
+            return [_Segment(decoder.layers, decoder.norm)]
         cls = _segment_class(first, last, ends_model)
         with (
             set_current_vllm_config(vllm_config),

@@ -18,6 +18,7 @@ from adadecode_vllm.heads import (
     ExitHeadsConfig,
     check_fingerprint,
     load_draft_token_ids,
+    load_exit_memory,
     load_exit_weights,
     load_heads_config,
     resolve_heads,
@@ -62,10 +63,16 @@ def load_served_heads(
     if not _lm_head_fits(decoder, heads):
         raise fingerprint_mismatch(config.heads, model, heads.base_model)
     weights = load_exit_weights(directory, heads)
-    used = {layer: weights[layer] for layer in config.exit_layers}
+    memory = load_exit_memory(directory, heads)
+    used = config.exit_layers
     return ServedHeads(
         heads,
-        ExitHeads(used, decoder.dtype, decoder.device),
+        ExitHeads(
+            {layer: weights[layer] for layer in used},
+            decoder.dtype,
+            decoder.device,
+            memory and {layer: memory[layer] for layer in used},
+        ),
         _draft_token_ids(directory, heads, config.draft_vocabulary_size),
     )
 

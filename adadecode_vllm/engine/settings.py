@@ -194,9 +194,9 @@ class Settings:
             ]
         )
 
-    def forget(self, request_ids: set[str]) -> None:
+    def forget(self, request_ids: Collection[str]) -> None:
         """Release what is remembered of finished requests."""
-        self._plain -= request_ids
+        self._plain.difference_update(request_ids)
         for request_id in request_ids:
             self._options.pop(request_id, None)
 

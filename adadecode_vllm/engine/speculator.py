@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +28,10 @@ from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 from adadecode_vllm.config import engine_config
 from adadecode_vllm.engine.adadecode import AdaDecode
 from adadecode_vllm.engine.batch import AttentionBatcher, KVGroup, window_reach
-from adadecode_vllm.engine.draft_room import fill_room, trim_grammar
+from adadecode_vllm.engine.draft_cycle import DraftCycle, Sampled
+from adadecode_vllm.engine.draft_room import trim_grammar
 from adadecode_vllm.engine.host_copy import HostCopy
-from adadecode_vllm.engine.limits import draft_limits, stop_token_ids
-from adadecode_vllm.engine.ngram import contexts_of
+from adadecode_vllm.engine.limits import stop_token_ids
 from adadecode_vllm.engine.piecewise import PiecewiseInputs
 from adadecode_vllm.engine.segment_graphs import (
     MAX_TOKENS,
@@ -42,7 +43,7 @@ from adadecode_vllm.engine.segment_graphs import (
     step_kinds,
 )
 from adadecode_vllm.engine.step_buffers import StepBuffers
-from adadecode_vllm.method.drafting import DraftRequests
+from adadecode_vllm.engine.vllm_executor import Backend
 from adadecode_vllm.method.ledger import Resumable
 from adadecode_vllm.method.resume import ScheduledBatch
 from adadecode_vllm.request_options import RequestOptions
@@ -62,8 +63,8 @@ class AdaDecodeSpeculator(BaseSpeculator):
 
     Attributes:
         adadecode: The method's parts; exists after :meth:`load`.
+        cycle: Counts steps and drafts; exists after :meth:`load`.
         drafts: Request id to early predictions that no step has verified yet.
-        step: Number of the current engine step.
         waited: Whether the host knows what the last step sampled.
     """
 
@@ -72,6 +73,7 @@ class AdaDecodeSpeculator(BaseSpeculator):
     draft_logits = None
 
     adadecode: AdaDecode
+    cycle: DraftCycle
 
     def __init__(
         self, vllm_config: VllmConfig, device: torch.device, req_states: RequestState
@@ -89,7 +91,6 @@ class AdaDecodeSpeculator(BaseSpeculator):
         assert config is not None, "start-up named this class for AdaDecode only"
         self.config = config
         self.drafts: dict[str, list[int]] = {}
-        self.step = 0
         self.waited = False
         self._async = bool(vllm_config.scheduler_config.async_scheduling)
         self._states = req_states
@@ -114,6 +115,7 @@ class AdaDecodeSpeculator(BaseSpeculator):
             target_model: The model as vLLM loaded it.
         """
         self.adadecode = AdaDecode(target_model, self.config, self.vllm_config)
+        self.cycle = DraftCycle(self.adadecode, self._states.max_model_len)
 
     def bind(self, runner: GPUModelRunner) -> None:
         """Learn the runner's KV cache groups; called whenever they change.
@@ -125,7 +127,8 @@ class AdaDecodeSpeculator(BaseSpeculator):
             _kv_group(runner, index)
             for index in range(len(runner.kv_cache_config.kv_cache_groups))
         ]
-        self.adadecode.executor.batcher = AttentionBatcher(groups, self.device)
+        self._backend = Backend(AttentionBatcher(groups, self.device))
+        self.adadecode.bind(self._backend)
         self._runner = runner
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
@@ -139,10 +142,10 @@ class AdaDecodeSpeculator(BaseSpeculator):
         """
         full = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
         self._piecewise = cudagraph_mode.has_piecewise_cudagraphs()
-        executor = self.adadecode.executor
-        executor.steps = None
-        executor.piecewise = None
-        self._kinds = step_kinds(executor.num_segments, self.adadecode.states.window)
+        model = self.adadecode.model
+        self._kinds = step_kinds(
+            model.num_segments, model.exits_at_embedding, self.adadecode.states.window
+        )
         for kind in self._kinds:
             graphs = SegmentGraphs(kind, self.vllm_config, self.device, full)
             setattr(self, kind.name, graphs)
@@ -152,14 +155,17 @@ class AdaDecodeSpeculator(BaseSpeculator):
         """Capture them; vLLM calls it after its own graphs."""
         runner = self._runner
         assert runner is not None, "bound when the KV cache was initialized"
-        executor, states = self.adadecode.executor, self.adadecode.states
-        if self._piecewise and all(map(has_compiled_submodule, executor.segments)):
+        model, states = self.adadecode.model, self.adadecode.states
+        backend = self._backend
+        if self._piecewise and all(map(has_compiled_submodule, model.segments)):
             sizes = self.vllm_config.compilation_config.cudagraph_capture_sizes
-            executor.piecewise = PiecewiseInputs(
+            inputs = PiecewiseInputs(
                 sizes or (), states.hidden.shape[1], states.hidden.dtype, self.device
             )
             with graph_capture(device=self.device):
-                executor.capture_piecewise()
+                model.capture_piecewise(inputs)
+            backend = replace(backend, piecewise=inputs)
+            self.adadecode.bind(backend)
         support = graph_support(runner)
         kinds = [
             kind
@@ -173,18 +179,19 @@ class AdaDecodeSpeculator(BaseSpeculator):
             runner,
             states,
             max(runner.max_num_reqs, MAX_TOKENS),
-            executor.num_segments,
+            model.num_segments,
         )
-        steps = Steps(buffers, executor)
+        steps = Steps(buffers, model)
         for kind in kinds:
             self._graphs(kind).capture_steps(steps)
         # By name: vLLM drops the managers it profiled with, and these with them.
-        executor.steps = GraphedSteps(
+        graphed = GraphedSteps(
             buffers,
             {kind: partial(self._graphs, kind) for kind in kinds},
             states.window,
             self.adadecode.measure,
         )
+        self.adadecode.bind(replace(backend, steps=graphed))
 
     def _graphs(self, kind: StepKind) -> SegmentGraphs:
         return getattr(self, kind.name)
@@ -211,7 +218,6 @@ class AdaDecodeSpeculator(BaseSpeculator):
         Returns:
             The same, with no more drafts per request than were really predicted.
         """
-        self.step += 1
         gone = scheduler_output.finished_req_ids | (
             scheduler_output.preempted_req_ids or set()
         )
@@ -219,16 +225,8 @@ class AdaDecodeSpeculator(BaseSpeculator):
         for request_id in gone | self._new:
             self.drafts.pop(request_id, None)
             self._stops.pop(request_id, None)
-        self.adadecode.forget(gone)
-
-        self._empty = {}
-        if not self._warming_up:
-            settings = self.adadecode.settings
-            for request in scheduler_output.scheduled_new_reqs:
-                settings.admit(request.req_id, request.sampling_params)
-            plain = settings.forbid_drafts(scheduler_output.num_scheduled_tokens)
-            drafts = {} if plain else self.drafts
-            scheduler_output, self._empty = fill_room(scheduler_output, drafts)
+        drafts = None if self._warming_up else self.drafts
+        scheduler_output, self._empty = self.cycle.begin(scheduler_output, gone, drafts)
         self._scheduled = scheduler_output
         return scheduler_output
 
@@ -280,7 +278,7 @@ class AdaDecodeSpeculator(BaseSpeculator):
             else input_batch.num_computed_tokens_np.astype(np.int64)
         )
         resumable = self.adadecode.ledger.take(
-            self.step,
+            self.cycle.step,
             {
                 request_id: index
                 for index, request_id in enumerate(input_batch.req_ids)
@@ -335,7 +333,7 @@ class AdaDecodeSpeculator(BaseSpeculator):
             attn_metadata: Unused, as are the other arguments that are not named here:
                 drafting builds metadata of its own and samples nothing.
             slot_mappings: Unused.
-            last_hidden_states: Unused.
+            last_hidden_states: (N, d) the final norm's output.
             aux_hidden_states: Unused.
             num_sampled: (R,) int32, tokens that the step yielded.
             num_rejected: Unused.
@@ -356,7 +354,7 @@ class AdaDecodeSpeculator(BaseSpeculator):
         num_reqs = input_batch.num_reqs
         if dummy_run:
             if is_profile:
-                self.adadecode.executor.warm_up(input_batch.num_tokens)
+                self.adadecode.model.warm_up(input_batch.num_tokens)
             return self._draft_tokens[:num_reqs]
 
         rows = input_batch.idx_mapping_np.astype(np.int64)
@@ -386,12 +384,17 @@ class AdaDecodeSpeculator(BaseSpeculator):
             # Nothing to wait for: a finished prompt yields one token.
             sampled = (reached >= input_batch.prefill_len_np).astype(np.int64)
         self._computed[rows] = reached - np.where(sampled > 0, drafted + 1 - sampled, 0)
-        self._count_verdicts(input_batch.req_ids, sampled)
+        assert self._scheduled is not None, "called within a step"
+        self.cycle.count_verdicts(
+            input_batch.req_ids, sampled.tolist(), self._scheduled
+        )
         for request_id in input_batch.req_ids:
             self.drafts[request_id] = []
         if caps is None or tokens is None:
             return self._draft_tokens[:num_reqs]
-        return self._predict(input_batch, rows, sampled, tokens, caps, options)
+        return self._predict(
+            input_batch, rows, sampled, tokens, caps, options, last_hidden_states
+        )
 
     def _predict(
         self,
@@ -401,6 +404,7 @@ class AdaDecodeSpeculator(BaseSpeculator):
         tokens: np.ndarray,
         caps: np.ndarray,
         options: list[RequestOptions] | None,
+        final: torch.Tensor,
     ) -> torch.Tensor:
         active = np.flatnonzero(sampled > 0)
         answer = self._draft_tokens[: input_batch.num_reqs]
@@ -409,39 +413,29 @@ class AdaDecodeSpeculator(BaseSpeculator):
         rows = rows[active]
         positions = self._computed[rows]
         request_ids = [input_batch.req_ids[index] for index in active]
-        settings = self.adadecode.settings
-        own = options and [options[index] for index in active]
-        lookups = settings.lookups(own, len(active))
-        contexts = lookup_first = None
-        if lookups is not None and (table := _host_token_ids(self._states)) is not None:
-            contexts, lookup_first = contexts_of(lookups, table, rows, positions)
-        batcher = self.adadecode.executor.batcher
-        assert batcher is not None, "bound when the KV cache was initialized"
-        owned_slots = batcher.owned_slots(rows)
-        predicted = self.adadecode.draft(
-            self.step,
-            request_ids,
-            DraftRequests(
+        # The logits of a request are those of its last tokens.
+        logits = np.diff(input_batch.cu_num_logits_np)[active]
+        final_rows = (
+            input_batch.query_start_loc_np[1:][active] - logits + sampled[active] - 1
+        )
+        predicted = self.cycle.draft(
+            Sampled(
+                request_ids=request_ids,
                 rows=rows,
                 token_ids=tokens[active],
                 positions=positions,
-                limits=draft_limits(
-                    cap=caps[active],
-                    positions=positions,
-                    owned_slots=owned_slots,
-                    max_model_len=self._states.max_model_len,
-                    remaining=self._states.max_seq_len[rows] - positions - 1,
-                ),
+                caps=caps[active],
+                remaining=self._states.max_seq_len[rows] - positions - 1,
                 stop_token_ids=[
                     self._stops.get(request_id, frozenset())
                     for request_id in request_ids
                 ],
-                room=owned_slots - positions,
+                final_states=final,
+                final_rows=final_rows.astype(np.int64),
+                options=options and [options[index] for index in active],
+                token_table=_host_token_ids(self._states),
                 alone=len(active) == input_batch.num_reqs,
-                thresholds=settings.thresholds(own),
-                contexts=contexts,
-                lookup_first=lookup_first,
-            ),
+            )
         )
         if not any(predicted):
             return answer
@@ -452,21 +446,6 @@ class AdaDecodeSpeculator(BaseSpeculator):
             self.drafts[request_id] = early
             table[index, : len(early)] = early
         return async_tensor_h2d(table, out=answer)
-
-    def _count_verdicts(self, request_ids: list[str], sampled: np.ndarray) -> None:
-        scheduled = self._scheduled
-        assert scheduled is not None, "called within a step"
-        drafts = scheduled.scheduled_spec_decode_tokens
-        self.adadecode.count_verdicts(
-            {
-                request_id: tokens
-                for request_id, tokens in zip(
-                    request_ids, sampled.tolist(), strict=True
-                )
-                if tokens
-            },
-            {request_id: len(tokens) for request_id, tokens in drafts.items()},
-        )
 
 
 def _host_token_ids(states: RequestState) -> np.ndarray | None:

@@ -193,6 +193,13 @@ class StepBuffers:
             for attention_group in self.runner.attn_groups[group]:
                 attention_group.map_to_kernel_block_table(blocks)
 
+    def fronts(self, tokens: int) -> torch.Tensor:
+        """(tokens,) bool, the last tokens of the requests; part of the graph."""
+        rows = self._token_rows[:tokens]
+        last = torch.ones_like(rows, dtype=torch.bool)
+        torch.ne(rows[1:], rows[:-1], out=last[:-1])
+        return last & (rows >= 0)
+
     def metadata(
         self,
         tokens: int,

@@ -130,7 +130,7 @@ class AdaDecodeWorker:
         layers = self._adadecode.stats.exit_layers
         return {
             request_id: [(token, layers[index]) for token, index in drafts]
-            for request_id, drafts in self._adadecode.ledger.drafts().items()
+            for request_id, drafts in self._adadecode.early_predictions().items()
         }
 
     def adadecode_profile(self) -> bool:

@@ -184,7 +184,8 @@ class ExitHeadsConfig(BaseModel):
         Returns:
             The probability of the exit's top token to exceed, in [0, 1].
         """
-        share = layer / self.num_hidden_layers
+        # Before the first layer only the row costs; take it for a layer's work.
+        share = max(layer, 1) / self.num_hidden_layers
         if self.calibration is None:
             return share
         return self.calibration[str(layer)].probability_threshold(share)

@@ -46,6 +46,9 @@ class DraftRequests:
             nowhere. With any, nothing runs ahead of the next step: they have to run.
         lookup_first: (R,) bool, whether the lookup comes before the exits; None for
             nowhere.
+        final_states: (N, d) on the device, what the final norm returned in the step
+            that sampled the newest tokens; None where no head has memory.
+        final_rows: (R,) int64, the rows that the newest tokens were sampled from.
     """
 
     rows: np.ndarray
@@ -58,6 +61,8 @@ class DraftRequests:
     alone: bool = False
     contexts: Sequence[np.ndarray | None] | None = None
     lookup_first: np.ndarray | None = None
+    final_states: torch.Tensor | None = None
+    final_rows: np.ndarray | None = None
 
     def going_on(self) -> np.ndarray:
         """The requests, (r,) int64, that may predict and have not just ended."""
@@ -88,6 +93,8 @@ class DraftRequests:
             lookup_first=None
             if self.lookup_first is None
             else self.lookup_first[requests],
+            final_states=self.final_states,
+            final_rows=None if self.final_rows is None else self.final_rows[requests],
         )
 
 
@@ -100,12 +107,16 @@ class _Cycle:
 
     Attributes:
         active: (R,) bool, whether the request goes on.
-        front_level: (R,) int64, level of the front token.
+        front_level: (R,) int64, level of the front token; -1 where the exit that reads
+            the embedding has not been asked about it.
     """
 
-    def __init__(self, requests: DraftRequests, width: int, num_segments: int) -> None:
+    def __init__(
+        self, requests: DraftRequests, width: int, num_segments: int, first_level: int
+    ) -> None:
         self._requests = requests
         self._width = width
+        self._first_level = first_level
         size = len(requests.rows)
         self._token_ids = np.zeros((size, width), np.int64)
         self._token_ids[:, 0] = requests.token_ids
@@ -116,7 +127,11 @@ class _Cycle:
         self._limit = requests.limits + 1
         self._front = np.array(requests.token_ids, np.int64)
         self.active = requests.limits > 0
-        self.front_level = np.zeros(size, np.int64)
+        self.front_level = np.full(size, first_level, np.int64)
+
+    def fronts(self, chosen: np.ndarray) -> tuple[TokenSubset, np.ndarray, np.ndarray]:
+        """The front tokens of some requests, (r,); as :meth:`standing`."""
+        return self._last(chosen, np.ones(len(chosen), np.int64))
 
     def standing(
         self, chosen: np.ndarray, level: int
@@ -158,8 +173,9 @@ class _Cycle:
 
     def advance(self, chosen: np.ndarray, level: int) -> None:
         """Note that these requests' tokens at a level have run its segment."""
-        self._count[level + 1][chosen] += self._count[level][chosen]
-        self._count[level][chosen] = 0
+        if level >= 0:
+            self._count[level + 1][chosen] += self._count[level][chosen]
+            self._count[level][chosen] = 0
         self.front_level[chosen] = level + 1
 
     def finish(self) -> None:
@@ -176,8 +192,8 @@ class _Cycle:
         self._token_ids[chosen, length] = token_ids
         self._exits[chosen, length] = exit_index
         self._front[chosen] = token_ids
-        self.front_level[chosen] = 0
-        self._count[0][chosen] = 1
+        self.front_level[chosen] = self._first_level
+        self._count[0][chosen] += 1
         length += 1
         self._length[chosen] = length
         goes_on = self.active[chosen] & (length < self._limit[chosen])
@@ -193,7 +209,7 @@ class _Cycle:
         """Requests whose newest prediction has not run and has a KV slot; (r,)."""
         if self._requests.room is None:
             return np.empty(0, np.int64)
-        fresh = (self.front_level == 0) & (self._length > 1)
+        fresh = (self.front_level <= 0) & (self._length > 1)
         return np.flatnonzero(fresh & (self._length <= self._requests.room))
 
     @property
@@ -265,24 +281,31 @@ class Drafter:
             Their windows; ``length - 1`` early predictions each.
         """
         started = time.perf_counter()
-        cycle = _Cycle(requests, self.states.window, self.executor.num_segments)
+        executor = self.executor
+        at_embedding = executor.exits_at_embedding
+        cycle = _Cycle(
+            requests, self.states.window, executor.num_segments, -at_embedding
+        )
         cycle.active &= self.policy.may_predict(requests.thresholds)
-        last_exit = self.executor.num_segments - 2
+        if self.states.memory is not None:
+            self.states.begin_memory(self._sampled_from(requests))
+        last_exit = executor.num_segments - 2 + at_embedding
         while len(waiting := np.flatnonzero(cycle.active)):
             front_level = cycle.front_level[waiting]
             segment = int(front_level.min())
             chosen = waiting[front_level == segment]
             predicted, confidence = self._step(cycle, chosen, segment)
+            exit_index = segment + at_embedding
             own = requests.thresholds
             confident = self.policy.confident(
-                segment, confidence, None if own is None else own[chosen, segment]
+                exit_index, confidence, None if own is None else own[chosen, exit_index]
             )
-            if segment == last_exit:
+            if exit_index == last_exit:
                 cycle.active[chosen[~confident]] = False
                 confident |= self.policy.worth_a_guess(confidence)
             if confident.any():
                 token_ids = self.policy.spoil(predicted[confident], self._random)
-                cycle.predict(chosen[confident], token_ids, segment)
+                cycle.predict(chosen[confident], token_ids, exit_index)
         ended = time.perf_counter()
         self.states.finished = None
         if requests.contexts is None:
@@ -293,6 +316,13 @@ class Drafter:
             self.stats.early_predictions[exit_index] += predictions
         self.stats.drafting_seconds += ended - started
         return window
+
+    def _sampled_from(self, requests: DraftRequests) -> torch.Tensor | None:
+        """(R, d) the final states that the newest tokens were sampled from."""
+        if requests.final_states is None or requests.final_rows is None:
+            return None
+        rows = self.executor.to_device(requests.final_rows)
+        return requests.final_states.index_select(0, rows)
 
     def _run_ahead(self, cycle: _Cycle, alone: bool) -> None:
         """Let the device work while the host schedules the next step.
@@ -317,11 +347,15 @@ class Drafter:
         ):
             self._finish(cycle, steps)
             return
+        if self.executor.num_segments == 1:
+            return
         chosen = cycle.fresh_predictions()
-        if len(chosen) and len(chosen) <= steps.max_tokens:
-            steps.ahead(0, *cycle.standing(chosen, 0))
+        if len(chosen) and (tokens := cycle.standing(chosen, 0))[0].num_tokens <= (
+            steps.max_tokens
+        ):
+            steps.ahead(0, *tokens)
             cycle.advance(chosen, 0)
-            self.stats.count_segment(0, len(chosen))
+            self.stats.count_segment(0, tokens[0].num_tokens)
 
     def _finish(self, cycle: _Cycle, steps: StepRunner) -> None:
         """Run everything that is left of all tokens."""
@@ -340,24 +374,30 @@ class Drafter:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Run a segment for all tokens of the chosen requests that stand at it.
 
+        Before the first segment, at -1, only the exit there is asked about the fronts.
+
         Returns:
             The head's tokens (r,) int64 and their probabilities (r,) float32 for the
             chosen requests' front tokens.
         """
         started = time.perf_counter()
-        subset, states, token_ids = cycle.standing(chosen, segment)
+        subset, states, token_ids = (
+            cycle.standing(chosen, segment) if segment >= 0 else cycle.fronts(chosen)
+        )
         steps = self.executor.steps
         answer = steps.draft(segment, subset, states, token_ids) if steps else None
+        exit_index = segment + self.executor.exits_at_embedding
         ended = time.perf_counter()
         if answer is None:
-            front_states = self._run_segment(segment, subset, states, token_ids)
+            fronts = self._run_segment(segment, subset, states, token_ids)
             ended = time.perf_counter()
-            answer = self.executor.gate(segment, *front_states)
-            self.stats.gate_seconds[segment] += time.perf_counter() - ended
-        self.stats.draft_segment_seconds[segment] += ended - started
-        self.stats.count_segment(segment, len(states))
-        self.stats.draft_steps[segment] += 1
-        self.stats.gates[segment] += len(chosen)
+            answer = self._ask(exit_index, *fronts)
+            self.stats.gate_seconds[exit_index] += time.perf_counter() - ended
+        self.stats.draft_segment_seconds[exit_index] += ended - started
+        if segment >= 0:
+            self.stats.count_segment(segment, len(states))
+        self.stats.draft_steps[exit_index] += 1
+        self.stats.gates[exit_index] += len(chosen)
         cycle.advance(chosen, segment)
         return answer
 
@@ -367,28 +407,49 @@ class Drafter:
         subset: TokenSubset,
         states: np.ndarray,
         token_ids: np.ndarray,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Run a segment where nothing holds the whole step.
 
         Args:
-            segment: The segment.
+            segment: The segment; -1 for none.
             subset: Its n tokens.
             states: (n,) int64, where their states are kept.
             token_ids: (n,) int64.
 
         Returns:
-            Hidden states and residuals of the requests' last tokens, (r, d).
+            Of the requests' last tokens: where their states are kept (r,), hidden
+            states and residuals, (r, d); no residual before the first segment.
         """
         index = self.executor.to_device(states)
-        if segment == 0:
+        residual = None
+        if segment <= 0:
             hidden = self.executor.embed(self.executor.to_device(token_ids))
-            residual = None
+            if segment < 0:
+                return index, hidden, None
         else:
             hidden, residual = self.states.read(index)
         hidden, residual = self.executor.run(segment, subset, hidden, residual)
         assert residual is not None, "only the last segment, never drafted, ends it"
         self.states.write(index, hidden, residual)
         if subset.num_tokens == subset.num_requests:
-            return hidden, residual
+            return index, hidden, residual
         front = self.executor.to_device(np.cumsum(subset.count) - 1)
-        return hidden.index_select(0, front), residual.index_select(0, front)
+        return (
+            index.index_select(0, front),
+            hidden.index_select(0, front),
+            residual.index_select(0, front),
+        )
+
+    def _ask(
+        self,
+        exit_index: int,
+        index: torch.Tensor,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ask an exit head about front tokens; see :meth:`_run_segment`."""
+        memory = self.states.read_memory(index)
+        answer = self.executor.gate(exit_index, hidden, residual, memory)
+        if answer.output is not None:
+            self.states.write_memory(index, answer.output)
+        return answer.token_ids, answer.confidence

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -38,6 +38,21 @@ class TokenSubset:
         return int(self.count.sum())
 
 
+class ExitAnswer(NamedTuple):
+    """What an exit head says of n tokens.
+
+    Attributes:
+        token_ids: (n,) int64, its top tokens.
+        confidence: (n,) float32, their probabilities under the head's own distribution.
+        output: (n, d) on the device, what the LM head read: the memory of the tokens
+            that are predicted here. None for heads without memory.
+    """
+
+    token_ids: np.ndarray
+    confidence: np.ndarray
+    output: torch.Tensor | None = None
+
+
 class StepRunner(Protocol):
     """Runs whole steps that were prepared for, such as CUDA graphs.
 
@@ -57,17 +72,18 @@ class StepRunner(Protocol):
         states: np.ndarray,
         token_ids: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray] | None:
-        """Run a segment and ask its exit head.
+        """Run a segment and ask the exit head behind it.
 
         Args:
-            segment: Index j of the segment, which ends at exit j.
+            segment: Index j of the segment; -1 to run none and ask the exit that reads
+                the embedding.
             subset: The n tokens of r requests.
             states: (n,) int64, where their hidden states are kept.
             token_ids: (n,) int64.
 
         Returns:
-            What :meth:`SegmentExecutor.gate` returns for each request's last token, or
-            None for the caller to take the step apart.
+            Token ids (r,) int64 and probabilities (r,) float32 for each request's last
+            token, or None for the caller to take the step apart.
         """
 
     def ahead(
@@ -111,17 +127,22 @@ class StepRunner(Protocol):
 
 
 class SegmentExecutor(Protocol):
-    """Runs segments and gates; implemented for vLLM and, in tests, in plain torch.
+    """Runs segments and gates; implemented for vLLM and, in tests, in plain torch."""
 
-    Attributes:
-        steps: Runs whole steps, where that was prepared for.
-    """
-
-    steps: StepRunner | None
+    @property
+    def steps(self) -> StepRunner | None:
+        """Runs whole steps, where that was prepared for."""
 
     @property
     def num_segments(self) -> int:
-        """K + 1 for K exits."""
+        """Segments with layers: K + 1 for K exits, K where one reads the embedding."""
+
+    @property
+    def exits_at_embedding(self) -> int:
+        """1 where the first exit reads the embedding, before any layer, else 0.
+
+        Segment j ends at exit j plus this.
+        """
 
     def to_device(self, values: np.ndarray) -> torch.Tensor:
         """Copy values to the model's device without waiting.
@@ -164,16 +185,20 @@ class SegmentExecutor(Protocol):
         """
 
     def gate(
-        self, exit_index: int, hidden: torch.Tensor, residual: torch.Tensor
-    ) -> tuple[np.ndarray, np.ndarray]:
+        self,
+        exit_index: int,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        memory: torch.Tensor | None,
+    ) -> ExitAnswer:
         """Ask an exit head for the next token.
 
         Args:
             exit_index: Index of the exit, 0 .. K - 1.
-            hidden: (n, d) hidden states at the exit.
-            residual: (n, d) residual stream at the exit.
+            hidden: (n, d) hidden states at the exit; may be overwritten.
+            residual: (n, d) residual stream at the exit; None at the embedding.
+            memory: (n, d) the memory of the tokens; None for heads without.
 
         Returns:
-            Token ids (n,) int64 and their probabilities (n,) float32 under the
-            head's own distribution.
+            Its answer.
         """

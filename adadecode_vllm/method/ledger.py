@@ -53,6 +53,11 @@ class Window:
         columns = np.arange(self.levels.shape[1])
         return (columns < self.length[:, None]) & (self.levels > 0)
 
+    @property
+    def pending(self) -> np.ndarray:
+        """(R,) bool, requests with such a token."""
+        return self.begun.sum(axis=1) > 0
+
 
 @dataclass(frozen=True)
 class Resumable:
@@ -83,39 +88,18 @@ class Ledger:
         self.dropped: Counter[str] = Counter()
         self.dropped_tokens: Counter[str] = Counter()
         self._request_ids: list[str] = []
+        self._pending: list[str] = []
         self._window: Window | None = None
         self._step = -1
 
     def __len__(self) -> int:
-        """Number of requests with an entry."""
-        return len(self._request_ids)
+        """Number of requests with pending tokens."""
+        return len(self._pending)
 
     @property
     def request_ids(self) -> Sequence[str]:
-        """The requests with an entry."""
-        return self._request_ids
-
-    def drafts(self) -> dict[str, list[tuple[int, int]]]:
-        """Early predictions that wait for their verification.
-
-        Returns:
-            By request, in order, the token and the index of its exit.
-        """
-        window = self._window
-        if window is None:
-            return {}
-        return {
-            request_id: list(
-                zip(
-                    window.token_ids[row, 1:length].tolist(),
-                    window.exits[row, 1:length].tolist(),
-                    strict=True,
-                )
-            )
-            for row, (request_id, length) in enumerate(
-                zip(self._request_ids, window.length.tolist(), strict=True)
-            )
-        }
+        """The requests with pending tokens."""
+        return self._pending
 
     def record(self, step: int, request_ids: Sequence[str], window: Window) -> None:
         """Replace the ledger's content by a new cycle's.
@@ -126,6 +110,12 @@ class Ledger:
             window: Their state when drafting ended.
         """
         self._request_ids = list(request_ids)
+        pending = window.pending.tolist()
+        self._pending = [
+            request_id
+            for request_id, begun in zip(request_ids, pending, strict=True)
+            if begun
+        ]
         self._window = window
         self._step = step
 
@@ -137,9 +127,11 @@ class Ledger:
         """
         window = self._window
         if window is not None:
-            self._count(reason, window.begun)
-        self._request_ids = []
-        self._window = None
+            self._count(reason, window.begun[window.pending])
+        self._forget()
+
+    def _forget(self) -> None:
+        self._request_ids, self._pending, self._window = [], [], None
 
     def reset_counts(self) -> None:
         """Start counting drops from zero."""
@@ -170,12 +162,12 @@ class Ledger:
             The resumable tokens, or None when there are none.
         """
         window, request_ids = self._window, self._request_ids
-        if window is None or not request_ids:
+        if window is None or not self._pending:
             return None
         if step != self._step + 1:
             self.clear("skipped_step")
             return None
-        self._request_ids, self._window = [], None
+        self._forget()
 
         rows = np.fromiter(
             (batch_rows.get(request_id, -1) for request_id in request_ids),
@@ -186,10 +178,12 @@ class Ledger:
         slots = np.flatnonzero(scheduled)
         rows = rows[slots]
         begun = window.begun
-        self._count("not_scheduled", begun[~scheduled])
+        pending = window.pending
+        self._count("not_scheduled", begun[pending & ~scheduled])
 
         aligned = first_position[rows] == window.first_position[slots]
-        self._count("moved", begun[slots[~aligned]])
+        moved = slots[~aligned]
+        self._count("moved", begun[moved[pending[moved]]])
         rows, slots = rows[aligned], slots[aligned]
         if not len(rows):
             return None
@@ -206,7 +200,7 @@ class Ledger:
             scheduled_ids = token_ids[rows[:, None], positions]
             valid, agrees = prefix, prefix & (scheduled_ids == window.token_ids[slots])
             prefix = np.logical_and.accumulate(agrees, axis=1)
-            cut = prefix.sum(1) < valid.sum(1)
+            cut = (prefix.sum(1) < valid.sum(1)) & pending[slots]
             self._count("changed", (begun[slots] & valid & ~prefix)[cut])
 
         levels = np.where(prefix, window.levels[slots], 0).astype(np.int8)

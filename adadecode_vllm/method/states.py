@@ -30,11 +30,20 @@ class PendingStates:
 
     One more row than there are tokens takes what padding in CUDA graphs writes.
 
+    Heads with memory read, beside a token's hidden state, the state that the token was
+    taken from: the final layer's for a sampled token, the exit head's own output for an
+    early prediction. The former comes with the cycle, the latter is written when the
+    head is asked, so nothing of it outlives a cycle.
+
     Attributes:
+        memory: (slots, 1 + window, d): of slot s, what its window's first token was
+            sampled from, then the heads' outputs for its tokens; None for heads without
+            memory.
         finished: Tokens that have run all layers already, if there are any; valid until
             the next drafting cycle.
 
-    Memory: ``2 * max_requests * (max_early_predictions + 1) * hidden_size`` elements.
+    Memory: ``2 * max_requests * (max_early_predictions + 1) * hidden_size`` elements,
+    and half as much and a row per request for heads with memory.
     """
 
     def __init__(
@@ -44,6 +53,8 @@ class PendingStates:
         hidden_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        *,
+        with_memory: bool = False,
     ) -> None:
         """Allocate the buffers.
 
@@ -53,12 +64,17 @@ class PendingStates:
             hidden_size: d.
             dtype: The model's dtype.
             device: The model's device.
+            with_memory: Whether the heads have memory.
         """
         self.window = window
         self.padding_row = max_requests * window
         shape = (self.padding_row + 1, hidden_size)
         self.hidden = torch.zeros(shape, dtype=dtype, device=device)
         self.residual = torch.zeros(shape, dtype=dtype, device=device)
+        self.memory: torch.Tensor | None = None
+        if with_memory:
+            rows = (max_requests + 1, window + 1)
+            self.memory = torch.zeros(*rows, hidden_size, dtype=dtype, device=device)
         self.finished: Finished | None = None
 
     def read(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,3 +94,45 @@ class PendingStates:
         """Scatter states; the inverse of :meth:`read`."""
         self.hidden.index_copy_(0, index, hidden)
         self.residual.index_copy_(0, index, residual)
+
+    def begin_memory(self, sampled_from: torch.Tensor | None) -> None:
+        """Take in what a cycle's newest tokens were sampled from.
+
+        Args:
+            sampled_from: (R, d) final states by slot; None where they are unknown,
+                which makes drafts worse and no text wrong.
+        """
+        if self.memory is None:
+            return
+        if sampled_from is None:
+            self.memory[:, 0].zero_()
+        else:
+            self.memory[: len(sampled_from), 0] = sampled_from
+
+    def read_memory(self, index: torch.Tensor) -> torch.Tensor | None:
+        """The memory of tokens.
+
+        Args:
+            index: (n,) int64, ``slot * window + offset``.
+
+        Returns:
+            (n, d); None for heads without memory.
+        """
+        if self.memory is None:
+            return None
+        return self.memory.flatten(0, 1).index_select(0, self._memory_rows(index))
+
+    def write_memory(self, index: torch.Tensor, output: torch.Tensor) -> None:
+        """Keep what exit heads made of tokens: their successors' memory.
+
+        Args:
+            index: (n,) int64, ``slot * window + offset`` of the tokens asked about.
+            output: (n, d).
+        """
+        assert self.memory is not None, "only heads with memory have an output"
+        rows = self._memory_rows(index) + 1
+        self.memory.flatten(0, 1).index_copy_(0, rows, output)
+
+    def _memory_rows(self, index: torch.Tensor) -> torch.Tensor:
+        """A slot has a row more there than in the window."""
+        return index + torch.div(index, self.window, rounding_mode="floor")

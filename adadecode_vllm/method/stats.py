@@ -106,7 +106,9 @@ class Stats:
         self.verifying_seconds = 0.0
 
     def count_segment(self, segment: int, tokens: int) -> None:
-        """Count one call of a segment on so many tokens."""
+        """Count one call of a segment with layers on so many tokens."""
+        # An exit at the embedding ends a segment without any, which never runs.
+        segment += self.exit_layers[0] == 0
         bounds = (0, *self.exit_layers, self.num_layers)
         self.segments_run[segment] += 1
         self.token_layers[segment] += tokens * (bounds[segment + 1] - bounds[segment])

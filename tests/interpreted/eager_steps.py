@@ -44,11 +44,12 @@ class EagerSteps:
             runner,
             adadecode.states,
             MAX_TOKENS + _MORE_TOKENS,
-            adadecode.executor.num_segments,
+            adadecode.model.num_segments,
         )
-        self._steps = Steps(self._buffers, adadecode.executor)
+        self._steps = Steps(self._buffers, adadecode.model)
         self._vllm_config = runner.vllm_config
-        self.max_tokens = MAX_TOKENS
+        # A single segment is the whole model, which only vLLM runs.
+        self.max_tokens = MAX_TOKENS if adadecode.model.num_segments > 1 else 0
         self.drafted = {"one": 0, "several": 0}
         self.resumed = 0
         self.ran_ahead = {"whole": 0, "parts": 0}
@@ -79,7 +80,7 @@ class EagerSteps:
         token_ids: np.ndarray,
     ) -> torch.Tensor:
         """Run a segment of the next forward."""
-        last = segment == self._steps.executor.num_segments - 1
+        last = segment == self._steps.model.num_segments - 1
         self.ran_ahead["whole" if last else "parts"] += len(states)
         self._run(
             StepKind(segment, False, self._window),

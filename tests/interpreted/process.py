@@ -7,6 +7,7 @@ import atexit
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -176,9 +177,10 @@ class _Calls:
         """Run segments as CUDA graphs would, or as without them."""
         from tests.interpreted.eager_steps import EagerSteps
 
-        executor = self._runner.adadecode.executor
+        adadecode = self._runner.adadecode
         with torch.inference_mode():
-            executor.steps = EagerSteps(self._runner) if use else None
+            steps = EagerSteps(self._runner) if use else None
+        adadecode.bind(replace(adadecode.executor.backend, steps=steps))
 
     def whole_steps(self) -> dict[str, int]:
         """How many of them ran."""

@@ -20,7 +20,7 @@ from adadecode_vllm.method.executor import TokenSubset
 from adadecode_vllm.method.ledger import Resumable
 from adadecode_vllm.method.resume import ScheduledBatch
 from tests.reference_engine import EVENTS, Engine, Event, RandomGate, ordinary
-from tests.reference_model import ReferenceModel, View
+from tests.reference_model import WIDTH, ReferenceModel, View
 
 VOCAB_SIZE = 7
 MAX_MODEL_LEN = 24
@@ -52,7 +52,7 @@ class Scenario:
 @st.composite
 def scenarios(draw: st.DrawFn) -> Scenario:
     num_layers = draw(st.integers(2, 5))
-    layers = st.integers(1, num_layers - 1)
+    layers = st.integers(0, num_layers - 1)
     exit_layers = draw(st.sets(layers, min_size=1, max_size=4))
     token = st.integers(0, VOCAB_SIZE - 1)
     prompts = draw(
@@ -90,7 +90,7 @@ def random_scenario(seed: int) -> Scenario:
         [draw.randrange(VOCAB_SIZE) for _ in range(draw.randint(1, 9))]
         for _ in range(4)
     ]
-    exits = draw.sample(range(1, num_layers), draw.randint(1, num_layers - 1))
+    exits = draw.sample(range(num_layers), draw.randint(1, num_layers - 1))
     return Scenario(
         prompts=prompts,
         max_tokens=[draw.randint(8, 14) for _ in prompts],
@@ -156,9 +156,11 @@ def check_counters(engine: Engine) -> None:
     assert (stats.early_predictions <= stats.gates).all()
     assert stats.generated_tokens >= stats.request_steps
     assert engine.compared_states > 0
+    at_embedding = engine.model.exits_at_embedding
     bounds = engine.model.bounds
     widths = np.diff(bounds)
-    assert (stats.token_layers % widths == 0).all()
+    assert not stats.segments_run[:at_embedding].any()
+    assert (stats.token_layers[at_embedding:] % widths == 0).all()
 
 
 @settings(deadline=None, max_examples=60)
@@ -396,9 +398,12 @@ def _draft(
     model.drafting = True
     # Rows in reverse, to tell rows from slots.
     rows = np.arange(requests)[::-1].copy()
+    places = np.array([(-1, request) for request in range(requests)])
+    final_states = model.final_states(torch.zeros(requests, WIDTH), places)
     for request, row in enumerate(rows.tolist()):
         blocks = list(range(8 * request, 8 * request + 8))
-        model.views[row] = View(request, blocks, [1], (0, limits[request]))
+        memory = {0: final_states[request]}
+        model.views[row] = View(request, blocks, [1], (0, limits[request]), memory)
     window = engine.drafter.draft(
         DraftRequests(
             rows=rows,
@@ -406,6 +411,8 @@ def _draft(
             positions=np.zeros(requests, np.int64),
             limits=np.array(limits, np.int64),
             stop_token_ids=list(stops or [frozenset()] * requests),
+            final_states=final_states,
+            final_rows=np.arange(requests),
         )
     )
     return window, engine

@@ -21,13 +21,6 @@ from tests.tiny import FINGERPRINT
 SIZE, VOCAB = 8, 40
 
 
-class Norm(nn.Module):
-    def forward(
-        self, hidden: torch.Tensor, residual: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return hidden + residual, residual
-
-
 def decoder(**processor: Any) -> Any:
     torch.manual_seed(0)
     head = nn.Linear(SIZE, VOCAB, bias=False)
@@ -43,7 +36,7 @@ def decoder(**processor: Any) -> Any:
 
     return SimpleNamespace(
         lm_head=head,
-        norm=Norm(),
+        normalize=lambda hidden, residual: hidden + residual,
         device=torch.device("cpu"),
         logits_processor=options,
         compute_logits=compute_logits,

@@ -50,14 +50,21 @@ def table(rows: dict[int, tuple[int, list[int]]], length: int = 12) -> np.ndarra
 AS_DRAFTED = table({0: (5, [10, 11, 12]), 1: (2, [20, 21])})
 
 
-def test_drafts_are_told_with_their_exits() -> None:
+def test_only_requests_with_work_done_are_pending() -> None:
+    """An early prediction from the embedding leaves nothing to resume."""
     ledger = Ledger()
-    window = make_window([5, 2], [[10, 11, 12], [20]], [[2, 2, 0], [1]])
-    window.exits[0, 1:3] = (1, 0)
-    ledger.record(STEP, ["a", "b"], window)
-    assert ledger.drafts() == {"a": [(11, 1), (12, 0)], "b": []}
-    ledger.clear("moved")
-    assert ledger.drafts() == {}
+    ledger.record(
+        STEP, ["a", "b"], make_window([5, 2], [[10, 11], [20, 21]], [[0, 0], [1, 0]])
+    )
+    assert len(ledger) == 1
+    assert ledger.request_ids == ["b"]
+    found = take(ledger)
+    assert found is not None
+    assert found.requests.tolist() == found.slots.tolist() == [1]
+    ledger.record(STEP, ["a"], make_window([5], [[10, 11]], [[0, 0]]))
+    assert len(ledger) == 0
+    assert take(ledger, {}) is None
+    assert ledger.dropped == {}
 
 
 def take(

@@ -74,7 +74,7 @@ def test_the_forward_context_names_size_and_mode() -> None:
 
 
 def test_kinds_of_steps() -> None:
-    kinds = step_kinds(num_segments=3, window=6)
+    kinds = step_kinds(num_segments=3, exits_at_embedding=0, window=6)
     assert kinds == [
         StepKind(0, True, 1),
         StepKind(1, True, 1),
@@ -84,3 +84,18 @@ def test_kinds_of_steps() -> None:
         StepKind(2, False, 6),
     ]
     assert len({kind.name for kind in kinds}) == len(kinds)
+
+
+def test_kinds_of_steps_with_an_exit_at_the_embedding() -> None:
+    kinds = step_kinds(num_segments=2, exits_at_embedding=1, window=6)
+    assert kinds == [
+        StepKind(-1, True, 1),
+        StepKind(0, True, 1),
+        # Tokens that were predicted before any layer wait at level 0.
+        StepKind(0, True, 6),
+        StepKind(0, False, 6),
+        StepKind(1, False, 6),
+    ]
+    assert len({kind.name for kind in kinds}) == len(kinds)
+    # Alone, it leaves the whole forward to vLLM.
+    assert step_kinds(1, 1, 6) == [StepKind(-1, True, 1)]

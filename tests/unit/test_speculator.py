@@ -15,6 +15,7 @@ from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from adadecode_vllm.compat import SUPPORTED
 from adadecode_vllm.config import parse_config
 from adadecode_vllm.engine import draft_room
+from adadecode_vllm.engine.draft_cycle import DraftCycle
 from adadecode_vllm.engine.settings import Settings
 from adadecode_vllm.engine.speculator import AdaDecodeSpeculator
 from adadecode_vllm.heads import load_heads_config
@@ -43,6 +44,7 @@ def make_speculator(*, ahead: bool = True) -> AdaDecodeSpeculator:
         ),
     )
     speculator.adadecode = adadecode
+    speculator.cycle = DraftCycle(adadecode, max_model_len=64)
     return speculator
 
 
@@ -198,7 +200,7 @@ def test_positions_are_the_workers_own_where_it_is_ahead(
     speculator = make_speculator(ahead=ahead)
     speculator._computed[2] = 20
     for first, resumes in ((position, True), (position + 1, False)):
-        speculator.adadecode.ledger.record(speculator.step, ["a"], pending(first))
+        speculator.adadecode.ledger.record(speculator.cycle.step, ["a"], pending(first))
         speculator.drafts = {"a": [7, 8]}
         speculator.start_step(schedule({"b": 9, "a": 3}, {"a": [7, 8]}))
         found = speculator.resumable(input_batch(["b", "a"], [0, 2], [9, 3]))
@@ -223,7 +225,7 @@ def test_new_requests_resume_nothing() -> None:
 
 def test_a_skipped_step_drops_what_was_pending() -> None:
     speculator = make_speculator()
-    speculator.adadecode.ledger.record(speculator.step, ["a"], pending(0))
+    speculator.adadecode.ledger.record(speculator.cycle.step, ["a"], pending(0))
     speculator.start_step(schedule({}, {}))
     speculator.start_step(schedule({"a": 3}, {}))
     assert not speculator.may_resume(schedule({"b": 1}, {}))

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
-from adadecode_vllm.engine.adadecode import AdaDecode
+from adadecode_vllm.engine.adadecode import AdaDecode, Drafts
 from adadecode_vllm.engine.outcomes import COUNTERS
 from adadecode_vllm.engine.worker import AdaDecodeWorker
 from adadecode_vllm.method.ledger import Ledger, Window
+from adadecode_vllm.method.stats import Stats
 
 
 class Gate(nn.Module):
@@ -44,7 +45,7 @@ class VllmWorker:
         # With what a worker uses of it, but no model.
         self.adadecode = AdaDecode.__new__(AdaDecode)
         self.adadecode.ledger = Ledger()
-        self.adadecode.gate = Gate(self.lm_head)  # type: ignore[assignment]
+        self.adadecode.model = SimpleNamespace(gate=Gate(self.lm_head))  # type: ignore[assignment]
         self.adadecode.counters = lambda: np.array([1.0, 2.0])  # type: ignore[method-assign]
         self.model_runner = SimpleNamespace(adadecode=self.adadecode)
         self.output = output
@@ -114,6 +115,14 @@ def test_heads_survive_sleep_and_gates_follow_the_lm_head(level: int) -> None:
     # CUDA graphs know the addresses.
     assert (gate.head.data_ptr(), gate.rows.data_ptr()) == storage
     assert worker.woken == [["kv_cache"], ["weights"], None]
+
+
+def test_early_predictions_are_told_with_their_exits() -> None:
+    worker = Worker()
+    worker.adadecode.stats = Stats((2, 5), num_layers=8)
+    looked_up = Drafts([11, 12, 13], np.array([1, 0, -1], np.int8))
+    worker.adadecode._drafts = {"a": looked_up, "b": Drafts([], np.empty(0, np.int8))}
+    assert worker.adadecode_drafts() == {"a": [(11, 5), (12, 2)], "b": []}
 
 
 @pytest.mark.parametrize("v2", [False, True])
