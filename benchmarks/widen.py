@@ -33,6 +33,7 @@ from adadecode_vllm.files import write_whole
 from adadecode_vllm.heads import (
     ExitHeadsConfig,
     load_draft_token_ids,
+    load_exit_memory,
     load_exit_weights,
     load_heads_config,
     read_lm_head,
@@ -280,6 +281,7 @@ def _write_heads(
     if lm_head is None:
         raise OSError(f"the LM head in {directory / 'model'} cannot be read")
     weights = load_exit_weights(heads, config)
+    memory = load_exit_memory(heads, config)
     new_layer = dict(zip(weights, map_layers(weights, source, target), strict=True))
     calibration = config.calibration and {
         str(new_layer[int(layer)]): value for layer, value in config.calibration.items()
@@ -299,6 +301,7 @@ def _write_heads(
         {new_layer[layer]: widener.transform(w) for layer, w in weights.items()},
         wide,
         _ranking(load_draft_token_ids(heads, config), target.vocab_size),
+        memory and {new_layer[k]: widener.memory(u) for k, u in memory.items()},
     )
 
 

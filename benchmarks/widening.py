@@ -306,6 +306,12 @@ class Widener:
             wide[hidden, hidden] = 1
         return wide
 
+    def memory(self, weight: torch.Tensor) -> torch.Tensor:
+        """Widen an exit's U; the guard comes from T alone."""
+        wide = self.transform(weight)
+        wide[len(weight) :, : self._live] = 0
+        return wide
+
     def layer(self, weights: Mapping[str, torch.Tensor] | None) -> Tensors:
         """Widen a decoder layer.
 

@@ -2,13 +2,15 @@
 """Exit heads: their directory format, their module, and the check of the base model.
 
 A heads directory holds `config.json` (`ExitHeadsConfig`) and `model.safetensors` with
-one tensor `exit_heads.{layer}.weight` of shape (d, d) per exit, and perhaps
-`draft_token_ids`, the most frequent tokens of the training text. The logits of the exit
-after `layer` decoder layers are
+one tensor `exit_heads.{layer}.weight` of shape (d, d) per exit, perhaps as many
+`exit_heads.{layer}.memory`, and perhaps `draft_token_ids`, the most frequent tokens of
+the training text. The logits of the exit after `layer` decoder layers are
 
-    LM_head(T @ final_norm(hidden + residual))
+    LM_head(T @ final_norm(hidden + residual) + U @ g)
 
-with the base model's own final norm and LM head; T is the exit's weight.
+with the base model's own final norm and LM head; T is the exit's weight and U its
+memory. g belongs to the token before: the final layer's normed state where it is known,
+otherwise what the head that drafted this token gave to the LM head.
 
 Names are imported on first use, so that reading a configuration does not import torch.
 """
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from adadecode_vllm.heads.init import init_heads
     from adadecode_vllm.heads.io import (
         load_draft_token_ids,
+        load_exit_memory,
         load_exit_weights,
         save_heads,
     )
@@ -47,6 +50,7 @@ __all__ = [
     "init_heads",
     "lm_head_fingerprint",
     "load_draft_token_ids",
+    "load_exit_memory",
     "load_exit_weights",
     "load_heads_config",
     "pin_heads",
@@ -67,6 +71,7 @@ _MODULE_OF = {
     "init_heads": "init",
     "lm_head_fingerprint": "fingerprint",
     "load_draft_token_ids": "io",
+    "load_exit_memory": "io",
     "load_exit_weights": "io",
     "load_heads_config": "config",
     "read_lm_head": "fingerprint",

@@ -24,6 +24,7 @@ from adadecode_vllm.heads.files import (
     check_tensors,
     config_path,
     heads_error,
+    memory_name,
     tensor_name,
 )
 
@@ -74,7 +75,8 @@ class ExitHeadsConfig(BaseModel):
     Attributes:
         model_type: Always `adadecode`.
         exit_layers: Layer counts of the exits, strictly increasing, each in
-            [1, num_hidden_layers - 1]; an exit at l reads the output of layers[0:l].
+            [0, num_hidden_layers - 1]; an exit at l reads the output of layers[0:l],
+            that at 0 the token's embedding as it enters the first layer.
         hidden_size: d of the base model.
         vocab_size: Rows of the base model's LM head.
         num_hidden_layers: Decoder layers of the base model.
@@ -86,6 +88,7 @@ class ExitHeadsConfig(BaseModel):
             that were not calibrated.
         draft_vocabulary: Number of token ids in the tensor `draft_token_ids`, the most
             frequent tokens of the training text; None for heads without it.
+        memory: Whether every exit has a matrix U for the state of the token before.
         speculators_config: The heads described in the form of the `speculators`
             project, for tools that read it; nothing here does.
     """
@@ -105,6 +108,7 @@ class ExitHeadsConfig(BaseModel):
     dtype: HeadsDtype = "float32"
     calibration: dict[str, ExitCalibration] | None = None
     draft_vocabulary: PositiveInt | None = None
+    memory: bool = False
     speculators_config: dict[str, Any] | None = None
 
     @model_validator(mode="after")
@@ -229,10 +233,10 @@ def exit_layers_problem(layers: list[int], num_hidden_layers: int) -> str | None
     if not layers:
         return "is empty"
     last = num_hidden_layers - 1
-    if outside := [layer for layer in layers if not 1 <= layer <= last]:
+    if outside := [layer for layer in layers if not 0 <= layer <= last]:
         return (
             f"contains {outside[0]}, but the model's {num_hidden_layers} layers allow "
-            f"1 to {last}"
+            f"0 to {last}"
         )
     if sorted(set(layers)) != layers:
         return f"must be strictly increasing, not {layers}"
@@ -258,8 +262,9 @@ def load_heads_config(directory: str | PathLike[str]) -> ExitHeadsConfig:
         (config.hidden_size, config.hidden_size),
         _SAFETENSORS_DTYPE[config.dtype],
     )
+    names = [tensor_name, memory_name] if config.memory else [tensor_name]
     expected: dict[str, tuple[tuple[int, ...], str]] = {
-        tensor_name(layer): weight for layer in config.exit_layers
+        name(layer): weight for layer in config.exit_layers for name in names
     }
     if config.draft_vocabulary is not None:
         expected[DRAFT_TOKENS] = ((config.draft_vocabulary,), "I64")

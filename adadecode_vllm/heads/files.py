@@ -57,8 +57,13 @@ def heads_named(flag: str) -> Iterator[None]:
 
 
 def tensor_name(layer: int) -> str:
-    """Return the name of an exit's weight in `model.safetensors`."""
+    """Return the name of an exit's T in `model.safetensors`."""
     return f"exit_heads.{layer}.weight"
+
+
+def memory_name(layer: int) -> str:
+    """Return the name of an exit's U in `model.safetensors`."""
+    return f"exit_heads.{layer}.memory"
 
 
 def config_path(directory: Path) -> Path:

@@ -38,7 +38,7 @@ def init_heads(
             repository, in either case with safetensors.
         directory: The heads directory to write.
         exit_layers: Layer counts of the exits, strictly increasing, each in
-            [1, L - 1] for a model of L decoder layers.
+            [0, L - 1] for a model of L decoder layers.
         dtype: Dtype of the stored weights.
         overwrite: Replace heads that are already in `directory`.
         trust_remote_code: Whether program code that comes with the model may run.

@@ -3,13 +3,13 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from adadecode_vllm.files import writing_together
 from adadecode_vllm.heads.config import ExitHeadsConfig
@@ -18,6 +18,7 @@ from adadecode_vllm.heads.files import (
     DRAFT_TOKENS,
     WEIGHTS_FILE,
     heads_error,
+    memory_name,
     tensor_name,
     unreadable,
     weights_path,
@@ -30,6 +31,7 @@ def save_heads(
     weights: Mapping[int, torch.Tensor],
     config: ExitHeadsConfig,
     draft_token_ids: torch.Tensor | None = None,
+    memory: Mapping[int, torch.Tensor] | None = None,
 ) -> None:
     """Write a heads directory, replacing heads that are there.
 
@@ -42,9 +44,11 @@ def save_heads(
         directory: The directory; created with its parents if missing.
         weights: For every layer of `config.exit_layers`, T of shape (d, d), any
             floating dtype, on any device. Stored as `config.dtype`.
-        config: The configuration. `draft_vocabulary` is filled in if it is None.
+        config: The configuration. `draft_vocabulary` is filled in if it is None, and
+            `memory` if it is False.
         draft_token_ids: The draft vocabulary: distinct token ids by falling frequency
             in the training text, shape (m,), int64. None for heads without it.
+        memory: U for the same layers, of the same shape. None for heads without it.
 
     Raises:
         AdaDecodeError: The directory's `config.json` or `model.safetensors` is not that
@@ -55,7 +59,12 @@ def save_heads(
     """
     directory = Path(directory)
     check_replaceable(directory)
-    tensors = _prepare(weights, config)
+    tensors = _prepare(weights, config, "weight", tensor_name)
+    if memory is not None:
+        config = config.model_copy(update={"memory": True})
+        tensors |= _prepare(memory, config, "memory", memory_name)
+    elif config.memory:
+        raise ValueError("the configuration's memory is true, but there is none")
     if draft_token_ids is not None:
         config = with_draft_vocabulary(config, draft_token_ids)
         tensors[DRAFT_TOKENS] = draft_token_ids.to("cpu", copy=True).contiguous()
@@ -69,7 +78,8 @@ def save_heads(
     with writing_together(files) as (new_weights, new_config):
         save_tensors(new_weights, tensors, {"format": "pt"})
         # Without what is not set: earlier versions refuse keys that they do not know.
-        text = config.model_dump_json(indent=2, exclude_none=True)
+        unset = None if config.memory else {"memory"}
+        text = config.model_dump_json(indent=2, exclude_none=True, exclude=unset)
         new_config.write_text(text + "\n", encoding="utf-8")
 
 
@@ -101,7 +111,7 @@ def save_tensors(
 def load_exit_weights(
     directory: str | PathLike[str], config: ExitHeadsConfig
 ) -> dict[int, torch.Tensor]:
-    """Read the weights of a heads directory.
+    """Read T of every exit of a heads directory.
 
     Args:
         directory: The directory that `load_heads_config` accepted.
@@ -114,20 +124,45 @@ def load_exit_weights(
     Raises:
         AdaDecodeError: The file cannot be read, or a weight is NaN or infinite.
     """
-    directory = Path(directory)
+    return _load(Path(directory), config, tensor_name)
+
+
+def load_exit_memory(
+    directory: str | PathLike[str], config: ExitHeadsConfig
+) -> dict[int, torch.Tensor] | None:
+    """Read U of every exit of a heads directory.
+
+    Args:
+        directory: The directory that `load_heads_config` accepted.
+        config: What it returned.
+
+    Returns:
+        For every layer of `config.exit_layers`, in that order, U of shape (d, d) and
+        dtype `config.dtype` on the CPU. None for heads without memory.
+
+    Raises:
+        AdaDecodeError: The file cannot be read, or a matrix is NaN or infinite.
+    """
+    return _load(Path(directory), config, memory_name) if config.memory else None
+
+
+def _load(
+    directory: Path, config: ExitHeadsConfig, name: Callable[[int], str]
+) -> dict[int, torch.Tensor]:
+    """Read a matrix of every exit."""
     try:
-        tensors = load_file(weights_path(directory))
+        with safe_open(weights_path(directory), framework="pt") as tensors:
+            found = {k: tensors.get_tensor(name(k)) for k in config.exit_layers}
     except SafetensorError as error:
         raise unreadable(directory, error) from error
-    weights = {layer: tensors[tensor_name(layer)] for layer in config.exit_layers}
-    for layer, weight in weights.items():
-        if not torch.isfinite(weight).all():
+    for layer, matrix in found.items():
+        if not torch.isfinite(matrix).all():
             raise heads_error(
                 directory,
-                f"{tensor_name(layer)} holds NaN or infinity",
+                f"{name(layer)} holds NaN or infinity",
                 "train the heads again, or take an earlier checkpoint",
             )
-    return weights
+    return found
 
 
 def load_draft_token_ids(
@@ -211,26 +246,29 @@ def _draft_tokens_problem(
 
 
 def _prepare(
-    weights: Mapping[int, torch.Tensor], config: ExitHeadsConfig
+    matrices: Mapping[int, torch.Tensor],
+    config: ExitHeadsConfig,
+    what: str,
+    name: Callable[[int], str],
 ) -> dict[str, torch.Tensor]:
-    """Check the weights against the configuration and cast them for storage."""
-    if sorted(weights) != config.exit_layers:
+    """Check the exits' matrices against the configuration; cast them for storage."""
+    if sorted(matrices) != config.exit_layers:
         raise ValueError(
-            f"weights for layers {sorted(weights)}, but the configuration's "
+            f"{what} for layers {sorted(matrices)}, but the configuration's "
             f"exit_layers are {config.exit_layers}"
         )
     shape = (config.hidden_size, config.hidden_size)
     dtype = getattr(torch, config.dtype)
     tensors = {}
-    for layer, weight in weights.items():
-        if tuple(weight.shape) != shape:
+    for layer, matrix in matrices.items():
+        if tuple(matrix.shape) != shape:
             raise ValueError(
-                f"the weight of exit {layer} has shape {tuple(weight.shape)} instead "
+                f"the {what} of exit {layer} has shape {tuple(matrix.shape)} instead "
                 f"of {shape}"
             )
         # A clone: safetensors refuses tensors that share memory.
-        tensor = weight.detach().to("cpu", dtype, copy=True).contiguous()
+        tensor = matrix.detach().to("cpu", dtype, copy=True).contiguous()
         if not torch.isfinite(tensor).all():
-            raise ValueError(f"the weight of exit {layer} holds NaN or infinity")
-        tensors[tensor_name(layer)] = tensor
+            raise ValueError(f"the {what} of exit {layer} holds NaN or infinity")
+        tensors[name(layer)] = tensor
     return tensors

@@ -16,7 +16,7 @@ from adadecode_vllm.files import without_temporary
 from adadecode_vllm.heads.config import MODEL_TYPE
 from adadecode_vllm.heads.files import CONFIG_FILE, DRAFT_TOKENS, WEIGHTS_FILE
 
-_OURS = re.compile(rf"exit_heads\.\d+\.weight|{DRAFT_TOKENS}")
+_OURS = re.compile(rf"exit_heads\.\d+\.(weight|memory)|{DRAFT_TOKENS}")
 _SET_ASIDE = re.compile(r"(.+)\.old-\d+-[0-9a-f]{16}")
 
 

@@ -69,8 +69,7 @@ def test_init_heads_writes_identities(
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ("0,2", "--exit-layers contains 0, but the model's 4 layers allow 1 to 3"),
-        ("2,4", "--exit-layers contains 4, but the model's 4 layers allow 1 to 3"),
+        ("2,4", "--exit-layers contains 4, but the model's 4 layers allow 0 to 3"),
         ("-1", "--exit-layers contains -1"),
         ("3,1", "--exit-layers must be strictly increasing, not [3, 1]"),
         ("2,2", "such as 1,2,3"),

@@ -21,11 +21,12 @@ from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.heads import (
     ExitHeads,
     ExitHeadsConfig,
+    load_exit_memory,
     load_exit_weights,
     load_heads_config,
     save_heads,
 )
-from adadecode_vllm.heads.output import check_output
+from adadecode_vllm.heads.output import check_output, holds_heads
 from tests.tiny import FINGERPRINT, save_tiny_llama
 
 D = 8
@@ -71,7 +72,7 @@ def edit_weights(directory: Path, **values: torch.Tensor | None) -> None:
 @given(data=st.data(), dtype=st.sampled_from(DTYPES), hidden_size=st.integers(1, 9))
 def test_round_trip(data: st.DataObject, dtype: Any, hidden_size: int) -> None:
     num_layers = data.draw(st.integers(2, 12))
-    layers = sorted(data.draw(st.sets(st.integers(1, num_layers - 1), min_size=1)))
+    layers = sorted(data.draw(st.sets(st.integers(0, num_layers - 1), min_size=1)))
     config = make_config(
         exit_layers=layers,
         hidden_size=hidden_size,
@@ -89,6 +90,44 @@ def test_round_trip(data: st.DataObject, dtype: Any, hidden_size: int) -> None:
         expected = weights[layer].to(getattr(torch, dtype))
         assert loaded[layer].dtype == expected.dtype
         assert torch.equal(loaded[layer], expected)
+
+
+def matrices() -> dict[int, torch.Tensor]:
+    return {layer: torch.randn(D, D) for layer in (1, 3)}
+
+
+def test_round_trip_with_memory(tmp_path: Path) -> None:
+    weights, memory = matrices(), matrices()
+    save_heads(tmp_path, weights, make_config(), memory=memory)
+    config = load_heads_config(tmp_path)
+    assert config == make_config(memory=True)
+    loaded = load_exit_memory(tmp_path, config)
+    assert loaded is not None
+    assert list(loaded) == [1, 3]
+    for layer in (1, 3):
+        assert torch.equal(loaded[layer], memory[layer])
+        assert torch.equal(load_exit_weights(tmp_path, config)[layer], weights[layer])
+    names = sorted(load_file(tmp_path / "model.safetensors"))
+    assert names == [
+        f"exit_heads.{k}.{n}" for k in (1, 3) for n in ("memory", "weight")
+    ]
+    assert holds_heads(tmp_path)
+    (tmp_path / "config.json").unlink()
+    assert holds_heads(tmp_path)
+
+
+def test_heads_without_memory_say_nothing_of_it(heads: Path) -> None:
+    """So that earlier versions, which refuse unknown keys, read them."""
+    assert "memory" not in json.loads((heads / "config.json").read_text())
+    assert load_exit_memory(heads, load_heads_config(heads)) is None
+
+
+def test_save_refuses_unfit_memory(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"memory for layers \[1\].*are \[1, 3\]"):
+        save_heads(tmp_path, matrices(), make_config(), memory={1: torch.eye(D)})
+    with pytest.raises(ValueError, match="memory is true, but there is none"):
+        save_heads(tmp_path, matrices(), make_config(memory=True))
+    assert not os.listdir(tmp_path)
 
 
 def test_config_carries_the_version(heads: Path) -> None:
@@ -193,7 +232,7 @@ def test_what_is_not_heads_is_never_replaced(
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ({1: torch.eye(D)}, r"weights for layers \[1\].*exit_layers are \[1, 3\]"),
+        ({1: torch.eye(D)}, r"weight for layers \[1\].*exit_layers are \[1, 3\]"),
         ({1: torch.eye(D), 3: torch.eye(D + 1)}, r"exit 3 has shape \(9, 9\)"),
         ({1: torch.eye(D), 3: torch.full((D, D), torch.nan)}, "exit 3 holds NaN"),
     ],
@@ -296,9 +335,9 @@ REFUSALS = [
         config_values(exit_layers=[1, 1]), "strictly increasing", id="equal exits"
     ),
     pytest.param(
-        config_values(exit_layers=[0, 3]),
-        "exit_layers contains 0, but the model's 4 layers allow 1 to 3",
-        id="exit 0",
+        config_values(exit_layers=[-1, 3]),
+        "exit_layers contains -1, but the model's 4 layers allow 0 to 3",
+        id="exit -1",
     ),
     pytest.param(
         config_values(exit_layers=[1, 4]), "exit_layers contains 4", id="exit L"
@@ -355,6 +394,16 @@ REFUSALS = [
             dangling_link(name), f"{name} is a broken link", id=f"dangling {name}"
         )
         for name in ("config.json", "model.safetensors")
+    ),
+    pytest.param(
+        config_values(memory=True),
+        "model.safetensors lacks exit_heads.1.memory, exit_heads.3.memory",
+        id="no memory",
+    ),
+    pytest.param(
+        tensors(exit_heads__3__memory=torch.eye(D)),
+        "model.safetensors holds the unexpected exit_heads.3.memory",
+        id="memory unsaid",
     ),
     pytest.param(
         tensors(exit_heads__3__weight=None),
@@ -484,6 +533,38 @@ def test_identity_costs_nothing() -> None:
     assert heads(1, hidden) is hidden
     assert not torch.equal(heads(3, hidden), hidden)
     assert [name for name, _ in heads.named_parameters()] == ["transforms.3.weight"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_adds_its_product(dtype: torch.dtype) -> None:
+    weight, matrix = torch.randn(2, D, D)
+    weights, memory = {1: weight, 3: torch.eye(D)}, {1: matrix, 3: matrix}
+    heads = ExitHeads(weights, dtype, memory=memory)
+    assert heads.has_memory
+    assert heads.identity_layers == {3}
+    x, g = torch.randn(2, 5, D, dtype=dtype)
+    for layer in (1, 3):
+        expected = x.float() @ weights[layer].T + g.float() @ matrix.T
+        found = heads(layer, x, g)
+        torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=0.1)
+        torch.testing.assert_close(
+            heads(layer, x), heads(layer, x, torch.zeros_like(g))
+        )
+        assert found.dtype == dtype
+    assert not torch.equal(heads(1, x, g), heads(1, x))
+
+
+def test_heads_without_memory_do_not_look_at_it() -> None:
+    heads = ExitHeads({1: torch.eye(D), 3: torch.randn(D, D)}, torch.float32)
+    x, g = torch.randn(2, 5, D)
+    assert not heads.has_memory
+    assert heads(1, x, g) is x
+    assert torch.equal(heads(3, x, g), heads(3, x))
+
+
+def test_memory_of_other_exits_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"exits \[1\], but memory of \[3\]"):
+        ExitHeads({1: torch.eye(D)}, torch.float32, memory={3: torch.eye(D)})
 
 
 def test_almost_the_identity_is_not_the_identity() -> None:

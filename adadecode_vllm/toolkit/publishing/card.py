@@ -247,6 +247,8 @@ def _use(config: ExitHeadsConfig, heads: str, figures: Evaluation | None) -> str
 def _heads(config: ExitHeadsConfig) -> str:
     """What the directory holds."""
     parameters = len(config.exit_layers) * config.hidden_size**2
+    if config.memory:
+        parameters *= 2
     rows = [
         ["Base model", config.base_model],
         [
@@ -256,6 +258,7 @@ def _heads(config: ExitHeadsConfig) -> str:
         ["Hidden size", count(config.hidden_size)],
         ["Vocabulary", count(config.vocab_size)],
         *_draft_vocabulary(config),
+        *([["Memory", "of the token before"]] if config.memory else []),
         ["Parameters", f"{count(parameters)} in {config.dtype}"],
         ["LM head fingerprint", f"`{config.lm_head_fingerprint}`"],
         ["Written by", f"{_LIBRARY} {config.library_version}"],

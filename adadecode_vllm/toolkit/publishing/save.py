@@ -53,6 +53,7 @@ def save_pretrained(
     config: ExitHeadsConfig,
     *,
     draft_token_ids: torch.Tensor | None = None,
+    memory: Mapping[int, torch.Tensor] | None = None,
     architectures: Sequence[str] = (),
     training: Mapping[str, Any] | None = None,
     evaluation: Mapping[str, Any] | None = None,
@@ -64,8 +65,9 @@ def save_pretrained(
             replaced.
         weights: T per exit layer, shape (d, d), as `save_heads` takes them.
         config: The configuration. `speculators_config` is filled in if it is None, and
-            `draft_vocabulary` where there are token ids.
+            `draft_vocabulary` where there are token ids, and `memory` where there is.
         draft_token_ids: The draft vocabulary, as `save_heads` takes it.
+        memory: U per exit layer, as `save_heads` takes it.
         architectures: `architectures` of the base model's `config.json`.
         training: What made the heads, for the card; see `write_card`.
         evaluation: `evaluation.json`, decoded, for the card.
@@ -86,9 +88,11 @@ def save_pretrained(
         config = config.model_copy(update={"speculators_config": block})
     if draft_token_ids is not None:  # the card names it
         config = with_draft_vocabulary(config, draft_token_ids)
+    if memory is not None:
+        config = config.model_copy(update={"memory": True})
     # Rendered before anything is replaced: figures that are wrong must not leave new
     # heads under an old card.
     card = render_card(config, str(directory), training=training, evaluation=evaluation)
-    save_heads(directory, weights, config, draft_token_ids)
+    save_heads(directory, weights, config, draft_token_ids, memory)
     replace_card(directory, card)
     return config
