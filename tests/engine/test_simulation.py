@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from adadecode_vllm.heads import load_draft_token_ids
+from adadecode_vllm.toolkit.evaluation.answers import known_answers
 from adadecode_vllm.toolkit.evaluation.run import (
     gate_log_odds,
     guess_log_odds,
-    known_answers,
     load_heads_for,
 )
 from adadecode_vllm.toolkit.evaluation.simulate import Counters, total
@@ -83,7 +83,7 @@ def simulated(
     for prompt, output in zip(prompts, outputs, strict=True):
         ids = tuple(tokenizer(prompt).input_ids)
         texts.append(Text((*ids, *output), len(ids) - 1, prompted=True))
-    config, weights = load_heads_for(teacher, heads)
+    config, weights, memory = load_heads_for(teacher, heads)
     ranking = load_draft_token_ids(heads, config)
     assert ranking is not None
     answers = known_answers(
@@ -93,6 +93,7 @@ def simulated(
         texts,
         max_length=MAX_MODEL_LEN,
         draft_token_ids=ranking[:draft_vocabulary] if draft_vocabulary else None,
+        memory=memory,
     )
     assert [list(answer.tokens) for answer in answers] == outputs
     return total(

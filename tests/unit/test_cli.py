@@ -60,6 +60,7 @@ def test_init_heads_writes_identities(
         "lm_head_fingerprint": lm_head_fingerprint(lm_head),
         "library_version": __version__,
         "dtype": dtype,
+        "memory": False,
     }
     identity = torch.eye(HIDDEN_SIZE, dtype=getattr(torch, dtype))
     for weight in load_exit_weights(heads, config).values():

@@ -16,7 +16,7 @@ def answer(
 ) -> Answer:
     return Answer(
         tokens=tokens,
-        gates=gates.__getitem__,
+        gates=lambda prefix, _, exit_index: gates[prefix][exit_index],
         stops={9},
         max_tokens=values.get("max_tokens", 100),
     )

@@ -64,12 +64,31 @@ def test_train_then_eval(
     assert report["simulation"]["gate"] == "acceptance"
 
 
+def test_train_then_eval_with_memory(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--epochs", "2", "--batch-size", "8", "--preset", "best")
+    heads = tmp_path / "heads"
+    data_option = ("--data", data, "--unroll", "2")
+    layers = ("--exit-layers", "0,2")
+    assert run("train", model, heads, *data_option, *options, *layers) == 0
+    assert "held-out tokens (next drafts: " in capsys.readouterr().out
+    assert run("eval", model, heads, "--data", data) == 0
+    report = json.loads((heads / "evaluation" / "evaluation.json").read_text())
+    assert report["simulation"]["answers"] == 24
+    assert len(report["exits"][0]["agreement_by_draft"]) == 3
+    assert "| Memory |" in (heads / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--exit-layers", "9"), "--exit-layers contains 9, but the model's 4 layers"),
         (("--exit-layers", "x"), "--exit-layers 'x': not a list of integers"),
-        (("--preset", "fast"), "--preset fast: unknown; choose one of paper, quick"),
+        (
+            ("--preset", "fast"),
+            "--preset fast: unknown; choose one of paper, quick, best",
+        ),
         (("--objective", "mse"), "--objective mse: input should be 'kl' or 'greedy'"),
         (("--epochs", "0"), "--epochs 0: input should be greater than 0"),
         (("--held-out", "1"), "--held-out 1.0: input should be less than 1"),
@@ -77,6 +96,11 @@ def test_train_then_eval(
         (
             ("--head", "full", "--draft-vocabulary", "9"),
             "--draft-vocabulary 9: value error, full-size heads have the whole",
+        ),
+        (("--unroll", "0"), "--unroll 0: input should be greater than 0"),
+        (
+            ("--head", "full", "--memory"),
+            "--memory True: value error, full-size heads have no memory",
         ),
         (("--heads-dtype", "int8"), "--heads-dtype int8: unknown dtype"),
         (("--dtype", "int8"), "--dtype int8: unknown dtype"),
@@ -125,16 +149,18 @@ def test_eval_needs_calibration_for_the_acceptance_gate(
     assert "the heads are not calibrated" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize("memory", [False, True])
 def test_two_processes_train_the_same_heads(
-    model: Path, data: Path, tmp_path: Path
+    model: Path, data: Path, tmp_path: Path, memory: bool
 ) -> None:
     """Gradients are summed over the processes, so only the rounding differs."""
     one, two = tmp_path / "one", tmp_path / "two"
-    assert run("train", model, one, "--data", data, *TRAIN) == 0
+    options = (*TRAIN, "--memory") if memory else TRAIN
+    assert run("train", model, one, "--data", data, *options) == 0
     launch = [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
         *("--standalone", "-m", "adadecode_vllm.cli", "train"),
-        *(str(model), str(two), "--data", str(data), *TRAIN),
+        *(str(model), str(two), "--data", str(data), *options),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     result = subprocess.run(
@@ -153,3 +179,10 @@ def test_two_processes_train_the_same_heads(
     second = load_exit_weights(two, load_heads_config(two))
     for layer in (1, 2):
         torch.testing.assert_close(first[layer], second[layer], rtol=1e-3, atol=1e-4)
+    assert load_heads_config(two).memory == memory
+    histories = [
+        json.loads((heads / "run" / "history.json").read_text())["held_out"][-1]
+        for heads in (one, two)
+    ]
+    assert histories[0]["loss"] == pytest.approx(histories[1]["loss"], rel=1e-2)
+    assert ("agreement_by_draft" in histories[1]) == memory

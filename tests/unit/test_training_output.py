@@ -394,7 +394,7 @@ def test_progress_without_a_terminal(
     assert "\r" not in err
     rate = r" after \d s, [\d,.e+]+"
     for line in (
-        rf"choosing exits: 7 of 7 sets{rate} sets/s",
+        rf"choosing exits: 14 of 14 sets{rate} sets/s",
         rf"states: \d+ of \d+ tokens{rate} tokens/s",
         rf"training: 10 of 10 steps{rate} steps/s, epoch 2, loss \d\.\d+",
         rf"calibrating: 2 of 2 texts{rate} texts/s",

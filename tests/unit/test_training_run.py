@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.heads import (
     load_draft_token_ids,
+    load_exit_memory,
     load_exit_weights,
     load_heads_config,
 )
@@ -126,6 +127,75 @@ def test_a_killed_run_ends_with_the_same_bits(
         for name in ("whole", "killed")
     ]
     assert histories[0] == histories[1]
+
+
+MEMORY: dict[str, Any] = {
+    "exit_layers": [0, 2],
+    "settings": {"memory": True, "unroll": 2},
+}
+
+
+def memory_of(output: Path) -> dict[int, torch.Tensor]:
+    memory = load_exit_memory(output, load_heads_config(output))
+    assert memory is not None
+    return memory
+
+
+def test_heads_with_memory(teacher: Teacher, data: Path, tmp_path: Path) -> None:
+    settings = {**MEMORY["settings"], "epochs": 10}
+    record = train(teacher, data, tmp_path, exit_layers=[0, 2], settings=settings)
+    history = json.loads((tmp_path / "run" / "history.json").read_text())
+    first, last = history["held_out"][0], history["held_out"][-1]
+    config = load_heads_config(tmp_path)
+    assert config.memory
+    assert config.exit_layers == [0, 2]
+    for layer in ("0", "2"):
+        assert last["loss"][layer] < first["loss"][layer]
+        assert len(last["agreement_by_draft"][layer]) == 2
+        assert last["agreement_by_draft"][layer][0] == last["agreement"][layer]
+        # One map for both drafts: each text has one token less that is a second one.
+        held_out = record["texts"]["held_out"]
+        tokens = 2 * record["tokens"]["held_out"] - held_out
+        assert record["calibration"][layer]["tokens"] == tokens
+        assert memory_of(tmp_path)[int(layer)].abs().max() > 0.01
+    assert "Memory" in (tmp_path / "README.md").read_text()
+    report = evaluate_heads(teacher, tmp_path, [data], grid=SimulationGrid())
+    for row in report["exits"]:
+        assert len(row["agreement_by_draft"]) == 3
+    identity = report["cost"]["transform_share"]
+    plain = tmp_path / "plain"
+    train(teacher, data, plain, exit_layers=[0, 2])
+    report = evaluate_heads(teacher, plain, [data], grid=SimulationGrid())
+    assert "agreement_by_draft" not in report["exits"][0]
+    assert report["cost"]["transform_share"] == pytest.approx(identity / 2)
+
+
+def test_a_killed_run_with_memory_ends_with_the_same_bits(
+    teacher: Teacher, data: Path, tmp_path: Path
+) -> None:
+    train(teacher, data, tmp_path / "whole", **MEMORY)
+    for kill_at in (6, 9):
+        with pytest.raises(Killed):
+            train(teacher, data, tmp_path / "killed", kill_at=kill_at, **MEMORY)
+    train(teacher, data, tmp_path / "killed", **MEMORY)
+    for read in (weights_of, memory_of):
+        whole, resumed = read(tmp_path / "whole"), read(tmp_path / "killed")
+        assert all(torch.equal(whole[layer], resumed[layer]) for layer in (0, 2))
+    histories = [
+        (tmp_path / name / "run" / "history.json").read_text()
+        for name in ("whole", "killed")
+    ]
+    assert histories[0] == histories[1]
+
+
+def test_options_of_memory_mean_nothing_without_it() -> None:
+    """So that unfinished runs of before are continued."""
+    without = TrainSettings(**SETTINGS)
+    assert without.digest() == TrainSettings(**SETTINGS, unroll=7).digest()
+    digests = {
+        TrainSettings(**SETTINGS, memory=True, unroll=n).digest() for n in (1, 3)
+    }
+    assert len(digests | {without.digest()}) == 3
 
 
 def test_an_unfinished_run_of_another_kind_is_not_continued(
@@ -372,7 +442,7 @@ def test_automatic_exits(teacher: Teacher, data: Path, tmp_path: Path) -> None:
         Accelerator(cpu=True),
         Reporter(choices=shown.extend),
     )
-    assert len(shown) == 7  # all sets of the layers 1, 2 and 3
+    assert len(shown) == 14  # all sets of up to three of the layers 0 to 3
     speedups = [choice.speedup for choice in shown]
     assert speedups == sorted(speedups, reverse=True)
     assert record["exit_layers"] == list(shown[0].exit_layers)

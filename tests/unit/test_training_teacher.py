@@ -242,6 +242,27 @@ def test_the_mask_of_packed_texts_is_bounded(monkeypatch: pytest.MonkeyPatch) ->
     assert shapes.squares(201) == []
 
 
+@pytest.mark.parametrize("config_class", FAMILIES)
+def test_layer_0_is_what_enters_the_first_layer(config_class: Any) -> None:
+    teacher = make_teacher(config_class)
+    tokens = [5, 6, 7, 8]
+    states = teacher.streams([tokens], [0, 2])
+    with torch.no_grad():
+        output = teacher.model.model(
+            input_ids=torch.tensor([tokens]), output_hidden_states=True
+        )
+        expected = teacher.model.model.norm(output.hidden_states[0])[0]
+    torch.testing.assert_close(states[0], expected)
+    # One at a time as well, with and without further layers.
+    for layers in ([0], [0, 2]):
+        cache = KeyValues()
+        first = teacher.extend(cache, tokens[:2], layers)
+        rest = teacher.extend(cache, tokens[2:], layers)
+        for layer in layers:
+            found = torch.cat((first[layer], rest[layer]))
+            torch.testing.assert_close(found, states[layer], rtol=1e-4, atol=1e-4)
+
+
 def test_split_by_tokens() -> None:
     groups = [list(group) for group in split_by_tokens([3, 3, 9, 1, 1], 6)]
     assert groups == [[0, 1], [2], [3, 4]]

@@ -15,7 +15,7 @@ class CostModel:
 
     Attributes:
         head_share: h, the LM head's.
-        transform_share: tau, one T's; 0 for T = I.
+        transform_share: tau, that of an exit's matrices: T, 0 for T = I, and U.
         overhead: o, everything else that a draft adds.
         gate_head_share: The LM head's where a gate reads it: less than h for a reduced
             draft vocabulary; None for h.
@@ -32,6 +32,7 @@ class CostModel:
         model: Any,
         *,
         identity: bool,
+        memory: bool = False,
         overhead: float = 0.0,
         draft_vocabulary: int | None = None,
     ) -> CostModel:
@@ -40,6 +41,7 @@ class CostModel:
         Args:
             model: A causal language model with ``model.layers`` and ``lm_head``.
             identity: Whether T = I at every exit.
+            memory: Whether exits have U.
             overhead: o.
             draft_vocabulary: Tokens that gates look at; None or 0 for all.
 
@@ -49,7 +51,7 @@ class CostModel:
         head = model.lm_head.weight
         in_layers = sum(weight.numel() for weight in model.model.layers.parameters())
         total = in_layers + head.numel()
-        transform = 0 if identity else head.shape[1] ** 2
+        transform = (int(not identity) + int(memory)) * head.shape[1] ** 2
         at_gates = None
         if draft_vocabulary:
             at_gates = min(draft_vocabulary, head.shape[0]) * head.shape[1] / total

@@ -16,6 +16,7 @@ from adadecode_vllm.toolkit.evaluation.calibration import (
     reliability,
     sigmoid,
 )
+from adadecode_vllm.toolkit.evaluation.unrolled import stretches
 from adadecode_vllm.toolkit.states.cache import StateSource
 
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
@@ -23,7 +24,7 @@ THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 
 @dataclass(frozen=True)
 class ExitMeasure:
-    """One exit on n tokens.
+    """One exit on n tokens; with memory, on every token as each draft of a cycle.
 
     Attributes:
         token: (n,) int64, the head's top token, of those that gates look at.
@@ -31,6 +32,7 @@ class ExitMeasure:
         margin: (n,) float64, its logit less that of the second token.
         agreed: (n,) bool, whether it is the final layer's top token.
         kl: (n,) float64, KL(final || exit) in nats.
+        draft: (n,) int64, the number of the draft within its cycle, from 0.
     """
 
     token: np.ndarray
@@ -38,6 +40,13 @@ class ExitMeasure:
     margin: np.ndarray
     agreed: np.ndarray
     kl: np.ndarray
+    draft: np.ndarray
+
+    @property
+    def agreement_by_draft(self) -> list[float]:
+        """Share of tokens that agreed, by draft."""
+        drafts = range(int(self.draft.max()) + 1)
+        return [float(self.agreed[self.draft == number].mean()) for number in drafts]
 
     @property
     def probability(self) -> np.ndarray:
@@ -83,6 +92,8 @@ def measure(
     source: StateSource,
     lm_head: torch.Tensor,
     *,
+    memory: Mapping[int, torch.Tensor] | None = None,
+    drafts: int = 1,
     draft_token_ids: torch.Tensor | None = None,
     chunk_tokens: int = 512,
     batch: int = 32,
@@ -94,6 +105,8 @@ def measure(
         weights: By exit, T or a full-size head.
         source: States of the texts.
         lm_head: (V, d).
+        memory: By exit, U; None for heads without memory.
+        drafts: Drafts of a cycle that heads with memory are asked for.
         draft_token_ids: (m,) int64, the tokens that gates look at, two or more; None
             for all. The divergence is over all tokens in any case.
         chunk_tokens: Tokens whose distributions are in memory at a time.
@@ -104,29 +117,44 @@ def measure(
         By exit, what was found.
     """
     parts: dict[int, list[tuple[torch.Tensor, ...]]] = {layer: [] for layer in weights}
+    if memory is None:
+        drafts = 1
     if draft_token_ids is not None:
         draft_token_ids = draft_token_ids.to(lm_head.device)
     for first in range(0, len(source), batch):
         indices = range(first, min(first + batch, len(source)))
-        all_states = source.states(list(indices))
-        for states in all_states.split(chunk_tokens, dim=1):
-            by_layer = dict(zip(source.layers, states, strict=True))
-            final = (states[-1] @ lm_head.T).float()
+        states = source.states(list(indices))
+        by_layer = dict(zip(source.layers, states, strict=True))
+        lengths = source.lengths(list(indices))
+        for stretch in stretches(states[-1], lengths, chunk_tokens, drafts):
+            final = (states[-1][stretch.chosen] @ lm_head.T).float()
             top, log_target = final.argmax(-1), final.log_softmax(-1)
             target = log_target.exp()
             for layer, weight in weights.items():
-                logits, log_odds = read_exit(by_layer[layer], weight, lm_head)
-                log_probs = logits.log_softmax(-1)
-                kl = (target * (log_target - log_probs)).sum(-1)
-                if draft_token_ids is not None:
-                    logits = logits[:, draft_token_ids]
-                    log_odds = _top_log_odds(logits)
-                best = logits.topk(2, dim=-1)
-                token = best.indices[:, 0]
-                if draft_token_ids is not None:
-                    token = draft_token_ids[token]
-                margin = best.values[:, 0] - best.values[:, 1]
-                parts[layer].append((token, log_odds, margin, token == top, kl))
+                inputs = by_layer[layer][stretch.wide]
+                if memory is None:
+                    hidden, matrix = [inputs], weight
+                else:
+                    matrices = weight.to(inputs.dtype), memory[layer].to(inputs.dtype)
+                    hidden, matrix = stretch.outputs(inputs, *matrices, drafts)[0], None
+                for draft in range(drafts):
+                    kept = stretch.drafts(draft)
+                    logits, log_odds = read_exit(
+                        hidden[draft][stretch.lead :][kept], matrix, lm_head
+                    )
+                    log_probs = logits.log_softmax(-1)
+                    kl = (target[kept] * (log_target[kept] - log_probs)).sum(-1)
+                    if draft_token_ids is not None:
+                        logits = logits[:, draft_token_ids]
+                        log_odds = _top_log_odds(logits)
+                    best = logits.topk(2, dim=-1)
+                    token = best.indices[:, 0]
+                    if draft_token_ids is not None:
+                        token = draft_token_ids[token]
+                    margin = best.values[:, 0] - best.values[:, 1]
+                    number = torch.full_like(token, draft)
+                    row = (token, log_odds, margin, token == top[kept], kl, number)
+                    parts[layer].append(row)
         advance(len(indices))
     measures = {}
     for layer, rows in parts.items():
@@ -139,6 +167,7 @@ def measure(
             margin=columns[2].astype(np.float64),
             agreed=columns[3],
             kl=columns[4].astype(np.float64),
+            draft=columns[5],
         )
     return measures
 
@@ -156,12 +185,13 @@ def summarize(
         thresholds: Where coverage and precision are given.
 
     Returns:
-        ``agreement``, ``kl``, ``thresholds`` and ``reliability``.
+        ``agreement``, of the first draft of a cycle, ``kl``, ``thresholds``,
+        ``reliability`` and, where there are several drafts, ``agreement_by_draft``.
     """
     probability = found.probability
     error, bins = reliability(probability, found.agreed)
     row: dict[str, Any] = {
-        "agreement": float(found.agreed.mean()),
+        "agreement": found.agreement_by_draft[0],
         "kl": float(found.kl.mean()),
         "thresholds": [
             {
@@ -176,6 +206,8 @@ def summarize(
             "acceptance": None,
         },
     }
+    if len(found.agreement_by_draft) > 1:
+        row["agreement_by_draft"] = found.agreement_by_draft
     if calibration is not None:
         slope, intercept = calibration
         acceptance = sigmoid(slope * found.log_odds + intercept)

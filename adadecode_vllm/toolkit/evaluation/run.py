@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,22 +14,29 @@ import torch
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.heads.config import ExitHeadsConfig, load_heads_config
 from adadecode_vllm.heads.fingerprint import check_fingerprint
-from adadecode_vllm.heads.io import load_draft_token_ids, load_exit_weights
+from adadecode_vllm.heads.io import (
+    load_draft_token_ids,
+    load_exit_memory,
+    load_exit_weights,
+)
+from adadecode_vllm.toolkit.evaluation.answers import known_answers
 from adadecode_vllm.toolkit.evaluation.cost import CostModel
 from adadecode_vllm.toolkit.evaluation.measure import (
     equal_acceptance,
     measure,
-    read_exit,
     summarize,
 )
-from adadecode_vllm.toolkit.evaluation.simulate import Answer, Counters, Gate, total
+from adadecode_vllm.toolkit.evaluation.simulate import Answer, Counters, total
 from adadecode_vllm.toolkit.progress import Meter
 from adadecode_vllm.toolkit.states.cache import LiveStates
-from adadecode_vllm.toolkit.states.teacher import KeyValues, Teacher
-from adadecode_vllm.toolkit.states.texts import Text, load_texts
+from adadecode_vllm.toolkit.states.teacher import Teacher
+from adadecode_vllm.toolkit.states.texts import load_texts
 
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 0.95)
 CAPS = (1, 2, 3, 4, 5, 6, 8)
+
+MEASURED_DRAFTS = 3
+"""Drafts of a cycle that heads with memory are measured on, as they are trained."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ class SimulationGrid:
 
 def load_heads_for(
     teacher: Teacher, directory: Path
-) -> tuple[ExitHeadsConfig, dict[int, torch.Tensor]]:
+) -> tuple[ExitHeadsConfig, dict[int, torch.Tensor], dict[int, torch.Tensor] | None]:
     """Load heads and check that they are the model's.
 
     Args:
@@ -64,7 +71,8 @@ def load_heads_for(
         directory: The heads directory.
 
     Returns:
-        Configuration and weights, on the model's device in its dtype.
+        Configuration, T by exit and U by exit, None without memory; the matrices on
+        the model's device in its dtype.
 
     Raises:
         AdaDecodeError: If they cannot be read or belong to another model.
@@ -82,11 +90,16 @@ def load_heads_for(
             f"HEADS {directory}: they were made for {config.base_model} and not for "
             f"{teacher.name}; give the heads of this model"
         )
-    weights = load_exit_weights(directory, config)
-    return config, {
-        layer: weight.to(teacher.device, teacher.dtype)
-        for layer, weight in weights.items()
-    }
+
+    def placed(matrices: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        return {k: m.to(teacher.device, teacher.dtype) for k, m in matrices.items()}
+
+    memory = load_exit_memory(directory, config)
+    return (
+        config,
+        placed(load_exit_weights(directory, config)),
+        None if memory is None else placed(memory),
+    )
 
 
 def evaluate_heads(
@@ -119,7 +132,7 @@ def evaluate_heads(
     Raises:
         AdaDecodeError: If something of the user's cannot be used.
     """
-    config, weights = load_heads_for(teacher, directory)
+    config, weights, memory = load_heads_for(teacher, directory)
     texts = load_texts(data, teacher, max_length)
     live = LiveStates(
         teacher, texts, [*config.exit_layers, teacher.num_layers], pass_tokens
@@ -133,6 +146,8 @@ def evaluate_heads(
         weights,
         live,
         teacher.lm_head,
+        memory=memory,
+        drafts=MEASURED_DRAFTS,
         draft_token_ids=draft_token_ids,
         chunk_tokens=chunk_tokens,
         advance=meter.advance,
@@ -149,7 +164,7 @@ def evaluate_heads(
         "model": teacher.name,
         "heads": str(directory),
         "data": ", ".join(map(str, data)),
-        "tokens": len(next(iter(measures.values())).agreed),
+        "tokens": sum(text.used for text in texts),
         "num_layers": teacher.num_layers,
         "exits": [
             {"layer": layer, **summarize(found, maps.get(layer))}
@@ -163,6 +178,7 @@ def evaluate_heads(
     cost = CostModel.of_model(
         teacher.model,
         identity=identity,
+        memory=config.memory,
         overhead=overhead,
         draft_vocabulary=config.default_draft_vocabulary,
     )
@@ -177,162 +193,12 @@ def evaluate_heads(
         meter.start("reading exits", "answers", len(chosen))
         answers = known_answers(
             teacher, config.exit_layers, weights, chosen, pass_tokens=pass_tokens,
-            draft_token_ids=draft_token_ids, advance=meter.advance,
+            draft_token_ids=draft_token_ids, memory=memory, advance=meter.advance,
         )  # fmt: skip
         if answers:
             report["simulation"] = _simulate_grid(answers, config, cost, grid, meter)
             report["best"] = _best(report["simulation"])
     return report
-
-
-def known_answers(
-    teacher: Teacher,
-    exit_layers: Sequence[int],
-    weights: Mapping[int, torch.Tensor],
-    texts: Sequence[Text],
-    *,
-    max_length: int | None = None,
-    pass_tokens: int = 1024,
-    draft_token_ids: torch.Tensor | None = None,
-    advance: Callable[[int], None] = lambda answers: None,
-) -> list[Answer]:
-    """Prepare a model's own answers for the simulation.
-
-    Args:
-        teacher: The model.
-        exit_layers: Layer counts of the exits.
-        weights: T by exit.
-        texts: Texts with prompts. An answer that is not the model's own at temperature
-            0 is cut where it differs first.
-        max_length: The engine's `max_model_len`; None for the model's own.
-        pass_tokens: Most tokens of one pass of the model.
-        draft_token_ids: The tokens that the gates look at; None for all.
-        advance: Called with how many further texts have been read.
-
-    Returns:
-        The answers that have at least two tokens.
-    """
-    layers = [*exit_layers, teacher.num_layers]
-    max_length = max_length or teacher.max_length
-    stops = teacher.eos_token_ids()
-    answers = []
-    lengths = [len(text.token_ids) for text in texts]
-    for group in teacher.groups(lengths, pass_tokens):
-        members = [texts[index] for index in group]
-        streams = teacher.streams([text.token_ids for text in members], layers)
-        start = 0
-        for text in members:
-            end = start + len(text.token_ids)
-            here = {layer: streams[layer][start + text.first : end] for layer in layers}
-            start = end
-            final, _ = read_exit(here[teacher.num_layers], None, teacher.lm_head)
-            own = final.argmax(-1).tolist()
-            same = 0
-            while same < len(text.answer) and own[same] == text.answer[same]:
-                same += 1
-            tokens = text.answer[:same]
-            if len(tokens) < 2:
-                continue
-            ended = tokens[-1] in stops
-            answers.append(
-                Answer(
-                    tokens=tokens,
-                    gates=_Gates(
-                        teacher,
-                        exit_layers,
-                        weights,
-                        text,
-                        tokens,
-                        here,
-                        draft_token_ids,
-                    ),
-                    stops=stops,
-                    # One that did not end by itself was cut at its limit.
-                    max_tokens=1 << 30 if ended else len(tokens),
-                    room=max_length - len(text.prompt),
-                )
-            )
-        advance(len(members))
-    return answers
-
-
-class _Gates:
-    """What the exits say, on the answer and, where predictions were wrong, off it."""
-
-    def __init__(
-        self,
-        teacher: Teacher,
-        exit_layers: Sequence[int],
-        weights: Mapping[int, torch.Tensor],
-        text: Text,
-        answer: Sequence[int],
-        streams: Mapping[int, torch.Tensor],
-        draft_token_ids: torch.Tensor | None = None,
-    ) -> None:
-        """Read the exits along the answer.
-
-        Args:
-            teacher: The model.
-            exit_layers: Layer counts of the exits.
-            weights: T by exit.
-            text: The text.
-            answer: The tokens of the answer that are used.
-            streams: By layer, states from the prompt's last token on.
-            draft_token_ids: The tokens that the gates look at; None for all.
-        """
-        self._lm_head = teacher.lm_head
-        self._token_ids = draft_token_ids
-        if draft_token_ids is not None:
-            self._lm_head = teacher.lm_head[draft_token_ids.to(teacher.device)]
-        self._teacher = teacher
-        self._exit_layers = list(exit_layers)
-        self._weights = weights
-        self._prompt = tuple(text.prompt)
-        self._answer = tuple(answer)
-        self._on_answer = self._read(streams)
-        self._off_answer: dict[tuple[int, ...], list[Gate]] = {}
-        # Of the whole answer, and of the last text off it.
-        self._answer_cache: KeyValues | None = None
-        self._branch: tuple[tuple[int, ...], KeyValues] | None = None
-
-    def __call__(self, prefix: tuple[int, ...]) -> Sequence[Gate]:
-        """Top token and its log-odds at every exit after these answer tokens."""
-        if prefix == self._answer[: len(prefix)]:
-            return self._on_answer[len(prefix)]
-        if prefix not in self._off_answer:
-            cache, tokens = self._start_of(prefix)
-            streams = self._teacher.extend(cache, tokens, self._exit_layers)
-            self._branch = prefix, cache
-            last = {layer: states[-1:] for layer, states in streams.items()}
-            self._off_answer[prefix] = self._read(last)[0]
-        return self._off_answer[prefix]
-
-    def _start_of(self, prefix: tuple[int, ...]) -> tuple[KeyValues, tuple[int, ...]]:
-        """Keys and values of a text's beginning that is known, and its other tokens."""
-        if self._branch is not None and prefix[:-1] == self._branch[0]:
-            return self._branch[1], prefix[-1:]
-        if self._answer_cache is None:
-            self._answer_cache = KeyValues()
-            self._teacher.extend(
-                self._answer_cache, self._prompt + self._answer, self._exit_layers
-            )
-        pairs = enumerate(zip(prefix, self._answer, strict=False))
-        same = next((i for i, (token, own) in pairs if token != own), len(self._answer))
-        known = self._answer_cache.beginning(len(self._prompt) + same)
-        return known, prefix[same:]
-
-    def _read(self, streams: Mapping[int, torch.Tensor]) -> list[list[Gate]]:
-        """By position and exit."""
-        by_exit = []
-        for layer in self._exit_layers:
-            logits, log_odds = read_exit(
-                streams[layer], self._weights[layer], self._lm_head
-            )
-            tokens = logits.argmax(-1).cpu()
-            if self._token_ids is not None:
-                tokens = self._token_ids[tokens]
-            by_exit.append(list(zip(tokens.tolist(), log_odds.tolist(), strict=True)))
-        return [list(position) for position in zip(*by_exit, strict=True)]
 
 
 def gate_log_odds(

@@ -75,15 +75,16 @@ class Answer:
 
     Attributes:
         tokens: (n,) the answer, the model's own at temperature 0.
-        gates: ``gates(prefix)`` returns, for every exit, what it says after the prompt
-            and these answer tokens; the prefix may leave the answer.
+        gates: ``gates(prefix, drafted_by, exit_index)`` returns what an exit says after
+            the prompt and these answer tokens. The last of them are drafts that the
+            exits `drafted_by` made, and may leave the answer.
         stops: Tokens that end the text.
         max_tokens: Most tokens the request may generate.
         room: Most tokens that the model's length allows after the prompt.
     """
 
     tokens: Sequence[int]
-    gates: Callable[[tuple[int, ...]], Sequence[Gate]]
+    gates: Callable[[tuple[int, ...], tuple[int, ...], int], Gate]
     stops: Collection[int]
     max_tokens: int
     room: int = 1 << 30
@@ -166,7 +167,7 @@ def _draft(
                 levels[index] = segment + 1
         counters.segments_run[segment] += 1
         counters.gates[segment] += 1
-        token, confidence = answer.gates((*prefix, *drafts))[segment]
+        token, confidence = answer.gates((*prefix, *drafts), tuple(exits), segment)
         confident = confidence > thresholds[segment]
         guess = segment == last_exit and confidence > guess_threshold
         if confident or guess:

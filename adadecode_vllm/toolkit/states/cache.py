@@ -63,6 +63,13 @@ class StateSource(Protocol):
             (len(layers), n, d) in the model's dtype on the model's device.
         """
 
+    def lengths(self, indices: Sequence[int]) -> list[int]:
+        """Number of states of each of some sequences, which sum to n of `states`.
+
+        Args:
+            indices: Indices of sequences.
+        """
+
 
 class LiveStates:
     """States computed each time they are asked for."""
@@ -90,6 +97,10 @@ class LiveStates:
     def __len__(self) -> int:
         """Number of sequences."""
         return len(self.texts)
+
+    def lengths(self, indices: Sequence[int]) -> list[int]:
+        """See the protocol."""
+        return [self.texts[index].used for index in indices]
 
     def states(self, indices: Sequence[int]) -> torch.Tensor:
         """Run the model; see the protocol."""
@@ -153,6 +164,10 @@ class CachedStates:
     def __len__(self) -> int:
         """Number of sequences."""
         return len(self._entries)
+
+    def lengths(self, indices: Sequence[int]) -> list[int]:
+        """See the protocol."""
+        return [self._entries[index].tokens for index in indices]
 
     def states(self, indices: Sequence[int]) -> torch.Tensor:
         """Read states; see the protocol."""

@@ -230,11 +230,13 @@ class Teacher:
 
         Args:
             sequences: Token ids of each sequence, n tokens in all.
-            layers: Layer counts in [1, L].
+            layers: Layer counts in [0, L].
 
         Returns:
             By layer count, the residual stream after the final norm, (n, d) in the
-            model's dtype: what an exit head reads. For L it is what the LM head reads.
+            model's dtype: what an exit head reads. For 0 the residual stream is the
+            tokens' embeddings, as they enter the first layer; for L the result is what
+            the LM head reads.
         """
         lengths = [len(sequence) for sequence in sequences]
         device = self.device
@@ -302,12 +304,16 @@ class Teacher:
 
     @contextmanager
     def _ended_after(self, layer: int) -> Iterator[None]:
-        """End a run of the model, and this context, once a layer has returned."""
+        """End a run of the model, and this context, after so many layers."""
 
-        def end(_module: nn.Module, _inputs: Any, _output: Any) -> None:
+        def end(*_arguments: Any) -> None:
             raise _LayerReached
 
-        handle = self.model.model.layers[layer - 1].register_forward_hook(end)
+        layers = self.model.model.layers
+        if layer == 0:
+            handle = layers[0].register_forward_pre_hook(end)
+        else:
+            handle = layers[layer - 1].register_forward_hook(end)
         try:
             with suppress(_LayerReached):
                 yield
@@ -316,13 +322,20 @@ class Teacher:
 
     @contextmanager
     def _kept(self, layer: int) -> Iterator[list[torch.Tensor]]:
-        """Collect what a layer returns."""
+        """Collect the residual stream after so many layers."""
         kept: list[torch.Tensor] = []
+
+        def take(_module: nn.Module, inputs: Any) -> None:
+            kept.append(inputs[0])
 
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
             kept.append(output[0] if isinstance(output, tuple) else output)
 
-        handle = self.model.model.layers[layer - 1].register_forward_hook(keep)
+        layers = self.model.model.layers
+        if layer == 0:
+            handle = layers[0].register_forward_pre_hook(take)
+        else:
+            handle = layers[layer - 1].register_forward_hook(keep)
         try:
             yield kept
         finally:

@@ -39,7 +39,10 @@ def train_command(
         typer.Option(metavar="LAYERS", help="Layer counts such as 8,16,24, or auto."),
     ] = "auto",
     preset: Annotated[
-        str, typer.Option(help="paper (100 epochs) or quick (10 epochs).")
+        str,
+        typer.Option(
+            help="paper (100 epochs), quick (10 epochs) or best (quick, with memory)."
+        ),
     ] = "paper",
     objective: Annotated[
         str | None, typer.Option(help="kl (the paper's) or greedy.")
@@ -69,6 +72,17 @@ def train_command(
             help="Train on, and let gates look at, only so many of the most frequent "
             "tokens; by default train on all."
         ),
+    ] = None,
+    memory: Annotated[
+        bool | None,
+        typer.Option(
+            "--memory/--no-memory",
+            help="Let heads also read the state of the token before.",
+        ),
+    ] = None,
+    unroll: Annotated[
+        int | None,
+        typer.Option(help="Drafts of a cycle that heads with memory are trained on."),
     ] = None,
     chunk_tokens: Annotated[
         int | None, typer.Option(help="Tokens whose distributions are in memory.")
@@ -121,6 +135,8 @@ def train_command(
         seed=seed,
         max_length=max_length,
         draft_vocabulary=draft_vocabulary,
+        memory=memory,
+        unroll=unroll,
         chunk_tokens=chunk_tokens,
         pass_tokens=pass_tokens,
     )
@@ -277,9 +293,12 @@ def _summarize(record: dict[str, Any], output: Path) -> None:
     held_out = record["held_out"]
     if held_out is not None:
         for layer, agreement in held_out["agreement"].items():
+            later = held_out.get("agreement_by_draft", {}).get(layer, [])[1:]
+            drafts = f" (next drafts: {', '.join(map('{:.1%}'.format, later))})"
             typer.echo(
                 f"exit {layer}: agrees with the final layer on {agreement:.1%} of the "
-                f"held-out tokens, loss {held_out['loss'][layer]:.4f} nats"
+                f"held-out tokens{drafts if later else ''}, loss "
+                f"{held_out['loss'][layer]:.4f} nats"
             )
     seconds = record["seconds"]
     typer.echo(

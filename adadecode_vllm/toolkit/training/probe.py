@@ -2,8 +2,8 @@
 """Choosing exit layers before any head is trained.
 
 Every layer gets a stand-in for a trained head that costs one linear solve: the ridge
-regression from its states to the final ones. Sets of layers are then compared by the
-cost formula on held-out text.
+regression from its states, and from those of the token before for heads with memory, to
+the final ones. Sets of layers are then compared by the cost formula on held-out text.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.toolkit.evaluation.cost import CostModel
 from adadecode_vllm.toolkit.evaluation.measure import read_exit
 from adadecode_vllm.toolkit.evaluation.simulate import Counters
+from adadecode_vllm.toolkit.evaluation.unrolled import stretches
 from adadecode_vllm.toolkit.states.cache import LiveStates
 from adadecode_vllm.toolkit.states.teacher import Teacher
 from adadecode_vllm.toolkit.states.texts import Text
@@ -50,7 +51,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class _Probe:
-    """One layer on the held-out tokens: (n,) bool each."""
+    """One layer on the held-out tokens, by draft of a cycle: (drafts, n) bool each.
+
+    With memory, all drafts before in the cycle are those of the same exit.
+    """
 
     confident: np.ndarray
     agreed: np.ndarray
@@ -63,6 +67,8 @@ def choose_exits(
     *,
     threshold: float,
     max_early_predictions: int,
+    drafts: int = 0,
+    draft_token_ids: torch.Tensor | None = None,
     most_exits: int = 3,
     probe_tokens: int = 8192,
     pass_tokens: int = 1024,
@@ -77,6 +83,9 @@ def choose_exits(
         held_out: Texts that the sets are compared on.
         threshold: The gate's threshold.
         max_early_predictions: The cap.
+        drafts: Drafts of a cycle that heads with memory are trained on; 0 for heads
+            without memory.
+        draft_token_ids: (m,) int64, the tokens that gates will look at; None for all.
         most_exits: Largest size of a set.
         probe_tokens: Most tokens of either kind of text.
         pass_tokens: Most tokens of one pass of the model.
@@ -94,16 +103,23 @@ def choose_exits(
             "--exit-layers auto: the choice needs held-out text; give --held-out a "
             "share above 0, or name the layers"
         )
-    layers = list(range(1, teacher.num_layers))
+    layers = list(range(teacher.num_layers))
     count = sum(math.comb(len(layers), size) for size in range(1, most_exits + 1))
     grown_only = count > _MOST_SETS
     sizes = range(min(most_exits, len(layers)))
     start(sum(len(layers) - size for size in sizes) if grown_only else count)
     fit_on = _first_tokens(training, probe_tokens)
     compare_on = _first_tokens(held_out, probe_tokens)
-    weights = _ridge_heads(teacher, fit_on, layers, pass_tokens)
-    probes = _probe(teacher, compare_on, weights, threshold, pass_tokens)
-    cost = CostModel.of_model(teacher.model, identity=False)
+    heads = _ridge_heads(teacher, fit_on, layers, pass_tokens, memory=drafts > 0)
+    probes = _probe(
+        teacher, compare_on, heads, threshold, pass_tokens, drafts, draft_token_ids
+    )
+    cost = CostModel.of_model(
+        teacher.model,
+        identity=False,
+        memory=drafts > 0,
+        draft_vocabulary=None if draft_token_ids is None else len(draft_token_ids),
+    )
     lengths = [text.used for text in compare_on]
 
     def rate(exits: tuple[int, ...]) -> Choice:
@@ -154,14 +170,26 @@ def _first_tokens(texts: Sequence[Text], most: int) -> list[Text]:
 
 
 def _ridge_heads(
-    teacher: Teacher, texts: Sequence[Text], layers: list[int], pass_tokens: int
+    teacher: Teacher,
+    texts: Sequence[Text],
+    layers: list[int],
+    pass_tokens: int,
+    *,
+    memory: bool,
 ) -> dict[int, torch.Tensor]:
-    """T of least squares from each layer's states to the final ones."""
+    """Least squares from each layer's states to the final ones: T, or (T U) in one."""
     live = LiveStates(teacher, texts, [*layers, teacher.num_layers], pass_tokens)
     states = live.states(range(len(texts))).float()
     final = states[-1]
+    before = None
+    if memory:
+        lengths = live.lengths(range(len(texts)))
+        (whole,) = stretches(final, lengths, len(final), 1)
+        before = whole.before
     heads = {}
     for layer, inputs in zip(layers, states, strict=False):
+        if before is not None:
+            inputs = torch.cat((inputs, before), dim=1)
         gram = inputs.T @ inputs
         gram.diagonal().add_(_RIDGE * gram.diagonal().mean())
         heads[layer] = torch.linalg.solve(gram, inputs.T @ final).T.contiguous()
@@ -172,23 +200,46 @@ def _ridge_heads(
 def _probe(
     teacher: Teacher,
     texts: Sequence[Text],
-    weights: dict[int, torch.Tensor],
+    heads: dict[int, torch.Tensor],
     threshold: float,
     pass_tokens: int,
+    drafts: int,
+    draft_token_ids: torch.Tensor | None,
 ) -> dict[int, _Probe]:
-    live = LiveStates(teacher, texts, [*weights, teacher.num_layers], pass_tokens)
+    live = LiveStates(teacher, texts, [*heads, teacher.num_layers], pass_tokens)
     log_odds = math.log(threshold / (1 - threshold)) if 0 < threshold < 1 else -math.inf
-    found: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {k: [] for k in weights}
+    found: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {k: [] for k in heads}
     states = live.states(range(len(texts)))
-    for chunk in states.split(512, dim=1):
-        final, _ = read_exit(chunk[-1], None, teacher.lm_head)
+    lengths = live.lengths(range(len(texts)))
+    few = teacher.lm_head
+    if draft_token_ids is not None:
+        draft_token_ids = draft_token_ids.to(teacher.device)
+        few = few[draft_token_ids]
+    steps = max(1, drafts)
+    for stretch in stretches(states[-1], lengths, 512, steps):
+        final, _ = read_exit(states[-1][stretch.chosen], None, teacher.lm_head)
         top = final.argmax(-1)
-        for inputs, (layer, weight) in zip(chunk, weights.items(), strict=False):
-            logits, odds = read_exit(inputs, weight, teacher.lm_head)
-            found[layer].append((odds > log_odds, logits.argmax(-1) == top))
+        for inputs, (layer, head) in zip(
+            states[:, stretch.wide], heads.items(), strict=False
+        ):
+            head = head.to(inputs.dtype)
+            if drafts:
+                weight, memory = head.chunk(2, dim=1)
+                outputs, _ = stretch.outputs(inputs, weight, memory, steps)
+            else:
+                outputs = [inputs @ head.T]
+            sure, right = [], []
+            for output in outputs:
+                logits, odds = read_exit(output[stretch.lead :], None, few)
+                token = logits.argmax(-1)
+                if draft_token_ids is not None:
+                    token = draft_token_ids[token]
+                sure.append(odds > log_odds)
+                right.append(token == top)
+            found[layer].append((torch.stack(sure), torch.stack(right)))
     return {
         layer: _Probe(
-            *(torch.cat(column).cpu().numpy() for column in zip(*rows, strict=True))
+            *(torch.cat(part, dim=1).cpu().numpy() for part in zip(*rows, strict=True))
         )
         for layer, rows in found.items()
     }
@@ -203,13 +254,17 @@ def _walk(
     """Play the cycles on the text as it stands.
 
     Unlike :mod:`adadecode_vllm.toolkit.evaluation.simulate` it does not leave the text
-    after a wrong prediction: the cycle ends there. Good enough to rank sets, and fast.
+    after a wrong prediction: the cycle ends there. Heads with memory remember what the
+    same exit would have drafted before, and draft all later ones as the last one that
+    they are trained on. Good enough to rank sets, and fast.
     """
     never = len(probes)
     confident = np.stack([probe.confident for probe in probes])
+    # By draft of a cycle and token, the exit that is taken, and whether it is right.
     exits = np.where(confident.any(0), confident.argmax(0), never)
     agreed = np.stack([probe.agreed for probe in probes])
-    right = agreed[np.minimum(exits, never - 1), np.arange(len(exits))]
+    right = np.take_along_axis(agreed, np.minimum(exits, never - 1)[None], axis=0)[0]
+    last = len(exits) - 1
     start = 0
     for length in lengths:
         position, end = start, start + length
@@ -217,7 +272,8 @@ def _walk(
             drafts, lowest, wrong = 0, 0, False
             while drafts < max_early_predictions and position + drafts < end - 1:
                 front = position + drafts
-                taken = exits[front]
+                draft = min(drafts, last)
+                taken = exits[draft, front]
                 for segment in range(min(taken + 1, never)):
                     counters.segments_run[segment] += 1
                     counters.gates[segment] += 1
@@ -226,7 +282,7 @@ def _walk(
                     break
                 drafts += 1
                 counters.early_predictions[taken] += 1
-                if not right[front]:
+                if not right[draft, front]:
                     counters.rejected[taken] += 1
                     wrong = True
                     break

@@ -17,15 +17,11 @@ import torch
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.files import write_whole, writing
 from adadecode_vllm.heads.config import (
-    ExitCalibration,
-    ExitHeadsConfig,
     HeadsDtype,
     default_draft_vocabulary,
     exit_layers_problem,
 )
-from adadecode_vllm.heads.fingerprint import lm_head_fingerprint
 from adadecode_vllm.heads.io import save_tensors
-from adadecode_vllm.toolkit.evaluation.measure import fit_calibration, measure
 from adadecode_vllm.toolkit.provenance import git_commit, package_versions
 from adadecode_vllm.toolkit.publishing.save import save_pretrained
 from adadecode_vllm.toolkit.states.cache import (
@@ -42,6 +38,7 @@ from adadecode_vllm.toolkit.states.texts import (
     split_held_out,
     texts_fingerprint,
 )
+from adadecode_vllm.toolkit.training.description import calibrate, heads_config
 from adadecode_vllm.toolkit.training.draft_vocabulary import (
     MAX_TOKENS,
     count_tokens,
@@ -69,7 +66,6 @@ __all__ = [
     "RUN_DIRECTORY",
     "Reporter",
     "RunOptions",
-    "heads_config",
     "train_heads",
 ]
 
@@ -162,6 +158,9 @@ def train_heads(
         f"{len(training)} texts to train on with {_used(training)} tokens to predict, "
         f"{len(held_out)} held out with {_used(held_out)}"
     )
+    counts = count_tokens((text.answer for text in training), teacher.vocab_size)
+    draft_token_ids = rank_tokens(counts, settings.draft_vocabulary or MAX_TOKENS)
+    few = default_draft_vocabulary(len(draft_token_ids), teacher.vocab_size) > 0
     if exit_layers is None:
         choices = all_or_none(
             processes,
@@ -171,6 +170,8 @@ def train_heads(
                 held_out,
                 threshold=options.threshold,
                 max_early_predictions=options.max_early_predictions,
+                drafts=settings.unroll if settings.memory else 0,
+                draft_token_ids=draft_token_ids if few else None,
                 pass_tokens=settings.pass_tokens,
                 start=lambda total: reporter.start("choosing exits", "sets", total),
                 advance=reporter.advance,
@@ -197,11 +198,8 @@ def train_heads(
         directory, processes, reporter,
     )  # fmt: skip
     prepared = time.perf_counter()
-    size = settings.draft_vocabulary
-    counts = count_tokens((text.answer for text in training), teacher.vocab_size)
-    draft_token_ids = rank_tokens(counts, size or MAX_TOKENS)
     lm_head = teacher.lm_head
-    if size is not None:
+    if settings.draft_vocabulary is not None:
         lm_head = lm_head[draft_token_ids.to(lm_head.device)]
         share = counts[draft_token_ids].sum() / counts.sum()
         reporter.say(
@@ -229,7 +227,7 @@ def train_heads(
         reporter.step(record)
         reporter.advance(1)
 
-    weights = trainer.run(
+    weights, memory = trainer.run(
         checkpoint=lambda: in_main(processes, save_checkpoint),
         on_step=step,
         on_epoch=reporter.epoch,
@@ -240,8 +238,14 @@ def train_heads(
         reporter.start("calibrating", "texts", len(held_out))
         calibration = all_or_none(
             processes,
-            lambda: _calibrate(
-                teacher, weights, draft_token_ids, held_out_states, settings, reporter
+            lambda: calibrate(
+                teacher,
+                weights,
+                memory,
+                draft_token_ids if few else None,
+                held_out_states,
+                settings,
+                reporter.advance,
             ),
         )
     record = {
@@ -273,7 +277,14 @@ def train_heads(
 
     def write() -> None:
         _write_outputs(
-            teacher, weights, draft_token_ids, trainer, record, options, directory
+            teacher,
+            weights,
+            memory,
+            draft_token_ids,
+            trainer,
+            record,
+            options,
+            directory,
         )
 
     in_main(processes, lambda: _to_disk(options.output, write))
@@ -323,39 +334,10 @@ def _sources(
     return main_first(processes, open_cache)
 
 
-def _calibrate(
-    teacher: Teacher,
-    weights: dict[int, torch.Tensor],
-    draft_token_ids: torch.Tensor,
-    source: StateSource,
-    settings: TrainSettings,
-    reporter: Reporter,
-) -> dict[str, dict[str, float]]:
-    """Calibrate for the tokens that gates will look at by default."""
-    few = default_draft_vocabulary(len(draft_token_ids), teacher.vocab_size)
-    found = measure(
-        weights,
-        source,
-        teacher.lm_head,
-        draft_token_ids=draft_token_ids if few else None,
-        chunk_tokens=settings.chunk_tokens,
-        advance=reporter.advance,
-    )
-    table = {}
-    for layer, exit_measure in found.items():
-        slope, intercept, likelihoods = fit_calibration(exit_measure)
-        table[str(layer)] = {
-            "slope": slope,
-            "intercept": intercept,
-            "tokens": len(exit_measure.agreed),
-            **likelihoods,
-        }
-    return table
-
-
 def _write_outputs(
     teacher: Teacher,
     weights: dict[int, torch.Tensor],
+    memory: dict[int, torch.Tensor] | None,
     draft_token_ids: torch.Tensor,
     trainer: Trainer,
     record: dict[str, Any],
@@ -378,42 +360,11 @@ def _write_outputs(
             weights,
             heads_config(teacher, record, options.heads_dtype),
             draft_token_ids=draft_token_ids,
+            memory=memory,
             architectures=teacher.model.config.architectures or (),
             training=record,
         )
     finish(options.output, directory)
-
-
-def heads_config(
-    teacher: Teacher, record: dict[str, Any], dtype: HeadsDtype
-) -> ExitHeadsConfig:
-    """The heads' ``config.json``.
-
-    Args:
-        teacher: The model.
-        record: Of the run, with ``exit_layers`` and ``calibration``.
-        dtype: Of the stored weights.
-
-    Returns:
-        The configuration.
-    """
-    calibration = record["calibration"]
-    return ExitHeadsConfig(
-        exit_layers=record["exit_layers"],
-        hidden_size=teacher.hidden_size,
-        vocab_size=teacher.vocab_size,
-        num_hidden_layers=teacher.num_layers,
-        base_model=teacher.name,
-        dtype=dtype,
-        lm_head_fingerprint=lm_head_fingerprint(teacher.lm_head),
-        calibration=calibration
-        and {
-            layer: ExitCalibration(
-                slope=row["slope"], intercept=row["intercept"], tokens=row["tokens"]
-            )
-            for layer, row in calibration.items()
-        },
-    )
 
 
 def _record_of(trainer: Trainer, epoch: int) -> dict[str, Any] | None:

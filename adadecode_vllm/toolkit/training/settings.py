@@ -39,6 +39,9 @@ class TrainSettings(BaseModel):
         max_length: Tokens after which a text is cut; None for the model's length.
         draft_vocabulary: The objective sees only so many tokens, those that the texts
             have most often, as if there were no others; None for all.
+        memory: Whether heads also read the state of the token before.
+        unroll: Drafts of a cycle that heads with memory are trained on; the loss is
+            the mean over their tokens.
         chunk_tokens: Tokens whose distributions are in memory at a time.
         pass_tokens: Tokens in one pass of the model.
     """
@@ -56,6 +59,8 @@ class TrainSettings(BaseModel):
     seed: int = 0
     max_length: PositiveInt | None = None
     draft_vocabulary: Annotated[int | None, Field(ge=2)] = None
+    memory: bool = False
+    unroll: PositiveInt = 3
     chunk_tokens: PositiveInt = 512
     pass_tokens: PositiveInt = 1024
 
@@ -66,9 +71,22 @@ class TrainSettings(BaseModel):
             raise ValueError("full-size heads have the whole vocabulary")
         return value
 
+    @field_validator("memory")
+    @classmethod
+    def _check_memory(cls, value: bool, others: ValidationInfo) -> bool:
+        if value and others.data.get("head") == "full":
+            raise ValueError("full-size heads have no memory")
+        return value
+
+    @property
+    def drafts(self) -> int:
+        """Drafts of a cycle that differ for the heads: one without memory."""
+        return self.unroll if self.memory else 1
+
     def digest(self, *more: str) -> str:
         """Hash of the options and of what else decides the weights."""
-        text = "\n".join((self.model_dump_json(), *more))
+        unused = None if self.memory else {"memory", "unroll"}
+        text = "\n".join((self.model_dump_json(exclude=unused), *more))
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -76,4 +94,5 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     # Texts of a small model train in minutes; fewer passes lose little there.
     "quick": {"epochs": 10, "patience": 3},
+    "best": {"epochs": 10, "patience": 3, "memory": True},
 }

@@ -19,12 +19,18 @@ from adadecode_vllm.files import writing
 from adadecode_vllm.heads.io import save_tensors
 from adadecode_vllm.toolkit.states.cache import StateSource
 from adadecode_vllm.toolkit.training import together
-from adadecode_vllm.toolkit.training.objective import ExitLoss, evaluate
+from adadecode_vllm.toolkit.training.objective import (
+    ExitLoss,
+    evaluate,
+    evaluate_unrolled,
+)
 from adadecode_vllm.toolkit.training.settings import TrainSettings
 
 logger = logging.getLogger(__name__)
 
 _ADAM = ("exp_avg", "exp_avg_sq")
+
+Matrices = dict[int, torch.Tensor]
 
 
 class Processes(together.Processes, Protocol):
@@ -56,10 +62,11 @@ class Progress:
 
 
 class Trainer:
-    """Trains one weight per exit against the final layer.
+    """Trains the matrices of every exit against the final layer.
 
     ``progress.history["steps"]`` holds step, epoch, learning_rate and loss (nats per
-    token, by exit); ``["held_out"]`` holds epoch, loss and agreement.
+    token, by exit); ``["held_out"]`` holds epoch, loss, agreement and, with memory,
+    ``agreement_by_draft``, of which ``agreement`` is the first.
     """
 
     def __init__(
@@ -71,7 +78,7 @@ class Trainer:
         settings: TrainSettings,
         processes: Processes,
     ) -> None:
-        """Start at T = I, or at the LM head for full-size heads.
+        """Start at T = I and U = 0, or at the LM head for full-size heads.
 
         Args:
             exit_layers: Layer counts of the exits.
@@ -93,11 +100,20 @@ class Trainer:
         else:
             start = torch.eye(size, device=device)
         self.weights = {layer: start.clone() for layer in exit_layers}
-        for weight in self.weights.values():
-            weight.grad = torch.zeros_like(weight)
-        self.best = {layer: start.clone() for layer in exit_layers}
+        self.memory: Matrices | None = None
+        if settings.memory:
+            self.memory = {layer: torch.zeros_like(start) for layer in exit_layers}
+        # By the names of a checkpoint.
+        self._trained = {str(layer): weight for layer, weight in self.weights.items()}
+        for layer, matrix in (self.memory or {}).items():
+            self._trained[f"{layer}.memory"] = matrix
+        for matrix in self._trained.values():
+            matrix.grad = torch.zeros_like(matrix)
+        self._best = {
+            name: matrix.detach().clone() for name, matrix in self._trained.items()
+        }
         self._optimizer = torch.optim.Adam(
-            self.weights.values(), lr=settings.learning_rate
+            self._trained.values(), lr=settings.learning_rate
         )
         self.steps_per_epoch = max(1, math.ceil(len(training) / settings.batch_size))
         self.total_steps = settings.epochs * self.steps_per_epoch
@@ -107,7 +123,7 @@ class Trainer:
         checkpoint: Callable[[], None] = lambda: None,
         on_step: Callable[[dict[str, Any]], None] = lambda record: None,
         on_epoch: Callable[[dict[str, Any]], None] = lambda record: None,
-    ) -> dict[int, torch.Tensor]:
+    ) -> tuple[Matrices, Matrices | None]:
         """Train from where :attr:`progress` stands to the end.
 
         Args:
@@ -116,8 +132,8 @@ class Trainer:
             on_epoch: Called with each epoch's held-out record.
 
         Returns:
-            The weights with the lowest held-out loss; the last ones without held-out
-            texts.
+            By exit T, or the full-size head, and U, None without memory: those with the
+            lowest held-out loss; the last ones without held-out texts.
 
         Raises:
             AdaDecodeError: If the loss is not a number.
@@ -132,7 +148,11 @@ class Trainer:
                 record = self._validate()
                 on_epoch(record)
             checkpoint()
-        return self.best if progress.best_epoch else self.weights
+        found = self._best if progress.best_epoch else self._trained
+        weights = {layer: found[str(layer)] for layer in self.weights}
+        if self.memory is None:
+            return weights, None
+        return weights, {layer: found[f"{layer}.memory"] for layer in weights}
 
     def _stalled(self) -> bool:
         progress = self.progress
@@ -163,21 +183,17 @@ class Trainer:
         return self.settings.learning_rate * min(1.0, (step + 1) / warm_up) * cosine
 
     def _step(self, batch: list[int]) -> dict[str, Any]:
-        for weight in self.weights.values():
-            assert weight.grad is not None
-            weight.grad.zero_()
-        gradients = {
-            layer: weight.grad
-            for layer, weight in self.weights.items()
-            if weight.grad is not None
-        }
-        losses = self._evaluate(self.training, self._mine(batch), gradients)
-        tokens = max(1, next(iter(losses.values())).tokens)
-        for gradient in gradients.values():
+        gradients = []
+        for matrix in self._trained.values():
+            assert matrix.grad is not None
+            gradients.append(matrix.grad.zero_())
+        losses = self._evaluate(self.training, self._mine(batch), learn=True)
+        tokens = max(1, sum(draft.tokens for draft in next(iter(losses.values()))))
+        for gradient in gradients:
             if self.processes.num_processes > 1:
                 gradient.copy_(self.processes.reduce(gradient, "sum"))
             gradient.div_(tokens)
-        loss = {str(layer): total.loss / tokens for layer, total in losses.items()}
+        loss = {str(layer): _mean_loss(drafts) for layer, drafts in losses.items()}
         step = self.progress.step
         if not all(math.isfinite(value) for value in loss.values()):
             raise AdaDecodeError(
@@ -199,27 +215,31 @@ class Trainer:
 
     def _validate(self) -> dict[str, Any]:
         assert self.held_out is not None
-        totals = {layer: ExitLoss() for layer in self.weights}
+        totals = self._zeros()
         size = self.settings.batch_size
         for first in range(0, len(self.held_out), size):
             batch = list(range(first, min(first + size, len(self.held_out))))
-            part = self._evaluate(self.held_out, self._mine(batch), None)
-            for layer, total in part.items():
-                totals[layer].add(total)
+            part = self._evaluate(self.held_out, self._mine(batch), learn=False)
+            for layer, drafts in part.items():
+                for total, draft in zip(totals[layer], drafts, strict=True):
+                    total.add(draft)
         progress = self.progress
         record: dict[str, Any] = {
             "epoch": progress.epoch,
-            "loss": {str(k): v.loss / max(1, v.tokens) for k, v in totals.items()},
-            "agreement": {
-                str(k): v.agreed / max(1, v.tokens) for k, v in totals.items()
-            },
+            "loss": {str(k): _mean_loss(drafts) for k, drafts in totals.items()},
+            "agreement": {str(k): drafts[0].agreement for k, drafts in totals.items()},
         }
+        if self.memory is not None:
+            record["agreement_by_draft"] = {
+                str(k): [draft.agreement for draft in drafts]
+                for k, drafts in totals.items()
+            }
         progress.history["held_out"].append(record)
         mean = sum(record["loss"].values()) / len(totals)
         if mean < progress.best_loss:
             progress.best_loss, progress.best_epoch = mean, progress.epoch
-            for layer, weight in self.weights.items():
-                self.best[layer].copy_(weight)
+            for name, matrix in self._trained.items():
+                self._best[name].copy_(matrix)
         return record
 
     def _mine(self, batch: list[int]) -> list[int]:
@@ -229,39 +249,67 @@ class Trainer:
         self,
         source: StateSource,
         batch: list[int],
-        gradients: dict[int, torch.Tensor] | None,
-    ) -> dict[int, ExitLoss]:
-        """Losses of a batch, summed over all processes."""
-        totals = {layer: ExitLoss() for layer in self.weights}
-        if batch:
-            states = source.states(batch)
-            by_layer = dict(zip(source.layers, states, strict=True))
-            totals = evaluate(
+        *,
+        learn: bool,
+    ) -> dict[int, list[ExitLoss]]:
+        """Losses of a batch by exit and draft, summed over all processes.
+
+        The gradients of this process are added where the optimizer looks for them.
+        """
+        totals = self._losses(source, batch, learn) if batch else self._zeros()
+        if self.processes.num_processes > 1:
+            drafts = [draft for exit_drafts in totals.values() for draft in exit_drafts]
+            sums = torch.tensor(
+                [[t.loss, t.agreed, t.tokens] for t in drafts],
+                dtype=torch.float64,
+                device=self.lm_head.device,
+            )
+            rows = self.processes.reduce(sums, "sum").tolist()
+            for draft, (loss, agreed, tokens) in zip(drafts, rows, strict=True):
+                draft.loss, draft.agreed, draft.tokens = loss, int(agreed), int(tokens)
+        return totals
+
+    def _losses(
+        self, source: StateSource, batch: list[int], learn: bool
+    ) -> dict[int, list[ExitLoss]]:
+        """Losses of this process's part."""
+        settings = self.settings
+        states = source.states(batch)
+        by_layer = dict(zip(source.layers, states, strict=True))
+        if self.memory is None:
+            losses = evaluate(
                 self.weights,
                 by_layer,
                 states[-1],
                 self.lm_head,
-                objective=self.settings.objective,
-                chunk_tokens=self.settings.chunk_tokens,
-                gradients=gradients,
+                objective=settings.objective,
+                chunk_tokens=settings.chunk_tokens,
+                gradients=_gradients(self.weights) if learn else None,
             )
-        if self.processes.num_processes > 1:
-            sums = torch.tensor(
-                [[t.loss, t.agreed, t.tokens] for t in totals.values()],
-                dtype=torch.float64,
-                device=self.lm_head.device,
-            )
-            for total, row in zip(
-                totals.values(),
-                self.processes.reduce(sums, "sum").tolist(),
-                strict=True,
-            ):
-                total.loss, total.agreed, total.tokens = (
-                    row[0],
-                    int(row[1]),
-                    int(row[2]),
-                )
-        return totals
+            return {layer: [loss] for layer, loss in losses.items()}
+        gradients = None
+        if learn:
+            of_memory = _gradients(self.memory)
+            gradients = {
+                layer: (gradient, of_memory[layer])
+                for layer, gradient in _gradients(self.weights).items()
+            }
+        return evaluate_unrolled(
+            self.weights,
+            self.memory,
+            by_layer,
+            states[-1],
+            source.lengths(batch),
+            self.lm_head,
+            objective=settings.objective,
+            chunk_tokens=settings.chunk_tokens,
+            unroll=settings.unroll,
+            gradients=gradients,
+        )
+
+    def _zeros(self) -> dict[int, list[ExitLoss]]:
+        drafts = self.settings.drafts
+        return {layer: [ExitLoss() for _ in range(drafts)] for layer in self.weights}
 
     def save_checkpoint(self, path: Path, run_key: str) -> None:
         """Write everything that resumption needs into one file.
@@ -274,11 +322,11 @@ class Trainer:
             OSError: The file cannot be written; what was there is still there.
         """
         tensors = {}
-        for layer, weight in self.weights.items():
-            tensors[f"weight.{layer}"] = weight
-            tensors[f"best.{layer}"] = self.best[layer]
-            for name in _ADAM:
-                tensors[f"{name}.{layer}"] = self._optimizer.state[weight][name]
+        for name, matrix in self._trained.items():
+            tensors[f"weight.{name}"] = matrix
+            tensors[f"best.{name}"] = self._best[name]
+            for moment in _ADAM:
+                tensors[f"{moment}.{name}"] = self._optimizer.state[matrix][moment]
         progress = self.progress
         metadata = {
             "run_key": run_key,
@@ -323,10 +371,20 @@ class Trainer:
             best_epoch=int(metadata["best_epoch"]),
             history=json.loads(metadata["history"]),
         )
-        for layer, weight in self.weights.items():
-            weight.copy_(tensors[f"weight.{layer}"])
-            self.best[layer].copy_(tensors[f"best.{layer}"])
+        for name, matrix in self._trained.items():
+            matrix.copy_(tensors[f"weight.{name}"])
+            self._best[name].copy_(tensors[f"best.{name}"])
             state: dict[str, Any] = {"step": torch.tensor(float(self.progress.step))}
-            for name in _ADAM:
-                state[name] = tensors[f"{name}.{layer}"].to(weight.device)
-            self._optimizer.state[weight] = state
+            for moment in _ADAM:
+                state[moment] = tensors[f"{moment}.{name}"].to(matrix.device)
+            self._optimizer.state[matrix] = state
+
+
+def _gradients(matrices: Matrices) -> Matrices:
+    """By exit, where the optimizer looks for the gradient."""
+    return {k: matrix.grad for k, matrix in matrices.items() if matrix.grad is not None}
+
+
+def _mean_loss(drafts: Sequence[ExitLoss]) -> float:
+    """Nats per token, over all drafts."""
+    return sum(d.loss for d in drafts) / max(1, sum(d.tokens for d in drafts))

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What trained heads say of themselves in ``config.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from adadecode_vllm.heads.config import ExitCalibration, ExitHeadsConfig, HeadsDtype
+from adadecode_vllm.heads.fingerprint import lm_head_fingerprint
+from adadecode_vllm.toolkit.evaluation.measure import fit_calibration, measure
+from adadecode_vllm.toolkit.states.cache import StateSource
+from adadecode_vllm.toolkit.states.teacher import Teacher
+from adadecode_vllm.toolkit.training.settings import TrainSettings
+
+
+def calibrate(
+    teacher: Teacher,
+    weights: dict[int, torch.Tensor],
+    memory: dict[int, torch.Tensor] | None,
+    draft_token_ids: torch.Tensor | None,
+    source: StateSource,
+    settings: TrainSettings,
+    advance: Callable[[int], None],
+) -> dict[str, dict[str, float]]:
+    """Fit every exit's map from confidence to the probability of acceptance.
+
+    Args:
+        teacher: The model.
+        weights: By exit, T or a full-size head.
+        memory: By exit, U; None for heads without memory. Heads with memory get one
+            map for all drafts of a cycle.
+        draft_token_ids: The tokens that gates will look at; None for all.
+        source: States of held-out text.
+        settings: Of the training.
+        advance: Called with how many further texts have been read.
+
+    Returns:
+        By exit, ``slope``, ``intercept``, ``tokens`` and the likelihoods of
+        :func:`~adadecode_vllm.toolkit.evaluation.measure.fit_calibration`.
+    """
+    found = measure(
+        weights,
+        source,
+        teacher.lm_head,
+        memory=memory,
+        drafts=settings.drafts,
+        draft_token_ids=draft_token_ids,
+        chunk_tokens=settings.chunk_tokens,
+        advance=advance,
+    )
+    table = {}
+    for layer, exit_measure in found.items():
+        slope, intercept, likelihoods = fit_calibration(exit_measure)
+        table[str(layer)] = {
+            "slope": slope,
+            "intercept": intercept,
+            "tokens": len(exit_measure.agreed),
+            **likelihoods,
+        }
+    return table
+
+
+def heads_config(
+    teacher: Teacher, record: dict[str, Any], dtype: HeadsDtype
+) -> ExitHeadsConfig:
+    """The heads' ``config.json``.
+
+    Args:
+        teacher: The model.
+        record: Of the run, with ``exit_layers`` and ``calibration``.
+        dtype: Of the stored weights.
+
+    Returns:
+        The configuration.
+    """
+    calibration = record["calibration"]
+    return ExitHeadsConfig(
+        exit_layers=record["exit_layers"],
+        hidden_size=teacher.hidden_size,
+        vocab_size=teacher.vocab_size,
+        num_hidden_layers=teacher.num_layers,
+        base_model=teacher.name,
+        dtype=dtype,
+        lm_head_fingerprint=lm_head_fingerprint(teacher.lm_head),
+        calibration=calibration
+        and {
+            layer: ExitCalibration(
+                slope=row["slope"], intercept=row["intercept"], tokens=row["tokens"]
+            )
+            for layer, row in calibration.items()
+        },
+    )
