@@ -89,10 +89,12 @@ class AdaDecodeConfig(BaseModel):
         description="Predict nothing early in steps with more requests than this. "
         "Default: no limit.",
     )
-    adaptive: bool = Field(
-        default=False,
-        description="Draft only at batch sizes where tokens come faster with drafts "
-        "than without: measured while serving, at about a hundredth of the time.",
+    policy: Literal["threshold", "cost"] = Field(
+        default="threshold",
+        description="cost: draft only at batch sizes where tokens come faster with "
+        "drafts than without, and only as far as one more draft probably pays. What "
+        "drafts cost is measured while serving, at about a hundredth of the time. A "
+        "threshold of 1 and a request's own threshold still hold.",
     )
     synthetic_acceptance_rate: float | None = Field(
         default=None,

@@ -75,6 +75,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "n-gram drafts beside the exits'",
         "exits before the first layer, heads with memory",
         "drafting that adapts to its speed",
+        "drafts bounded by what they cost",
         "other speculative methods",
     ),
     "Models": (

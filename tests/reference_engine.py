@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from adadecode_vllm.method.admission import AcceptanceRecord, Admission
 from adadecode_vllm.method.drafting import Drafter, DraftRequests
 from adadecode_vllm.method.executor import TokenSubset
 from adadecode_vllm.method.ledger import Ledger, Resumable, Window
@@ -249,6 +250,7 @@ class Engine:
         max_num_seqs: int = 4,
         max_model_len: int = 32,
         step_tokens: int = 0,
+        admission: float | None = None,
     ) -> None:
         """Wire the parts.
 
@@ -261,10 +263,13 @@ class Engine:
             max_num_seqs: Requests per step.
             max_model_len: Most tokens of a request.
             step_tokens: Largest resumed forward that runs in whole steps.
+            admission: What drafts of every other request must promise; None for none.
         """
         assert model.num_blocks * model.block_size >= max_model_len
         self.model = model
         self.cap = cap
+        self.admission = admission
+        self.record = AcceptanceRecord()
         self.token_budget = token_budget
         self.max_num_seqs = max_num_seqs
         self.max_model_len = max_model_len
@@ -559,6 +564,10 @@ class Engine:
             row = self._final_rows[request.number]
             view.memory = {len(request.tokens) - 1: final_states[row]}
         numbers = [request.number for request in requests]
+        admission = None
+        if self.admission is not None:
+            least = [np.nan if number % 2 else self.admission for number in numbers]
+            admission = self.record.admission([r.id for r in requests], np.array(least))
         window = self.drafter.draft(
             DraftRequests(
                 rows=np.array([rows[number] for number in numbers], np.int64),
@@ -570,9 +579,12 @@ class Engine:
                 alone=len(numbers) == len(self.rows),
                 final_states=final_states,
                 final_rows=np.array([self._final_rows[number] for number in numbers]),
+                admission=admission,
             )
         )
         self._check_window(window, [limits[number] for number in numbers])
+        if admission is not None:
+            _check_admission(window, admission)
         self.ledger.record(self.step_number, [r.id for r in requests], window)
         drafts = {}
         for index, number in enumerate(numbers):
@@ -614,3 +626,13 @@ class Engine:
             assert (exits[1:] >= 0).all()
             # A token is predicted at an exit that the one before it has reached.
             assert (levels[:-1] + at_embedding > exits[1:]).all()
+
+
+def _check_admission(window: Window, admission: Admission) -> None:
+    """No draft of a request that costs decide about promises too little."""
+    assert window.expected is not None
+    drafted = window.exits >= 0
+    survival = np.where(drafted, window.expected, 1.0).cumprod(axis=1)
+    for row, least in enumerate(admission.least):
+        if not np.isnan(least):
+            assert (survival[row][drafted[row]] > least).all()

@@ -22,6 +22,7 @@ from adadecode_vllm.engine.served_heads import load_served_heads
 from adadecode_vllm.engine.settings import Settings
 from adadecode_vllm.engine.split_model import SplitModel
 from adadecode_vllm.engine.vllm_executor import Backend, VllmExecutor
+from adadecode_vllm.method.admission import AcceptanceRecord
 from adadecode_vllm.method.drafting import Drafter, DraftRequests
 from adadecode_vllm.method.ledger import REASONS, Ledger, Resumable
 from adadecode_vllm.method.policy import ThresholdPolicy
@@ -36,10 +37,13 @@ class Drafts(NamedTuple):
     Attributes:
         token_ids: m tokens.
         exits: (m,) int8, the exit of each; -1 for those by n-gram lookup.
+        expected: (m,) float64, how probably each early prediction is accepted where
+            those before it are; None where nobody asks.
     """
 
     token_ids: list[int]
     exits: np.ndarray
+    expected: np.ndarray | None = None
 
 
 class AdaDecode:
@@ -49,6 +53,7 @@ class AdaDecode:
         model: The model, split at the exits.
         executor: Runs its parts; exists once there is a KV cache, see :meth:`bind`.
         ledger: The pending tokens.
+        record: What became of requests' drafts.
         settings: When to predict early, and what requests ask for.
         stats: Counters.
         timer: Measures the device's time, where that was asked for.
@@ -80,6 +85,7 @@ class AdaDecode:
         self.settings = Settings(config, heads.config)
         self.stats = Stats(config.exit_layers, len(decoder.layers))
         self.ledger = Ledger()
+        self.record = AcceptanceRecord()
         self.states = PendingStates(
             vllm_config.scheduler_config.max_num_seqs,
             config.max_early_predictions + 1,
@@ -153,14 +159,19 @@ class AdaDecode:
             predicted = slice(1, window.length[row])
             early = window.token_ids[row, predicted].tolist()
             exits = window.exits[row, predicted]
+            expected = window.expected
+            if expected is not None:
+                expected = expected[row, predicted]
             if early or row not in looked_up:
-                tail = self._look_up(requests, row, early)
+                tail = self._look_up(requests, row, early, expected)
             else:
                 tail = looked_up[row]
             if tail:
                 exits = np.concatenate((exits, np.full(len(tail), -1, exits.dtype)))
+                if expected is not None:
+                    expected = np.concatenate((expected, np.ones(len(tail))))
             drafts[request] = early + tail
-            self._drafts[request_id] = Drafts(drafts[request], exits)
+            self._drafts[request_id] = Drafts(drafts[request], exits, expected)
         return drafts
 
     def _look_up_first(self, requests: DraftRequests) -> dict[int, list[int]]:
@@ -168,12 +179,16 @@ class AdaDecode:
         if requests.lookup_first is None:
             return {}
         return {
-            int(row): self._look_up(requests, row, [])
+            int(row): self._look_up(requests, row, [], None)
             for row in np.flatnonzero(requests.lookup_first)
         }
 
     def _look_up(
-        self, requests: DraftRequests, row: int, early: list[int]
+        self,
+        requests: DraftRequests,
+        row: int,
+        early: list[int],
+        expected: np.ndarray | None,
     ) -> list[int]:
         """Drafts by n-gram lookup behind a request's early predictions."""
         context = None if requests.contexts is None else requests.contexts[row]
@@ -181,12 +196,11 @@ class AdaDecode:
             return []
         if self._ngram is None:
             self._ngram = NgramTail(self._max_model_len)
-        tail = self._ngram.extend(
-            context,
-            early,
-            int(requests.limits[row]) - len(early),
-            requests.stop_token_ids[row],
-        )
+        most = int(requests.limits[row]) - len(early)
+        if requests.admission is not None:
+            survival = 1.0 if expected is None else float(expected.prod())
+            most = requests.admission.looked_up(row, survival, most)
+        tail = self._ngram.extend(context, early, most, requests.stop_token_ids[row])
         self.stats.ngram_drafts += len(tail)
         return tail
 
@@ -233,6 +247,9 @@ class AdaDecode:
             tokens = sampled.get(request_id, 0)
             if drafts is not None and tokens:
                 verified = drafts.exits[:num_drafts]
+                if drafts.expected is not None:
+                    expected = drafts.expected[:num_drafts]
+                    self.record.count(request_id, verified, expected, tokens - 1)
                 self.stats.count_verdict(verified, tokens - 1)
                 contradicted = tokens <= len(verified) and verified[tokens - 1] >= 0
                 if contradicted and request_id not in self._contradicted:
@@ -299,4 +316,5 @@ class AdaDecode:
         for request_id in request_ids:
             self._drafts.pop(request_id, None)
         self._contradicted.difference_update(request_ids)
+        self.record.forget(request_ids)
         self.settings.forget(request_ids)

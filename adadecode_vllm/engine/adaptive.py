@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drafting only where it pays, found out by timing the engine's own steps.
+"""Drafting only where and as far as it pays, by timing the engine's own steps.
 
 What a verified row costs, how often drafts are right and what the host adds depend on
-the machine, the text and the number of requests. All of it is in one figure that the
-scheduler can take: tokens per second, with drafts and without.
+the machine, the text and the number of requests. The scheduler sees two figures that
+hold all of it. Tokens per second with drafts and without tell whether to draft at all.
+By how much steps with more drafts take longer tells what one more has to promise: in
+that time the engine would otherwise yield so many tokens.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+
+import numpy as np
 
 logger = logging.getLogger("vllm.adadecode")
 
@@ -37,6 +41,18 @@ BETTER = 1.01
 WINDOW_STEPS = 32
 """Steps that an average remembers."""
 
+COST_STEPS = 128
+"""Steps that the cost of a draft is estimated from."""
+
+USUAL_COST = 0.05
+"""Share of a step that a draft is taken to cost until steps have told."""
+
+USUAL_SPREAD = 64.0
+"""Weight of that beside steps: their number times the variance of their drafts."""
+
+ADMISSION = (0.02, 0.9)
+"""Bounds of what a draft must promise."""
+
 
 @dataclass
 class _Rate:
@@ -55,22 +71,58 @@ class _Rate:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
+class _DraftCost:
+    """What one more draft adds to a step, by least squares over the last steps."""
+
+    def __init__(self) -> None:
+        # Sums over steps: 1, drafts, seconds, drafts squared, drafts times seconds.
+        self._sums = np.zeros(5)
+
+    def add(self, drafts: int, seconds: float) -> None:
+        if self._sums[0] >= FIRST_STEPS:
+            # A step that something else held up says nothing of drafts.
+            seconds = min(seconds, 3 * self._sums[2] / self._sums[0])
+        keep = 1.0 - 1.0 / COST_STEPS
+        terms = (1, drafts, seconds, drafts * drafts, drafts * seconds)
+        self._sums = keep * self._sums + terms
+
+    @property
+    def seconds(self) -> float:
+        steps, drafts, seconds, squares, products = self._sums.tolist()
+        if not steps:
+            return 0.0
+        spread = squares - drafts * drafts / steps
+        usual = USUAL_COST * seconds / steps
+        found = products - drafts * seconds / steps + usual * USUAL_SPREAD
+        return max(found / (spread + USUAL_SPREAD), 0.0)
+
+
 class _Size:
     """One range of batch sizes: which way is faster, and when to look again.
 
     Attributes:
         drafts: Whether the next step drafts.
+        draft_cost: What one more draft costs.
     """
 
     def __init__(self) -> None:
         self.drafts = True
+        self.draft_cost = _DraftCost()
         self.rates = {True: _Rate(), False: _Rate()}
         self._best = True
         self._left = FIRST_STEPS
 
-    def count(self, drafted: bool, tokens: int, seconds: float) -> bool:
+    @property
+    def admission(self) -> float:
+        """What a draft must promise: the tokens of the time that it takes."""
+        promise = self.draft_cost.seconds * self.rates[True].value
+        return min(max(promise, ADMISSION[0]), ADMISSION[1])
+
+    def count(self, drafted: bool, drafts: int, tokens: int, seconds: float) -> bool:
         """Note a step, and whether the next ones go another way."""
         self.rates[drafted].add(tokens, seconds)
+        if drafted:
+            self.draft_cost.add(drafts, seconds)
         if drafted is not self.drafts:
             return False
         self._left -= 1
@@ -119,14 +171,26 @@ class AdaptiveDrafting:
         """Whether a step of so many requests drafts; at least one."""
         return self._sizes[requests.bit_length() - 1].drafts
 
+    def admission(self, requests: int) -> float:
+        """The least probability of a draft that pays in a step of so many requests."""
+        return self._sizes[requests.bit_length() - 1].admission
+
     def step(
-        self, *, requests: int, drafted: bool, tokens: int, decodes: bool, busy: bool
+        self,
+        *,
+        requests: int,
+        drafted: bool,
+        drafts: int,
+        tokens: int,
+        decodes: bool,
+        busy: bool,
     ) -> bool:
         """Note the end of a step.
 
         Args:
             requests: Its requests.
             drafted: Whether it was to draft.
+            drafts: Drafts that it verified.
             tokens: Tokens that it yielded.
             decodes: Whether it held no part of a prompt, which says nothing of drafts.
             busy: Whether another step follows at once.
@@ -140,15 +204,16 @@ class AdaptiveDrafting:
         changed = False
         if began is not None and requests and decodes and self._same >= SETTLE_STEPS:
             size = self._sizes[requests.bit_length() - 1]
-            changed = size.count(drafted, tokens, self._ended - began)
+            changed = size.count(drafted, drafts, tokens, self._ended - began)
             if changed:
                 logger.debug(
                     "adadecode: steps of about %d requests %s drafts: %.1f tokens/s "
-                    "with, %.1f without",
+                    "with, %.1f without; a draft pays above %.2f",
                     requests,
                     "have" if size.drafts else "have no",
                     size.rates[True].value,
                     size.rates[False].value,
+                    size.admission,
                 )
         if not busy:
             self._ended = None

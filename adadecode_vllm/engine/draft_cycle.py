@@ -12,6 +12,8 @@ import numpy as np
 from adadecode_vllm.engine.draft_room import fill_room
 from adadecode_vllm.engine.limits import draft_limits
 from adadecode_vllm.engine.ngram import contexts_of
+from adadecode_vllm.engine.outcomes import ADMISSION
+from adadecode_vllm.method.admission import Admission
 from adadecode_vllm.method.drafting import DraftRequests
 
 if TYPE_CHECKING:
@@ -73,6 +75,7 @@ class DraftCycle:
         """
         self.adadecode = adadecode
         self.step = 0
+        self._admission: float | None = None
         self._max_model_len = max_model_len
 
     def begin(
@@ -94,6 +97,7 @@ class DraftCycle:
             request id to drafts removed.
         """
         self.step += 1
+        self._admission = getattr(scheduler_output, ADMISSION, None)
         self.adadecode.forget(gone)
         settings = self.adadecode.settings
         for request in scheduler_output.scheduled_new_reqs:
@@ -167,5 +171,16 @@ class DraftCycle:
                 lookup_first=lookup_first,
                 final_states=sampled.final_states,
                 final_rows=sampled.final_rows,
+                admission=self._admit(sampled),
             ),
         )
+
+    def _admit(self, sampled: Sampled) -> Admission | None:
+        """What drafts must promise, where the scheduler knows what they cost."""
+        if self._admission is None:
+            return None
+        least = np.full(len(sampled.rows), self._admission)
+        for index, own in enumerate(sampled.options or ()):
+            if own.threshold is not None:
+                least[index] = np.nan
+        return self.adadecode.record.admission(sampled.request_ids, least)

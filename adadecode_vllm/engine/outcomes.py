@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What travels from worker to scheduler with a step's outcome."""
+"""What travels between scheduler and worker with a step."""
 
 UNUSED_DRAFTS = "adadecode_unused_drafts"
 """Attribute of a model runner's output: request id to draft slots that stayed empty."""
 
 COUNTERS = "adadecode_counters"
 """Attribute of a model runner's output: the worker's counters after the step."""
+
+ADMISSION = "adadecode_admission"
+"""Attribute of a scheduler's output: the probability, in [0, 1], that a draft and all
+before it are right above which one more draft pays; None where thresholds decide."""

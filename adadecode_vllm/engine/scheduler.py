@@ -17,7 +17,7 @@ from vllm.v1.request import Request
 from adadecode_vllm.config import CONFIG_KEY, engine_config
 from adadecode_vllm.engine.adaptive import AdaptiveDrafting
 from adadecode_vllm.engine.counter_report import CounterReport
-from adadecode_vllm.engine.outcomes import COUNTERS, UNUSED_DRAFTS
+from adadecode_vllm.engine.outcomes import ADMISSION, COUNTERS, UNUSED_DRAFTS
 from adadecode_vllm.patches import finished_outcomes
 from adadecode_vllm.request_options import most_early_predictions
 
@@ -59,7 +59,9 @@ class AdaDecodeScheduler(Scheduler):
         self._groups = len(groups)
         self._smallest_block = min(group.kv_cache_spec.block_size for group in groups)
         self._adaptive = (
-            AdaptiveDrafting(self.max_num_active_reqs) if config.adaptive else None
+            AdaptiveDrafting(self.max_num_active_reqs)
+            if config.policy == "cost"
+            else None
         )
         # Drafts of a step by its number of requests, vLLM's dynamic speculation. Where
         # it is None, vLLM fills up requests that have one token left to compute with
@@ -77,7 +79,12 @@ class AdaDecodeScheduler(Scheduler):
         if not self.num_lookahead_tokens and not self._has_blocks_for(most):
             self._keep_to_own_blocks()
         self._bound_drafts(self._spare_tokens())
-        return super().schedule(*args, **kwargs)
+        output = super().schedule(*args, **kwargs)
+        if self._adaptive is not None and (
+            requests := len(output.num_scheduled_tokens)
+        ):
+            setattr(output, ADMISSION, self._adaptive.admission(requests))
+        return output
 
     def add_request(self, request: Request) -> None:
         """Take a request in; see vLLM."""
@@ -114,13 +121,14 @@ class AdaDecodeScheduler(Scheduler):
     ) -> None:
         """Let a step's time decide which of the next ones draft."""
         requests = len(scheduler_output.num_scheduled_tokens)
-        drafts = scheduler_output.scheduled_spec_decode_tokens.values()
+        room = sum(map(len, scheduler_output.scheduled_spec_decode_tokens.values()))
+        unused = getattr(model_runner_output, UNUSED_DRAFTS, None) or {}
         if adaptive.step(
             requests=requests,
             drafted=scheduler_output.num_spec_tokens_to_schedule > 0,
+            drafts=room - sum(unused.values()),
             tokens=sum(map(len, model_runner_output.sampled_token_ids)),
-            decodes=scheduler_output.total_num_scheduled_tokens
-            == requests + sum(map(len, drafts)),
+            decodes=scheduler_output.total_num_scheduled_tokens == requests + room,
             busy=bool(self.running),
         ):
             self.dynamic_sd_lookup = [

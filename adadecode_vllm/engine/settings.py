@@ -233,4 +233,5 @@ def _policy(config: AdaDecodeConfig, heads: ExitHeadsConfig) -> ThresholdPolicy:
         config.max_early_predictions,
         heads.guess_threshold(last_exit) if config.last_guess else 1.0,
         0.0 if rate is None else 1.0 - rate,
+        heads.calibrations(config.exit_layers),
     )

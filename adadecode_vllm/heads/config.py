@@ -3,6 +3,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, cast, get_args
@@ -161,6 +162,22 @@ class ExitHeadsConfig(BaseModel):
             self.calibration[str(layer)].probability_threshold(threshold)
             for layer in self.exit_layers
         ]
+
+    def calibrations(
+        self, exit_layers: Sequence[int]
+    ) -> list[tuple[float, float]] | None:
+        """Slope and intercept of exits' acceptance over their log-odds.
+
+        Args:
+            exit_layers: Some of `exit_layers`.
+
+        Returns:
+            One pair for each; None for heads that were not calibrated.
+        """
+        if self.calibration is None:
+            return None
+        chosen = [self.calibration[str(layer)] for layer in exit_layers]
+        return [(exit_.slope, exit_.intercept) for exit_ in chosen]
 
     @property
     def default_draft_vocabulary(self) -> int:

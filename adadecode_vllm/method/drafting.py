@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from adadecode_vllm.method.admission import Admission
 from adadecode_vllm.method.executor import SegmentExecutor, StepRunner, TokenSubset
 from adadecode_vllm.method.ledger import Window
 from adadecode_vllm.method.policy import ThresholdPolicy
@@ -49,6 +50,8 @@ class DraftRequests:
         final_states: (N, d) on the device, what the final norm returned in the step
             that sampled the newest tokens; None where no head has memory.
         final_rows: (R,) int64, the rows that the newest tokens were sampled from.
+        admission: What a draft must promise, by the costs of steps; None where
+            thresholds decide alone.
     """
 
     rows: np.ndarray
@@ -63,6 +66,7 @@ class DraftRequests:
     lookup_first: np.ndarray | None = None
     final_states: torch.Tensor | None = None
     final_rows: np.ndarray | None = None
+    admission: Admission | None = None
 
     def going_on(self) -> np.ndarray:
         """The requests, (r,) int64, that may predict and have not just ended."""
@@ -95,6 +99,7 @@ class DraftRequests:
             else self.lookup_first[requests],
             final_states=self.final_states,
             final_rows=None if self.final_rows is None else self.final_rows[requests],
+            admission=self.admission and self.admission.select(requests),
         )
 
 
@@ -121,6 +126,9 @@ class _Cycle:
         self._token_ids = np.zeros((size, width), np.int64)
         self._token_ids[:, 0] = requests.token_ids
         self._exits = np.full((size, width), -1, np.int8)
+        self._expected = np.ones((size, width))
+        # Probability that all predictions of a request are right.
+        self._survival = np.ones(size)
         self._length = np.ones(size, np.int64)
         self._count = np.zeros((num_segments + 1, size), np.int64)
         self._count[0] = 1
@@ -184,19 +192,45 @@ class _Cycle:
         self._count[:-1] = 0
         self.front_level[:] = len(self._count) - 1
 
+    def paying(self, chosen: np.ndarray, expected: np.ndarray) -> np.ndarray:
+        """Whether one more draft of some requests pays.
+
+        Args:
+            chosen: (r,) int64, the requests.
+            expected: (r,) how probably it is accepted where those before it are.
+
+        Returns:
+            (r,) bool; False for requests whose thresholds decide.
+        """
+        admission = self._requests.admission
+        assert admission is not None, "asked by the caller"
+        promised = self._survival[chosen] * admission.trust[chosen] * expected
+        return promised > admission.least[chosen]
+
     def predict(
-        self, chosen: np.ndarray, token_ids: np.ndarray, exit_index: int
+        self,
+        chosen: np.ndarray,
+        token_ids: np.ndarray,
+        exit_index: int,
+        expected: np.ndarray | None,
     ) -> None:
-        """Append early predictions; (r,) requests and tokens."""
+        """Append early predictions; (r,) requests, tokens and their acceptance."""
         length = self._length[chosen]
         self._token_ids[chosen, length] = token_ids
         self._exits[chosen, length] = exit_index
+        admission = self._requests.admission
+        if expected is not None and admission is not None:
+            self._expected[chosen, length] = expected
+            self._survival[chosen] *= np.minimum(expected * admission.trust[chosen], 1)
         self._front[chosen] = token_ids
         self.front_level[chosen] = self._first_level
         self._count[0][chosen] += 1
         length += 1
         self._length[chosen] = length
         goes_on = self.active[chosen] & (length < self._limit[chosen])
+        if admission is not None:
+            # Whatever an exit said, no further draft would pay.
+            goes_on &= ~(self._survival[chosen] <= admission.least[chosen])
         stops = self._requests.stop_token_ids
         for index, (request, token) in enumerate(
             zip(chosen.tolist(), token_ids.tolist(), strict=True)
@@ -239,6 +273,7 @@ class _Cycle:
             self._token_ids,
             levels,
             self._exits,
+            None if self._requests.admission is None else self._expected,
         )
 
 
@@ -300,12 +335,25 @@ class Drafter:
             confident = self.policy.confident(
                 exit_index, confidence, None if own is None else own[chosen, exit_index]
             )
+            guess = self.policy.worth_a_guess(confidence)
+            expected = None
+            if requests.admission is not None:
+                expected = self.policy.acceptance(exit_index, confidence)
+                by_costs = ~np.isnan(requests.admission.least[chosen])
+                confident &= ~by_costs
+                confident |= cycle.paying(chosen, expected)
+                guess &= ~by_costs
             if exit_index == last_exit:
                 cycle.active[chosen[~confident]] = False
-                confident |= self.policy.worth_a_guess(confidence)
+                confident |= guess
             if confident.any():
                 token_ids = self.policy.spoil(predicted[confident], self._random)
-                cycle.predict(chosen[confident], token_ids, exit_index)
+                cycle.predict(
+                    chosen[confident],
+                    token_ids,
+                    exit_index,
+                    None if expected is None else expected[confident],
+                )
         ended = time.perf_counter()
         self.states.finished = None
         if requests.contexts is None:

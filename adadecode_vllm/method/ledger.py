@@ -39,6 +39,8 @@ class Window:
         token_ids: (R, W) int64; columns at and beyond ``length`` are undefined.
         levels: (R, W) int8, segments run per token; undefined as ``token_ids``.
         exits: (R, W) int8, the exit that predicted the token; -1 for column 0.
+        expected: (R, W) float64, how probably the token is accepted where those before
+            it are, as its exit was calibrated; 1 for column 0. None where nobody asks.
     """
 
     first_position: np.ndarray
@@ -46,6 +48,7 @@ class Window:
     token_ids: np.ndarray
     levels: np.ndarray
     exits: np.ndarray
+    expected: np.ndarray | None = None
 
     @property
     def begun(self) -> np.ndarray:

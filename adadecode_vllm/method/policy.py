@@ -25,12 +25,16 @@ class ThresholdPolicy:
             above this one, after which the request stops; 1 for never.
         spoiled: Share of early predictions to replace by another token, so that speed
             can be measured as a function of acceptance.
+        calibration: Slope and intercept of each exit's acceptance over its log-odds;
+            None where heads are not calibrated, whose probabilities are taken as they
+            are.
     """
 
     thresholds: Sequence[float]
     max_early_predictions: int
     guess_threshold: float = 1.0
     spoiled: float = 0.0
+    calibration: Sequence[tuple[float, float]] | None = None
 
     @property
     def can_predict(self) -> bool:
@@ -65,6 +69,24 @@ class ThresholdPolicy:
             (n,) bool.
         """
         return confidence > (self.thresholds[exit_index] if own is None else own)
+
+    def acceptance(self, exit_index: int, confidence: np.ndarray) -> np.ndarray:
+        """How probably an exit's top tokens are accepted.
+
+        Args:
+            exit_index: Index of the exit, 0 .. K - 1.
+            confidence: (n,) float32, top probability under the exit head.
+
+        Returns:
+            (n,) float64.
+        """
+        probability = confidence.astype(np.float64)
+        if self.calibration is None:
+            return probability
+        slope, intercept = self.calibration[exit_index]
+        within = probability.clip(1e-9, 1 - 1e-9)
+        log_odds = np.log(within) - np.log1p(-within)
+        return 1.0 / (1.0 + np.exp(-(slope * log_odds + intercept)))
 
     def spoil(self, token_ids: np.ndarray, random: np.random.Generator) -> np.ndarray:
         """Replace a share of early predictions by a neighbouring token id.

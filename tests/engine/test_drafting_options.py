@@ -133,7 +133,7 @@ def test_drafting_stops_where_it_costs(
     prompts: list[str], reference: Reference, slow: bool
 ) -> None:
     """By a clock of our own; the texts stay the same whenever it stops and begins."""
-    options = adadecode_options(threshold=0.0, ngram="tail", adaptive=True)
+    options = adadecode_options(threshold=0.0, ngram="tail", policy="cost")
     with start_engine(**options) as llm:
         scheduler = llm.llm_engine.engine_core.engine_core.scheduler
         seconds = 0.0
@@ -154,3 +154,35 @@ def test_drafting_stops_where_it_costs(
         counted = stats(llm)
         share = sum(counted["early_predictions"]) / counted["request_steps"]
     assert (share < 0.5) if slow else (share > 0.5)
+
+
+@pytest.mark.feature("drafts bounded by what they cost", "supported")
+def test_drafts_promise_what_they_cost(
+    prompts: list[str], reference: Reference
+) -> None:
+    """With made-up costs; a request's own threshold stands above them."""
+    options = adadecode_options(
+        threshold=0.75, policy="cost", ngram="tail", max_early_predictions=6
+    )
+    with start_engine(**options) as llm:
+        adaptive = llm.llm_engine.engine_core.engine_core.scheduler._adaptive
+        adaptive.step = lambda **_: False  # no clock
+        early, looked_up, accepted = [], [], []
+        for least in (0.02, 0.3, 0.9):
+            adaptive.admission = lambda requests, least=least: least
+            configure(llm)
+            assert generate(llm, prompts) == reference["texts"]
+            counted = stats(llm)
+            early.append(sum(counted["early_predictions"]))
+            looked_up.append(counted["ngram_drafts"])
+            accepted.append(sum(counted["accepted"]) / early[-1])
+        assert early[0] > early[1] > early[2] > 0
+        # Behind fewer early predictions there is more room for lookups.
+        assert 0 < looked_up[0] < looked_up[2]
+        assert accepted[0] < accepted[1] < accepted[2]
+        configure(llm)
+        own = {"adadecode_threshold": 0.0, "adadecode_ngram": "off"}
+        assert generate(llm, prompts, extra_args=own) == reference["texts"]
+        counted = stats(llm)
+        assert counted["ngram_drafts"] == 0
+        assert sum(counted["early_predictions"]) > early[0]

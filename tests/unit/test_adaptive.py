@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from random import Random
+
+import pytest
 
 from adadecode_vllm.engine.adaptive import AdaptiveDrafting
 
@@ -24,6 +27,7 @@ class Steps:
         self.adaptive = AdaptiveDrafting(64, lambda: self.seconds)
         self.ways: list[bool] = []
         self.tokens = 0
+        self.drafts = 1
         self._cost = cost
 
     def run(
@@ -38,6 +42,7 @@ class Steps:
             self.adaptive.step(
                 requests=requests,
                 drafted=drafted,
+                drafts=self.drafts if drafted else 0,
                 tokens=tokens,
                 decodes=decodes,
                 busy=True,
@@ -103,5 +108,34 @@ def test_prompts_and_pauses_say_nothing() -> None:
     assert all(steps.ways)
     adaptive = AdaptiveDrafting(8, iter(range(0, 100_000, 10)).__next__)
     for _ in range(1000):
-        adaptive.step(requests=1, drafted=True, tokens=1, decodes=True, busy=False)
+        adaptive.step(
+            requests=1, drafted=True, drafts=1, tokens=1, decodes=True, busy=False
+        )
     assert adaptive.drafts(1)
+
+
+@pytest.mark.parametrize("cost", [0.0, 0.02, 0.12, 0.3])
+def test_a_draft_must_promise_what_its_time_would_bring(cost: float) -> None:
+    """With steps of one second, and one in twenty held up by something else."""
+    random = Random(1)
+    drafts = 0
+
+    def step(number: int, drafted: bool) -> tuple[int, float]:
+        seconds = 1.0 + cost * drafts + random.gauss(0, 0.05)
+        return 2, 10.0 if number > 50 and random.random() < 0.05 else seconds
+
+    steps = Steps(step)
+    for _ in range(600):
+        steps.drafts = drafts = random.randint(0, 5)
+        steps.run(1)
+    rate = steps.tokens / steps.seconds
+    found = steps.adaptive.admission(REQUESTS)
+    assert found == pytest.approx(max(0.02, cost * rate), abs=0.08)
+    assert steps.adaptive.admission(1) == 0.02
+
+
+def test_a_draft_has_its_usual_cost_until_steps_have_told() -> None:
+    steps = Steps(lambda number, drafted: (2, 1.0))
+    steps.run(20)
+    # All steps had as many drafts: nothing tells what one more costs.
+    assert steps.adaptive.admission(REQUESTS) == pytest.approx(0.05 * 2)

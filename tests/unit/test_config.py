@@ -42,7 +42,7 @@ def test_defaults() -> None:
         "last_guess": True,
         "ngram": "off",
         "disable_by_batch_size": None,
-        "adaptive": False,
+        "policy": "threshold",
         "synthetic_acceptance_rate": None,
         "enabled": True,
     }
@@ -128,7 +128,7 @@ def test_unknown_option() -> None:
     assert refusal({"heads": "H", "treshold": 0.5}) == (
         "--adadecode-config: unknown option 'treshold'. Options are heads, "
         "exit_layers, threshold, max_early_predictions, gate, draft_vocabulary_size, "
-        "last_guess, ngram, disable_by_batch_size, adaptive, "
+        "last_guess, ngram, disable_by_batch_size, policy, "
         "synthetic_acceptance_rate, enabled; "
         "remove or correct it."
     )

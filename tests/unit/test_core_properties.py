@@ -47,6 +47,7 @@ class Scenario:
     real_gate: bool = False
     guess_threshold: float = 1.0
     step_tokens: int = 0
+    admission: float | None = None
 
 
 @st.composite
@@ -79,6 +80,7 @@ def scenarios(draw: st.DrawFn) -> Scenario:
         stop_token_ids=frozenset(draw(st.sets(token, max_size=1))),
         real_gate=draw(st.booleans()),
         step_tokens=draw(st.sampled_from([0, 1, 6, 64])),
+        admission=draw(st.sampled_from([None, 0.1, 0.5])),
     )
 
 
@@ -107,6 +109,7 @@ def random_scenario(seed: int) -> Scenario:
         events=[(draw.choice(EVENTS), draw.randrange(30)) for _ in range(25)],
         seed=seed,
         step_tokens=draw.choice([0, 8, 64]),
+        admission=draw.choice([None, 0.2]),
     )
 
 
@@ -131,6 +134,7 @@ def run_scenario(scenario: Scenario) -> Engine:
         max_num_seqs=scenario.max_num_seqs,
         max_model_len=MAX_MODEL_LEN,
         step_tokens=scenario.step_tokens,
+        admission=scenario.admission,
     )
     expected = []
     for prompt, max_tokens in zip(scenario.prompts, scenario.max_tokens, strict=True):
@@ -201,7 +205,9 @@ def test_everything_happens() -> None:
 
 
 def test_whole_steps_are_used() -> None:
-    scenario = dataclasses.replace(random_scenario(3), step_tokens=64, real_gate=False)
+    scenario = dataclasses.replace(
+        random_scenario(3), step_tokens=64, real_gate=False, admission=None
+    )
     steps = run_scenario(scenario).model.steps
     assert steps is not None
     assert steps.drafted > 0

@@ -91,7 +91,7 @@ def _adadecode(draw: Random) -> dict[str, Any]:
     if draw.random() < 0.4:
         found["ngram"] = draw.choice(("tail", "first"))
     if draw.random() < 0.3:
-        found["adaptive"] = True
+        found["policy"] = "cost"
     if draw.random() < 0.2:
         found["disable_by_batch_size"] = draw.choice((1, 2, 3, 5))
     return found

@@ -51,7 +51,7 @@ def test_resolved_options_are_part_of_the_configuration(
             "last_guess": True,
             "ngram": "off",
             "disable_by_batch_size": None,
-            "adaptive": False,
+            "policy": "threshold",
             "synthetic_acceptance_rate": None,
             "enabled": True,
         }

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From when on a draft pays, and how far probabilities of acceptance can be trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+_PRIOR_DRAFTS = 4.0
+"""What is known of all requests weighs as much as so many drafts of one of them."""
+
+_MEMORY = 256.0
+"""Verified drafts by lookup that the engine's record remembers."""
+
+_TRUST = (0.2, 1.25)
+
+
+@dataclass(frozen=True)
+class Admission:
+    """What a draft must promise, for R requests.
+
+    Attributes:
+        least: (R,) float64, the probability that a draft and all before it are right
+            above which it pays; NaN for requests with thresholds of their own.
+        trust: (R,) float64, factors on the exits' probabilities of acceptance.
+        lookup: (R,) float64, the probability that a draft by n-gram lookup is right
+            where those before it are.
+    """
+
+    least: np.ndarray
+    trust: np.ndarray
+    lookup: np.ndarray
+
+    def select(self, requests: np.ndarray) -> Admission:
+        """Some of the requests, in the given order; (r,) int64."""
+        return Admission(
+            self.least[requests], self.trust[requests], self.lookup[requests]
+        )
+
+    def looked_up(self, request: int, survival: float, most: int) -> int:
+        """How many drafts by lookup pay.
+
+        Args:
+            request: The request.
+            survival: Probability that all drafts before them are right.
+            most: Most drafts.
+
+        Returns:
+            0 .. ``most``; at least one where there is room, since what is never tried
+            is never found out.
+        """
+        least = self.least[request]
+        if most <= 1 or np.isnan(least):
+            return most
+        if survival <= least:
+            return 1
+        pays = np.log(least / survival) / np.log(min(self.lookup[request], 0.99))
+        return min(most, max(1, int(pays)))
+
+
+@dataclass
+class _Record:
+    """Verified drafts of one request: expected and found to be right."""
+
+    expected: float = 0.0
+    right: int = 0
+    looked_up: int = 0
+    looked_up_right: int = 0
+
+
+class AcceptanceRecord:
+    """What became of drafts, by request, against what was expected of them."""
+
+    def __init__(self) -> None:
+        """Start without any."""
+        self._records: dict[str, _Record] = {}
+        # As if half of a few had been right.
+        self._looked_up = 2 * _PRIOR_DRAFTS
+        self._looked_up_right = _PRIOR_DRAFTS
+
+    def admission(self, request_ids: Sequence[str], least: np.ndarray) -> Admission:
+        """What requests' drafts must promise, and can.
+
+        Args:
+            request_ids: R requests.
+            least: (R,) see :class:`Admission`.
+        """
+        known = self._looked_up_right / self._looked_up
+        trust = np.ones(len(request_ids))
+        lookup = np.full(len(request_ids), known)
+        for index, request_id in enumerate(request_ids):
+            record = self._records.get(request_id)
+            if record is not None:
+                trust[index] = (record.right + _PRIOR_DRAFTS) / (
+                    record.expected + _PRIOR_DRAFTS
+                )
+                lookup[index] = (record.looked_up_right + _PRIOR_DRAFTS * known) / (
+                    record.looked_up + _PRIOR_DRAFTS
+                )
+        return Admission(least, trust.clip(*_TRUST), lookup)
+
+    def count(
+        self,
+        request_id: str,
+        exits: np.ndarray,
+        expected: np.ndarray,
+        accepted: int,
+    ) -> None:
+        """Note the outcome of one request's verified drafts.
+
+        Args:
+            request_id: The request.
+            exits: (m,) int8, the exit of each, in order; -1 for those by lookup.
+            expected: (m,) the exits' calibrated probabilities of acceptance, without
+                trust; those by lookup are not looked at.
+            accepted: Number of drafts that were accepted, 0 .. m.
+        """
+        record = self._records.setdefault(request_id, _Record())
+        # What follows a rejected draft was never compared.
+        compared = min(accepted + 1, len(exits))
+        early = exits[:compared] >= 0
+        right = np.arange(compared) < accepted
+        record.expected += float(expected[:compared][early].sum())
+        record.right += int(right[early].sum())
+        looked_up = compared - int(early.sum())
+        if looked_up:
+            looked_up_right = int(right[~early].sum())
+            record.looked_up += looked_up
+            record.looked_up_right += looked_up_right
+            keep = max(0.0, 1.0 - looked_up / _MEMORY)
+            self._looked_up = keep * self._looked_up + looked_up
+            self._looked_up_right = keep * self._looked_up_right + looked_up_right
+
+    def forget(self, request_ids: Collection[str]) -> None:
+        """Release what is remembered of finished requests."""
+        for request_id in request_ids:
+            self._records.pop(request_id, None)

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What drafts must promise, and how far their probabilities are trusted."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from adadecode_vllm.method.admission import AcceptanceRecord, Admission
+from adadecode_vllm.method.policy import ThresholdPolicy
+
+
+def admission(least: float, lookup: float = 0.5) -> Admission:
+    return Admission(np.array([least]), np.ones(1), np.array([lookup]))
+
+
+@pytest.mark.parametrize(
+    ("least", "lookup", "survival", "most", "found"),
+    [
+        (0.2, 0.5, 1.0, 8, 2),  # 0.5, 0.25, then 0.125
+        (0.2, 0.9, 1.0, 8, 8),
+        (0.2, 0.9, 0.25, 8, 2),
+        (0.2, 0.5, 0.25, 8, 1),  # nothing is found out about what is never tried
+        (0.2, 0.5, 0.1, 8, 1),
+        (0.2, 1.0, 1.0, 8, 8),
+        (math.nan, 0.5, 0.1, 8, 8),
+        (0.2, 0.5, 1.0, 0, 0),
+        (0.2, 0.5, 1.0, -1, -1),
+    ],
+)
+def test_how_many_drafts_by_lookup_pay(
+    least: float, lookup: float, survival: float, most: int, found: int
+) -> None:
+    assert admission(least, lookup).looked_up(0, survival, most) == found
+
+
+def test_requests_are_trusted_by_their_own_record() -> None:
+    record = AcceptanceRecord()
+    exits = np.array([0, 0, -1, -1], np.int8)
+    expected = np.array([0.8, 0.8, 1.0, 1.0])
+    for _ in range(30):
+        record.count("wrong", exits, expected, 0)  # three drafts never compared
+        record.count("right", exits, expected, 4)
+        record.count("half", exits, expected, 2)
+    least = np.full(4, 0.1)
+    found = record.admission(["wrong", "right", "half", "new"], least)
+    assert found.trust[0] == pytest.approx(0.2)  # the bound
+    assert found.trust[1] == found.trust[2] == pytest.approx(1.2245, abs=0.01)
+    assert found.trust[3] == 1.0
+    assert found.lookup[1] > 0.95
+    assert found.lookup[2] < 0.1
+    # What is known of all requests: 60 of 90 lookups were right, and 4 of 8 before.
+    assert found.lookup[3] == pytest.approx(0.65, abs=0.03)
+    assert found.lookup[0] == found.lookup[3]
+    record.forget(["wrong", "gone"])
+    assert record.admission(["wrong"], least[:1]).trust.tolist() == [1.0]
+
+
+def test_acceptance_is_what_the_exit_was_calibrated_to() -> None:
+    confidence = np.array([0.0, 0.5, 0.9, 1.0], np.float32)
+    plain = ThresholdPolicy([0.5], 3)
+    assert plain.acceptance(0, confidence) == pytest.approx(confidence)
+    policy = ThresholdPolicy([0.5, 0.5], 3, calibration=[(1.0, 0.0), (0.5, -1.0)])
+    assert policy.acceptance(0, confidence) == pytest.approx(confidence, abs=1e-6)
+    found = policy.acceptance(1, confidence)
+    assert found[1] == pytest.approx(1 / (1 + math.exp(1)))
+    assert found[2] == pytest.approx(1 / (1 + math.exp(1 - 0.5 * math.log(9))))
+    assert (np.diff(found) > 0).all()
