@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from adadecode_vllm import __version__
-from adadecode_vllm.toolkit.report.plots import Plot
+from adadecode_vllm.toolkit.report.plot import Plot
 from adadecode_vllm.toolkit.report.schema import Evaluation, History
 from adadecode_vllm.toolkit.report.text import count, decimal, percent, ratio, short
 
