@@ -22,7 +22,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,7 +32,6 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from adadecode_vllm.errors import AdaDecodeError
-from benchmarks.analysis import percentiles, spread
 from benchmarks.arms import (
     REFERENCE,
     Arm,
@@ -41,6 +40,7 @@ from benchmarks.arms import (
     parse_arms,
     with_identity_heads,
 )
+from benchmarks.client import Client, Load
 from benchmarks.options import (
     add_arms_option,
     make_parser,
@@ -52,26 +52,12 @@ from benchmarks.options import (
 )
 from benchmarks.process import ArmError
 from benchmarks.result_files import empty_results, write_results
-from benchmarks.server import Client, Load, Server
-from benchmarks.tables import arm_notes, latency, percent, row, texts_cell
-from benchmarks.tables import spread as spread_cell
+from benchmarks.server import Server
+from benchmarks.serving_figures import compare_texts, serving_table, summarize
 from benchmarks.workloads import Workload
 
 DEFAULT_ARMS = "ordinary,adadecode"
 DEFAULT_CONCURRENCY = "1,4,16,32"
-_COLUMNS = (
-    "load",
-    "arm",
-    "tok/s (min-max)",
-    "ratio (min-max)",
-    "requests/s",
-    "TTFT ms p50 / p99",
-    "TPOT ms p50 / p99",
-    "early predictions per token",
-    "accepted",
-    "identical texts",
-    "failed requests",
-)
 
 
 def parse_loads(concurrency: str, request_rate: str) -> list[Load]:
@@ -102,97 +88,6 @@ def serving_obstacle(arm: Arm, settings: EngineSettings) -> str | None:
     if not arm.uses_vllm:
         return "has no server; benchmark_throughput.py measures it"
     return obstacle(arm, settings, [1])
-
-
-def compare_texts(
-    reference: Sequence[str | None], texts: Sequence[str | None]
-) -> dict[str, int]:
-    """Count ``same`` and ``different`` texts, where both requests were completed."""
-    pairs = [
-        expected == text
-        for expected, text in zip(reference, texts, strict=True)
-        if expected is not None and text is not None
-    ]
-    return {"same": sum(pairs), "different": len(pairs) - sum(pairs)}
-
-
-def summarize(
-    runs: Sequence[Mapping[str, Any]],
-    reference: Sequence[Mapping[str, Any]],
-    *,
-    predicts_early: bool,
-) -> dict[str, Any]:
-    """Figures of one case.
-
-    Args:
-        runs: Its runs, in order.
-        reference: The reference's, run for run in the same turn.
-        predicts_early: Whether the drafts are early predictions.
-
-    Returns:
-        The figures; ratios are taken pair by pair.
-    """
-    found = [dict(run) for run in runs]
-    speeds = [run["tokens_per_s"] for run in runs]
-    tokens = sum(run["tokens"] for run in runs)
-    drafted = sum(run["speculation"]["draft_tokens"] for run in runs)
-    accepted = sum(run["speculation"]["accepted"] for run in runs)
-    acceptance = accepted / drafted if drafted else None
-    early = {
-        "rate": drafted / max(1, tokens),
-        "coverage": accepted / max(1, tokens),
-        "acceptance": acceptance,
-        "by_exit": [],  # vLLM's counters do not tell the exits apart
-    }
-    figures: dict[str, Any] = {
-        "tokens_per_s": spread(speeds),
-        "ratio": spread(
-            [
-                speed / other["tokens_per_s"]
-                for speed, other in zip(speeds, reference, strict=True)
-            ]
-        ),
-        "requests_per_s": spread([run["requests_per_s"] for run in runs]),
-        "ttft_ms": percentiles(found, "ttft_s"),
-        "tpot_ms": percentiles(found, "tpot_s"),
-        "e2el_ms": percentiles(found, "e2el_s"),
-        "failed_requests": sum(run["failed"] for run in runs),
-        "requests": sum(run["completed"] + run["failed"] for run in runs),
-        "acceptance": acceptance,
-        "early_predictions": early if predicts_early else None,
-    }
-    compared = [run["parity"] for run in runs if "parity" in run]
-    if compared:
-        figures["texts"] = {
-            name: sum(counts[name] for counts in compared)
-            for name in ("same", "different")
-        }
-    return figures
-
-
-def serving_table(results: Mapping[str, Any]) -> str:
-    """One row per case, then a line per arm that was not measured, as Markdown."""
-    lines = [row(_COLUMNS), row(["---"] * len(_COLUMNS))]
-    lines += [row(_cells(case)) for case in results["cases"]]
-    return "\n".join([*lines, *arm_notes(results)])
-
-
-def _cells(case: Mapping[str, Any]) -> list[str]:
-    figures = case["figures"]
-    early = figures["early_predictions"]
-    return [
-        Load(case["concurrency"], case["request_rate"]).label,
-        case["label"],
-        spread_cell(figures["tokens_per_s"]),
-        spread_cell(figures["ratio"]),
-        f"{figures['requests_per_s']['median']:.2f}",
-        latency(figures["ttft_ms"]),
-        latency(figures["tpot_ms"]),
-        "-" if early is None else f"{early['rate']:.2f}",
-        percent(figures["acceptance"]),
-        texts_cell(figures.get("texts")),
-        f"{figures['failed_requests']}/{figures['requests']}",
-    ]
 
 
 class ServingSession:

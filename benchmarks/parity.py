@@ -11,7 +11,7 @@ are no ties: every divergence is an error.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,3 +138,33 @@ def compare(
         else:
             parity += Parity(different=1)
     return parity
+
+
+def judge(
+    base: Mapping[str, Any], run: Mapping[str, Any], again: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Compare a run with the reference's.
+
+    Args:
+        base: The reference's run, with ``token_ids`` by prompt.
+        run: The other's.
+        again: The reference once more, with ``top_logits`` as well; None where no tie
+            is allowed.
+
+    Returns:
+        ``parity``, the counts, and ``divergences``, for the result file.
+    """
+    reference, texts = base["token_ids"], run["token_ids"]
+    logits = None
+    if again is not None:
+        # Where the reference itself wrote another text, its logits say nothing.
+        logits = [
+            best if ids == expected else []
+            for best, ids, expected in zip(
+                again["top_logits"], again["token_ids"], reference, strict=True
+            )
+        ]
+    return {
+        "parity": vars(compare(reference, texts, logits)),
+        "divergences": divergences(reference, texts, logits),
+    }

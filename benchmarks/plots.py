@@ -1,77 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plots of results: ratios by batch size, threshold, cap and arm, and where time goes.
 
-Figures are made without pyplot, so nothing global changes and no display is needed.
-Series are told apart by marker as well as by colour (Okabe and Ito's), the parts of a
-bar by hatch as well.
+The parts of a bar are told apart by hatch as well as by colour.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.files import write_whole
+from adadecode_vllm.toolkit.plotting import (
+    COLOURS,
+    GREY,
+    LIGHT_GREY,
+    add_legend,
+    legend_entries,
+    new_figure,
+    require_matplotlib,
+    series_style,
+    to_png,
+)
 from benchmarks.arms import REFERENCE
+from benchmarks.plot_cases import PlotCase, read_cases
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_DPI: Final = 150
-_WIDTH: Final = 7.2  # inches
-_COLOURS: Final = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#555555",
-)
-_MARKERS: Final = "osD^vP*X"  # one more than colours: 56 different pairs
-_BAR_GREY: Final = "#999999"
-_LINE_GREY: Final = "#555555"
 _PARTS: Final = (  # of `time_split`, with colour and hatch
-    ("segments", "#0072B2", ""),
-    ("gates", "#E69F00", "////"),
-    ("draft bookkeeping", "#CC79A7", "...."),
-    ("verification", "#009E73", "\\\\\\\\"),
+    ("segments", COLOURS[0], ""),
+    ("gates", COLOURS[4], "////"),
+    ("draft bookkeeping", COLOURS[3], "...."),
+    ("verification", COLOURS[2], "\\\\\\\\"),
     ("rest", "#DDDDDD", ""),
 )
 _RATIO: Final = "speed (ordinary vLLM = 1)"
-
-
-@dataclass(frozen=True)
-class _Case:
-    """A case of a result file.
-
-    Attributes:
-        arm: The arm's name.
-        label: The arm with what was changed.
-        batch_size: Requests at a time.
-        threshold: The case's own, or that of the whole comparison.
-        cap: Likewise.
-        changed: Keys of the case's own policy.
-        ratio: Median, smallest and largest.
-        milliseconds: Per generated token, of the first turn.
-        parts: The same by part of the cycle, where it is known.
-    """
-
-    arm: str
-    label: str
-    batch_size: int
-    threshold: float
-    cap: int
-    changed: frozenset[str]
-    ratio: Mapping[str, float]
-    milliseconds: float
-    parts: Mapping[str, float] | None
 
 
 def draw_comparison(
@@ -92,7 +57,7 @@ def draw_comparison(
     figures = comparison_figures(results)
     directory.mkdir(parents=True, exist_ok=True)
     return [
-        write_whole(directory / f"{name}.png", _png(figure))
+        write_whole(directory / f"{name}.png", to_png(figure))
         for name, figure in figures.items()
     ]
 
@@ -109,8 +74,10 @@ def comparison_figures(results: Sequence[Mapping[str, Any]]) -> dict[str, Figure
     Raises:
         AdaDecodeError: matplotlib is not installed.
     """
-    _require_matplotlib()
-    cases = _cases(results)
+    require_matplotlib(
+        "--plots", "install adadecode-vllm with its `bench` extra, or leave --plots out"
+    )
+    cases = read_cases(results)
     others = [case for case in cases if case.arm != REFERENCE]
     # A study's cases have figures of their own; in these they stand only if alone.
     arms = [case for case in others if not case.changed] or others
@@ -137,54 +104,12 @@ def comparison_figures(results: Sequence[Mapping[str, Any]]) -> dict[str, Figure
     return {name: figure for name, figure in found.items() if figure is not None}
 
 
-def _require_matplotlib() -> None:
-    """Say how to get matplotlib before anything is drawn."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise AdaDecodeError(
-            f"--plots: matplotlib cannot be imported ({error}). Install adadecode-vllm "
-            "with its `bench` extra, or leave --plots out."
-        ) from error
-
-
-def _cases(results: Sequence[Mapping[str, Any]]) -> list[_Case]:
-    cases = []
-    seen: Counter[tuple[str, int]] = Counter()
-    for result in results:
-        for case in result["cases"]:
-            label, batch_size = case["label"], case["batch_size"]
-            seen[label, batch_size] += 1
-            number = seen[label, batch_size]
-            job, policy, run = result["job"], case["policy"], case["runs"][0]
-            per_token = 1000 / max(1, run["tokens"])
-            split = case["figures"].get("time_split")
-            cases.append(
-                _Case(
-                    arm=case["arm"],
-                    # Another file's measurement of the same is not hidden behind it.
-                    label=label if number == 1 else f"{label} ({number})",
-                    batch_size=batch_size,
-                    threshold=policy.get("threshold", job["threshold"]),
-                    cap=policy.get(
-                        "max_early_predictions", job["max_early_predictions"]
-                    ),
-                    changed=frozenset(policy),
-                    ratio=case["figures"]["ratio"],
-                    milliseconds=per_token * run["seconds"],
-                    parts=split
-                    and {part: per_token * seconds for part, seconds in split.items()},
-                )
-            )
-    return cases
-
-
-def _by_batch(cases: Sequence[_Case]) -> Figure | None:
+def _by_batch(cases: Sequence[PlotCase]) -> Figure | None:
     """Ratio by batch size, a line per arm."""
     sizes = sorted({case.batch_size for case in cases})
     if len(sizes) < 2:
         return None
-    figure, (axes,) = _figure([1], height=4.0)
+    figure, (axes,) = new_figure(height=4.0)
     labels = list(dict.fromkeys(case.label for case in cases))
     for rank, label in enumerate(labels):
         line = sorted(
@@ -202,14 +127,14 @@ def _by_batch(cases: Sequence[_Case]) -> Figure | None:
 
 
 def _by_policy(
-    cases: Sequence[_Case],
+    cases: Sequence[PlotCase],
     *,
-    value: Callable[[_Case], float],
-    other: Callable[[_Case], str],
+    value: Callable[[PlotCase], float],
+    other: Callable[[PlotCase], str],
     words: str,
 ) -> Figure | None:
     """Ratio by threshold or cap, a line per combination of everything else."""
-    lines: dict[tuple[str, ...], dict[float, _Case]] = {}
+    lines: dict[tuple[str, ...], dict[float, PlotCase]] = {}
     for case in cases:
         name = (case.arm, other(case), f"batch {case.batch_size}")
         lines.setdefault(name, {})[value(case)] = case
@@ -218,7 +143,7 @@ def _by_policy(
         return None
     # The legend tells only what differs.
     differs = [len(set(part)) > 1 for part in zip(*lines, strict=True)]
-    figure, (axes,) = _figure([1], height=4.0)
+    figure, (axes,) = new_figure(height=4.0)
     for rank, (key, line) in enumerate(lines.items()):
         parts = [
             part for part, differ in zip(key, differs, strict=True) if differ
@@ -235,13 +160,15 @@ def _by_policy(
     return figure
 
 
-def _cycle_time(cases: Sequence[_Case], references: Sequence[_Case]) -> Figure | None:
+def _cycle_time(
+    cases: Sequence[PlotCase], references: Sequence[PlotCase]
+) -> Figure | None:
     """Milliseconds per generated token by part of the cycle, a panel per batch size."""
     from matplotlib.patches import Patch
 
     if not cases:
         return None
-    panels: list[list[_Case]] = []
+    panels: list[list[PlotCase]] = []
     for size in sorted({case.batch_size for case in cases}):
         # Drawn from below; the reference stands on top.
         panels.append(
@@ -250,7 +177,7 @@ def _cycle_time(cases: Sequence[_Case], references: Sequence[_Case]) -> Figure |
         )
     bars = [len(panel) for panel in panels]
     height = 0.9 + 0.36 * sum(bars) + 0.75 * len(panels)
-    figure, all_axes = _figure(bars, height=height)
+    figure, all_axes = new_figure(rows=len(bars), height_ratios=bars, height=height)
     for axes, panel in zip(all_axes, panels, strict=True):
         for place, case in enumerate(panel):
             parts = case.parts or {REFERENCE: case.milliseconds}
@@ -275,15 +202,15 @@ def _cycle_time(cases: Sequence[_Case], references: Sequence[_Case]) -> Figure |
     names = [name for name, _, _ in _PARTS]
     if any(not case.parts for panel in panels for case in panel):
         names.append(REFERENCE)
-    _legend(
+    labels = {REFERENCE: "ordinary vLLM"}
+    add_legend(
         figure,
-        [Patch(**_part_style(name)) for name in names],
-        ["ordinary vLLM" if name == REFERENCE else name for name in names],
+        {labels.get(name, name): Patch(**_part_style(name)) for name in names},
     )
     return figure
 
 
-def _arms(cases: Sequence[_Case]) -> Figure | None:
+def _arms(cases: Sequence[PlotCase]) -> Figure | None:
     """Ratio of every arm at every batch size, as bars."""
     import matplotlib
 
@@ -291,7 +218,7 @@ def _arms(cases: Sequence[_Case]) -> Figure | None:
         return None
     sizes = sorted({case.batch_size for case in cases})
     labels = list(dict.fromkeys(case.label for case in cases))
-    figure, (axes,) = _figure([1], height=1.1 + len(labels) * (0.12 + 0.2 * len(sizes)))
+    figure, (axes,) = new_figure(height=1.1 + len(labels) * (0.12 + 0.2 * len(sizes)))
     viridis = matplotlib.colormaps["viridis"]
     thickness = 0.84 / len(sizes)
     for rank, size in enumerate(sizes):
@@ -326,28 +253,25 @@ def _arms(cases: Sequence[_Case]) -> Figure | None:
     axes.set_xlim(0, 1.1 * max(1.0, *(case.ratio["max"] for case in cases)))
     axes.grid(visible=False, axis="y")
     axes.set_xlabel(_RATIO)
-    _legend(figure, *axes.get_legend_handles_labels())
+    add_legend(figure, legend_entries([axes]))
     return figure
 
 
 def _draw_line(
-    axes: Axes, places: Sequence[float], line: Sequence[_Case], label: str, rank: int
+    axes: Axes, places: Sequence[float], line: Sequence[PlotCase], label: str, rank: int
 ) -> None:
     axes.errorbar(
         places,
         [case.ratio["median"] for case in line],
         yerr=_errors(line),
         label=label,
-        color=_COLOURS[rank % len(_COLOURS)],
-        marker=_MARKERS[rank % len(_MARKERS)],
-        markersize=5,
-        linewidth=1.5,
         elinewidth=1,
         capsize=3,
+        **series_style(rank),
     )
 
 
-def _errors(cases: Sequence[_Case]) -> list[list[float]]:
+def _errors(cases: Sequence[PlotCase]) -> list[list[float]]:
     """Distances from the median to the smallest and the largest."""
     ratios = [case.ratio for case in cases]
     return [
@@ -357,57 +281,19 @@ def _errors(cases: Sequence[_Case]) -> list[list[float]]:
 
 
 def _finish_ratios(figure: Figure, axes: Axes) -> None:
-    axes.axhline(
-        1, color=_LINE_GREY, linewidth=1, linestyle="--", label="ordinary vLLM"
-    )
+    axes.axhline(1, color=GREY, linewidth=1, linestyle="--", label="ordinary vLLM")
     # From zero, so that twice as high is twice as fast.
     axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
     axes.set_ylabel(_RATIO)
-    _legend(figure, *axes.get_legend_handles_labels())
+    add_legend(figure, legend_entries([axes]))
 
 
 def _part_style(part: str) -> dict[str, Any]:
     styles = {name: (colour, hatch) for name, colour, hatch in _PARTS}
-    colour, hatch = styles.get(part, (_BAR_GREY, ""))
+    colour, hatch = styles.get(part, (LIGHT_GREY, ""))
     return {
         "facecolor": colour,
         "hatch": hatch,
         "edgecolor": "white",
         "linewidth": 0.5,
     }
-
-
-def _figure(heights: Sequence[float], *, height: float) -> tuple[Figure, list[Axes]]:
-    """Make a figure with one panel below the other; the whole height in inches."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained")
-    panels = figure.subplots(
-        len(heights), 1, squeeze=False, gridspec_kw={"height_ratios": heights}
-    ).ravel()
-    for axes in panels:
-        axes.grid(color="#dddddd", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    return figure, list(panels)
-
-
-def _legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
-    """A legend above all panels, where it hides no data."""
-    longest = max(map(len, labels))
-    figure.legend(
-        handles=list(handles),
-        labels=list(labels),
-        loc="outside upper center",
-        # About 95 characters fit across, a handle is as wide as seven.
-        ncols=max(1, min(len(labels), 95 // (longest + 7))),
-        frameon=False,
-        fontsize=9,
-    )
-
-
-def _png(figure: Figure) -> bytes:
-    """Render with Agg, without the version and date that would change every file."""
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()

@@ -22,7 +22,7 @@ from benchmarks.arms import (
     obstacle,
     with_identity_heads,
 )
-from benchmarks.parity import compare, divergences
+from benchmarks.parity import judge
 from benchmarks.process import ArmError, ArmProcess
 from benchmarks.quality import Grade
 from benchmarks.result_files import empty_results, write_results
@@ -217,7 +217,7 @@ class Session:
                     continue
                 if logits is None and self._allows_ties(base[-1], run):
                     logits = self._logits(reference)
-                self._judge(run, base[-1], logits)
+                run |= judge(base[-1], run, logits)
                 self._keep(case, run, base[-1])
                 self._report(case, run, repeat, repeats)
             self._save()
@@ -348,22 +348,6 @@ class Session:
             ignore_eos=self.ignore_eos,
             top_logits=True,
         )
-
-    def _judge(
-        self, run: dict[str, Any], base: dict[str, Any], again: dict[str, Any] | None
-    ) -> None:
-        reference = base["token_ids"]
-        logits = None
-        if again is not None:
-            # Where the reference itself took another turn, its logits say nothing.
-            logits = [
-                best if ids == expected else []
-                for best, ids, expected in zip(
-                    again["top_logits"], again["token_ids"], reference, strict=True
-                )
-            ]
-        run["parity"] = vars(compare(reference, run["token_ids"], logits))
-        run["divergences"] = divergences(reference, run["token_ids"], logits)
 
     def _report(
         self, case: Case, run: dict[str, Any], repeat: int, repeats: int

@@ -43,44 +43,20 @@ from adadecode_vllm.heads import (
 from adadecode_vllm.toolkit.provenance import git_commit, package_versions
 from adadecode_vllm.toolkit.training.draft_vocabulary import MAX_TOKENS
 from benchmarks.widening import (
-    Sizes,
     Tensors,
     Widener,
-    check_sizes,
-    check_source,
     layer_weights,
     map_layers,
     measure_guard,
 )
+from benchmarks.widening_sizes import (
+    PRESETS,
+    Sizes,
+    check_sizes,
+    check_source,
+    chosen_sizes,
+)
 
-# A size that a preset does not name, or that is smaller there, is the source's.
-PRESETS: dict[str, dict[str, int]] = {
-    "cpu": {
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_heads": 16,
-        "num_kv_heads": 4,
-        "head_dim": 128,
-        "vocab_size": 32768,
-    },
-    "draft-cpu": {
-        "hidden_size": 1024,
-        "intermediate_size": 2816,
-        "num_heads": 8,
-        "num_kv_heads": 2,
-        "head_dim": 128,
-        "vocab_size": 32768,
-    },
-    "llama-3.1-8b": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_layers": 32,
-        "num_heads": 32,
-        "num_kv_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 128256,
-    },
-}
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # A shard is in memory once; one tensor may be larger.
 SHARD_BYTES = 2_000_000_000
@@ -334,32 +310,6 @@ def _write_provenance(directory: Path, record: dict[str, Any]) -> None:
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     write_whole(path, (json.dumps(values, indent=2) + "\n").encode())
-
-
-def chosen_sizes(
-    preset: str | None, source: Sizes, **sizes: int | None
-) -> dict[str, int]:
-    """A preset's sizes with those that were given instead.
-
-    Args:
-        preset: A key of `PRESETS`, or None.
-        source: The source's sizes, where they are larger than the preset's.
-        **sizes: None for those that were not given.
-
-    Returns:
-        The sizes that are not the source's.
-
-    Raises:
-        AdaDecodeError: There is no such preset.
-    """
-    if preset is not None and preset not in PRESETS:
-        raise AdaDecodeError(
-            f"--preset {preset}: unknown; choose one of {', '.join(PRESETS)}"
-        )
-    given = {name: size for name, size in sizes.items() if size is not None}
-    named = PRESETS.get(preset or "", {})
-    chosen = {name: max(size, getattr(source, name)) for name, size in named.items()}
-    return chosen | given
 
 
 def main(

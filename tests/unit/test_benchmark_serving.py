@@ -10,19 +10,18 @@ from typing import Any
 import pytest
 
 from adadecode_vllm.errors import AdaDecodeError
-from benchmarks import benchmark_serving, server
+from benchmarks import benchmark_serving, client
 from benchmarks.arms import Arm, EngineSettings, llm_arguments, parse_arms
 from benchmarks.benchmark_serving import (
     ServingSession,
     check_prompts,
-    compare_texts,
     parse_loads,
     serving_obstacle,
-    serving_table,
-    summarize,
 )
+from benchmarks.client import Client, Load, read_client
 from benchmarks.process import ArmError, log_reason
-from benchmarks.server import Client, Load, engine_flags, read_client
+from benchmarks.server import engine_flags
+from benchmarks.serving_figures import compare_texts, serving_table, summarize
 from benchmarks.workloads import Workload
 from tests.harness import HEADS, MODEL
 
@@ -138,10 +137,10 @@ class TestClientFlags:
         workload = Workload(**{**vars(WORKLOAD), **changes.pop("workload", {})})
         arguments = changes.pop("arguments", {})
         settings = EngineSettings(MODEL, HEADS, arguments=arguments)
-        client = Client(settings, workload, tmp_path / "prompts.jsonl")
+        sender = Client(settings, workload, tmp_path / "prompts.jsonl")
         load = changes.pop("load", Load(concurrency=2))
-        flags = client.flags("http://127.0.0.1:1", load, 3, 8, ignore_eos=False)
-        return server._client_parser().parse_args(flags)
+        flags = sender.flags("http://127.0.0.1:1", load, 3, 8, ignore_eos=False)
+        return client._client_parser().parse_args(flags)
 
     def test_plain_prompts_go_to_the_completions(self, tmp_path: Path) -> None:
         args = self.parsed(tmp_path)

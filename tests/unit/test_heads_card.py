@@ -155,6 +155,21 @@ def test_card_with_figures() -> None:
     assert "LM head takes 7.1 % of an ordinary step" in card
 
 
+def test_card_counts_parameters() -> None:
+    assert f"| Parameters | {2 * D**2} in float32 |" in render_card(make_config(), "h")
+    card = render_card(make_config(memory=True), "h")
+    assert "| Memory | of the token before |\n" in card
+    assert f"| Parameters | {4 * D**2} in float32 |" in card
+
+
+def test_card_text_is_no_template() -> None:
+    config = make_config(base_model="{{ 7 * 7 }}")
+    card = render_card(config, "{% raw %}", training={"note": "{{ config }}"})
+    assert "# Exit heads for {{ 7 * 7 }}\n" in card
+    assert "--adadecode-heads '{% raw %}'\n" in card
+    assert "| note | {{ config }} |" in card
+
+
 def test_card_names_the_other_gate() -> None:
     evaluation = make_evaluation()
     evaluation["simulation"]["gate"] = "acceptance"

@@ -20,7 +20,8 @@ LAYERS = (
     ("heads",),
     ("method",),
     ("engine", "patches"),  # a patch names our classes, and classes use patches
-    ("toolkit.progress", "toolkit.provenance", "toolkit.options", "toolkit.report"),
+    ("toolkit.progress", "toolkit.provenance", "toolkit.options", "toolkit.plotting"),
+    ("toolkit.report",),
     ("toolkit.stats", "toolkit.publishing", "toolkit.data"),
     ("toolkit.states",),
     ("toolkit.evaluation",),

@@ -123,6 +123,9 @@ def test_wheel_holds_every_package(tmp_path: Path) -> None:
     for package in packages_on_disk():
         assert f"{package.replace('.', '/')}/__init__.py" in names
     assert "adadecode_vllm/py.typed" in names
+    templates = list((ROOT / "adadecode_vllm").rglob("*.j2"))
+    assert templates
+    assert {str(path.relative_to(ROOT)) for path in templates} <= set(names)
     assert not any(name.startswith(("patches/", "tests/")) for name in names)
 
 

@@ -29,8 +29,9 @@ from adadecode_vllm.heads import (
 )
 from adadecode_vllm.heads.config import ExitCalibration
 from benchmarks import widen as widen_module
-from benchmarks.widen import PRESETS, chosen_sizes, main, widen
-from benchmarks.widening import GUARD, Sizes, Widener, layer_weights
+from benchmarks.widen import main, widen
+from benchmarks.widening import GUARD, Widener, layer_weights
+from benchmarks.widening_sizes import PRESETS, Sizes, chosen_sizes
 from tests.harness import DEMO, ROOT, demo_corpus
 from tests.tiny import save_tiny_llama
 

@@ -90,9 +90,9 @@ def eval_command(
     training = _read_yaml(heads / "run" / "run.yaml")
     if plots:
         from adadecode_vllm.toolkit.report import parse_history, write_report
-        from adadecode_vllm.toolkit.report.plots import require_matplotlib
+        from adadecode_vllm.toolkit.report.plots import require_plots
 
-        require_matplotlib()
+        require_plots()
         if history is not None:
             parse_history(history)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model card, `README.md` of a heads directory."""
 
+from __future__ import annotations
+
 import json
 import logging
 import os
@@ -9,19 +11,23 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path, PurePath
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from adadecode_vllm.files import free_name, write_whole
 from adadecode_vllm.heads.config import ExitHeadsConfig
 from adadecode_vllm.heads.files import CARD_FILE
-from adadecode_vllm.heads.hub import is_hub_id
+from adadecode_vllm.heads.hub import LIBRARY, is_hub_id
 from adadecode_vllm.toolkit.publishing.signed import change_signed, is_as_written, sign
 from adadecode_vllm.toolkit.report.schema import (
     Evaluation,
     ExitFigures,
+    ThresholdRow,
     parse_evaluation,
 )
 from adadecode_vllm.toolkit.report.text import count, decimal, percent, ratio, short
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +41,8 @@ _ELSEWHERE: Final = (
     "calibration",
 )
 
-_LIBRARY: Final = "adadecode-vllm"
+_TEMPLATE: Final = Path(__file__).with_name("card.md.j2")
 _TAGS: Final = ["adadecode", "vllm", "speculative-decoding", "early-exit"]
-_PAPER: Final = "https://arxiv.org/abs/2506.03700"
 # An absolute path inside any text, but not the end of a URL or of a relative path.
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~-])/(?:[^\s/]+/)+([^\s/]*)")
 _VOCABULARY_ROW = re.compile(r"^\| Vocabulary \|.*$", re.MULTILINE)
@@ -124,18 +129,29 @@ def render_card(
     Raises:
         AdaDecodeError: The evaluation is incomplete.
     """
+    from huggingface_hub import ModelCard
+
+    training = training or {}
     figures = None if evaluation is None else parse_evaluation(evaluation)
-    parts = [
-        f"---\n{_metadata(config, training or {})}\n---",
-        f"# Exit heads for {_text(config.base_model)}",
-        _introduction(config),
-        _use(config, heads, figures),
-        _heads(config),
-        _training(training),
-    ]
-    if figures:
-        parts.append(_figures(figures))
-    return sign("\n\n".join(parts) + "\n")
+    held_out = _held_out(training.get("held_out"))
+    elsewhere = (*_ELSEWHERE, "held_out") if held_out else _ELSEWHERE
+    shown = {key: value for key, value in training.items() if key not in elsewhere}
+    *others, last = (str(layer) for layer in config.exit_layers)
+    card = ModelCard.from_template(
+        _metadata(config, training),
+        template_path=str(_TEMPLATE),
+        config=config,
+        heads=heads,
+        exits=f"{', '.join(others)} or {last}" if others else last,
+        draft_vocabulary=_draft_vocabulary(config),
+        training=training,
+        command=_command(training.get("argv")),
+        held_out=held_out,
+        settings=[(name, _public(value)) for name, value in _flatten(shown)],
+        **_figures(figures),
+        **_FORMATS,
+    )
+    return sign(f"{card.content}\n")
 
 
 def name_repository(card: str, repo_id: str) -> str:
@@ -167,18 +183,18 @@ def name_draft_vocabulary(card: str, config: ExitHeadsConfig) -> str:
         The card's text with its table's row for the draft vocabulary added, changed or
         removed. A card without that table is returned as it is.
     """
-    rows = [_table_row(row) for row in _draft_vocabulary(config)]
+    row = _draft_vocabulary(config)
     return change_signed(
         card,
         lambda text: _VOCABULARY_ROW.sub(
-            lambda match: "\n".join([match[0], *rows]),
+            lambda match: f"{match[0]}\n{row}" if row else match[0],
             _DRAFT_VOCABULARY_ROW.sub("", text),
             count=1,
         ),
     )
 
 
-def _metadata(config: ExitHeadsConfig, training: Mapping[str, Any]) -> str:
+def _metadata(config: ExitHeadsConfig, training: Mapping[str, Any]) -> ModelCardData:
     """The YAML block; the Hub refuses names there that are not its own."""
     from huggingface_hub import ModelCardData
 
@@ -188,168 +204,73 @@ def _metadata(config: ExitHeadsConfig, training: Mapping[str, Any]) -> str:
         datasets = [datasets]
     known = [name for name in datasets if isinstance(name, str) and is_hub_id(name)]
     license_name = training.get("license")
-    data = ModelCardData(
+    return ModelCardData(
         base_model=config.base_model if published else None,
         # The base model is used as it is; without this the Hub shows a fine-tune.
         base_model_relation="adapter" if published else None,
-        library_name=_LIBRARY,
+        library_name=LIBRARY,
         license=license_name if isinstance(license_name, str) else None,
         datasets=known or None,
         tags=_TAGS,
     )
-    return data.to_yaml()
 
 
-def _introduction(config: ExitHeadsConfig) -> str:
-    """What these files are."""
-    *others, last = (str(layer) for layer in config.exit_layers)
-    exits = f"{', '.join(others)} or {last}" if others else last
-    return (
-        f"[AdaDecode]({_PAPER}) heads that predict the next token of "
-        f"{_text(config.base_model)} after {exits} of its {config.num_hidden_layers} "
-        "layers. vLLM starts the next token at once where a head is sure, runs the "
-        "layers that were left out for several tokens together, and verifies: greedy "
-        "text is that of the model alone. The model itself is needed and not changed."
-    )
-
-
-def _use(config: ExitHeadsConfig, heads: str, figures: Evaluation | None) -> str:
-    """The serve command, with the best setting if it is known to be faster."""
-    command = [
-        f"vllm serve {shlex.quote(config.base_model)} --plugin adadecode",
-        f"    --adadecode-heads {shlex.quote(heads)}",
-    ]
-    remark = ""
-    best = figures.best if figures else None
-    if figures and best:
-        if best.speedup > 1:
-            options: dict[str, Any] = {
-                "threshold": best.threshold,
-                "max_early_predictions": best.cap,
-            }
-            if figures.simulation and figures.simulation.gate != "probability":
-                options["gate"] = figures.simulation.gate
-            quoted = shlex.quote(json.dumps(options))
-            command.append(f"    --adadecode-config {quoted}")
-            remark = f"\n\nPredicted speedup with this setting: {ratio(best.speedup)}."
-        else:
-            remark = (
-                "\n\nNo setting is predicted to be faster than ordinary decoding; the "
-                f"best reaches {ratio(best.speedup)}."
-            )
-    lines = " \\\n".join(command)
-    return (
-        f"## Use\n\nWith {_LIBRARY} installed beside vLLM:\n\n"
-        f"```sh\n{lines}\n```{remark}"
-    )
-
-
-def _heads(config: ExitHeadsConfig) -> str:
-    """What the directory holds."""
-    parameters = len(config.exit_layers) * config.hidden_size**2
-    if config.memory:
-        parameters *= 2
-    rows = [
-        ["Base model", config.base_model],
-        [
-            "Exits after layers",
-            f"{', '.join(map(str, config.exit_layers))} of {config.num_hidden_layers}",
-        ],
-        ["Hidden size", count(config.hidden_size)],
-        ["Vocabulary", count(config.vocab_size)],
-        *_draft_vocabulary(config),
-        *([["Memory", "of the token before"]] if config.memory else []),
-        ["Parameters", f"{count(parameters)} in {config.dtype}"],
-        ["LM head fingerprint", f"`{config.lm_head_fingerprint}`"],
-        ["Written by", f"{_LIBRARY} {config.library_version}"],
-    ]
-    return "## Heads\n\n" + _table(["", ""], rows)
-
-
-def _draft_vocabulary(config: ExitHeadsConfig) -> list[list[str]]:
+def _draft_vocabulary(config: ExitHeadsConfig) -> str | None:
     """The table's row for the draft vocabulary, where there is one."""
     if config.draft_vocabulary is None:
-        return []
+        return None
     tokens = f"the {count(config.draft_vocabulary)} most frequent tokens"
-    return [["Draft vocabulary", f"{tokens} of the training text"]]
+    return f"| Draft vocabulary | {tokens} of the training text |"
 
 
-def _training(training: Mapping[str, Any] | None) -> str:
-    """How the heads were made."""
-    heading = "## Training\n\n"
-    if not training:
-        return f"{heading}How these heads were made was not recorded."
-    parts = []
-    argv = training.get("argv")
-    if isinstance(argv, Sequence) and not isinstance(argv, str) and argv:
-        words = [PurePath(str(argv[0])).name, *(_public(str(a)) for a in argv[1:])]
-        parts.append(f"```sh\n{_one_line(shlex.join(words))}\n```")
-    shown = {key: value for key, value in training.items() if key not in _ELSEWHERE}
-    held_out = shown.get("held_out")
-    if isinstance(held_out, Mapping) and isinstance(held_out.get("loss"), Mapping):
-        del shown["held_out"]
-    else:
-        held_out = None
-    if rows := [[name, _public(value)] for name, value in _flatten(shown)]:
-        parts.append(_table(["Setting", "Value"], rows))
-    if held_out:
-        parts.append(_held_out(held_out))
-    return heading + "\n\n".join(parts)
+def _command(argv: Any) -> str | None:
+    """The training's command, on one line and without the machine's paths."""
+    if not isinstance(argv, Sequence) or isinstance(argv, str) or not argv:
+        return None
+    words = [PurePath(str(argv[0])).name, *(_public(str(word)) for word in argv[1:])]
+    return _one_line(shlex.join(words))
 
 
-def _held_out(record: Mapping[str, Any]) -> str:
-    """The held-out figures of the epoch that was kept, as training records them."""
+def _held_out(record: Any) -> list[tuple[str, float, float | None]]:
+    """Exit, loss and agreement of the epoch that was kept, as training records them."""
+    if not isinstance(record, Mapping) or not isinstance(record.get("loss"), Mapping):
+        return []
     agreement = record.get("agreement") or {}
-    rows = [
-        [str(layer), decimal(loss), percent(agreement.get(layer))]
-        for layer, loss in record["loss"].items()
+    return [
+        (layer, loss, agreement.get(layer)) for layer, loss in record["loss"].items()
     ]
-    table = _table(["Exit", "Loss, nats per token", "Agreement"], rows)
-    return f"On text held out of the training:\n\n{table}"
 
 
-def _figures(figures: Evaluation) -> str:
-    """Agreement and the gate of each exit, and what speed to expect."""
-    parts = [
-        "## Figures",
-        f"On {count(figures.tokens)} held-out tokens ({_text(_public(figures.data))}); "
-        "agreement is the share at which the exit's top token is the final layer's.",
-    ]
-    threshold = figures.best.threshold if figures.best else 0.75
-    rows = []
-    for e in figures.exits:
-        gate = _nearest(e, threshold)
-        rows.append([str(e.layer), percent(e.agreement), decimal(e.kl), *gate])
-    parts.append(
-        _table(
-            ["Exit", "Agreement", "KL, nats", "Threshold", "Coverage", "Precision"],
-            rows,
-        )
+def _figures(figures: Evaluation | None) -> dict[str, Any]:
+    """What the card says of an evaluation."""
+    if figures is None:
+        return {"figures": None, "best": None, "options": None}
+    best, options = figures.best, None
+    if best and best.speedup > 1:
+        values: dict[str, Any] = {
+            "threshold": best.threshold,
+            "max_early_predictions": best.cap,
+        }
+        if figures.simulation and figures.simulation.gate != "probability":
+            values["gate"] = figures.simulation.gate
+        options = json.dumps(values)
+    threshold = best.threshold if best else 0.75
+    return {
+        "figures": figures,
+        "best": best,
+        "options": options,
+        "data": _public(figures.data),
+        "gates": [(found, _nearest(found, threshold)) for found in figures.exits],
+    }
+
+
+def _nearest(figures: ExitFigures, threshold: float) -> ThresholdRow | None:
+    """The row nearest to a threshold, where there is any."""
+    return min(
+        figures.thresholds,
+        key=lambda row: abs(row.threshold - threshold),
+        default=None,
     )
-    if figures.best:
-        sentence = (
-            "Predicted, not measured: "
-            f"{ratio(figures.best.speedup)} over ordinary decoding with threshold "
-            f"{short(figures.best.threshold)} and at most {figures.best.cap} early "
-            "predictions"
-        )
-        if cost := figures.cost:
-            sentence += (
-                f", where the LM head takes {percent(cost.head_share)} of an ordinary "
-                f"step, an exit's matrix {percent(cost.transform_share)} and the "
-                f"bookkeeping of a draft {percent(cost.overhead)}"
-            )
-        parts.append(sentence + ".")
-    return "\n\n".join(parts)
-
-
-def _nearest(figures: ExitFigures, threshold: float) -> list[str]:
-    """Threshold, coverage and precision of the row nearest to a threshold."""
-    rows = figures.thresholds
-    if not rows:
-        return ["-", "-", "-"]
-    row = min(rows, key=lambda row: abs(row.threshold - threshold))
-    return [short(row.threshold), percent(row.coverage), percent(row.precision)]
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -371,16 +292,6 @@ def _public(text: str) -> str:
     return _ABSOLUTE_PATH.sub(r"\1", text)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join(map(_table_row, [header, ["---"] * len(header), *rows]))
-
-
-def _table_row(cells: Sequence[str]) -> str:
-    """A line of a Markdown table."""
-    return f"| {' | '.join(_text(cell) for cell in cells)} |"
-
-
 def _text(text: str) -> str:
     """Text that stays text in Markdown: one line, no tags, no end of a cell."""
     escaped = _one_line(text).replace("&", "&amp;").replace("<", "&lt;")
@@ -390,3 +301,14 @@ def _text(text: str) -> str:
 def _one_line(text: str) -> str:
     """Join lines, so that nothing can end a block."""
     return " ".join(text.split())
+
+
+_FORMATS: Final[Mapping[str, Any]] = {
+    "count": count,
+    "decimal": decimal,
+    "percent": percent,
+    "quote": shlex.quote,
+    "ratio": ratio,
+    "short": short,
+    "text": _text,
+}

@@ -2,40 +2,16 @@
 """The report's page: one file, images inside, no scripts, nothing loaded from afar."""
 
 import base64
-from collections.abc import Callable, Iterable, Sequence
-from html import escape
-from typing import Final
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from adadecode_vllm import __version__
-from adadecode_vllm.toolkit.report.plots import Plot
-from adadecode_vllm.toolkit.report.schema import Evaluation, Grid, History, Simulation
+from adadecode_vllm.toolkit.report.plot import Plot
+from adadecode_vllm.toolkit.report.schema import Evaluation, History
 from adadecode_vllm.toolkit.report.text import count, decimal, percent, ratio, short
-
-_Show = Callable[[float | None], str]
-
-_STYLE: Final = """
-:root { color-scheme: light; }
-body { max-width: 46rem; margin: 0 auto; padding: 2rem 1rem 4rem; color: #222;
-  background: #fff; font: 1rem/1.55 system-ui, sans-serif; }
-h1 { font-size: 1.6rem; line-height: 1.25; font-weight: 600; margin: 0 0 .5rem; }
-h2 { font-size: 1.2rem; font-weight: 600; margin: 2.5rem 0 .5rem; }
-p, figcaption { margin: .5rem 0; }
-.headline { font-size: 1.15rem; }
-figure { margin: .75rem 0 1.5rem; }
-figcaption, caption, footer { color: #555; font-size: .9rem; text-align: left; }
-img { width: 100%; height: auto; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; margin: .75rem 0 1.25rem; font-size: .92rem;
-  font-variant-numeric: tabular-nums; }
-caption { padding-bottom: .35rem; }
-th, td { padding: .25rem .8rem .25rem 0; text-align: right; white-space: nowrap;
-  border-bottom: 1px solid #ddd; }
-thead th { border-bottom: 1px solid #888; font-weight: 600; vertical-align: bottom; }
-th[scope="row"] { text-align: left; font-weight: 400; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; }
-dt { color: #555; } dd { margin: 0; overflow-wrap: anywhere; }
-summary { cursor: pointer; }
-"""
 
 
 def render_page(
@@ -51,34 +27,27 @@ def render_page(
     Returns:
         A whole HTML document. Every string from the figures is escaped.
     """
-    title = f"Exit heads for {evaluation.model}"
-    tables = {
-        "agreement": _exit_table(evaluation),
-        "gates": _threshold_tables(evaluation),
-        "reliability": _calibration_tables(evaluation),
-        "speedup": _simulation_tables(evaluation),
-        "loss": _held_out_table(history),
-    }
-    sections = "\n".join(_section(plot, tables[plot.name]) for plot in plots)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<h1>{escape(title)}</h1>
-<p class="headline">{escape(headline(evaluation))}</p>
-{_facts(evaluation)}
-{sections}
-<footer><p>Written by adadecode-vllm {escape(__version__)}. Agreement, coverage and
-precision are measured on held-out text; speedups are predicted, not measured.</p>
-</footer>
-</body>
-</html>
-"""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        base64=_base64, count=count, decimal=decimal, percent=percent, short=short
+    )
+    page = environment.get_template("page.html.j2").render(
+        title=f"Exit heads for {evaluation.model}",
+        headline=headline(evaluation),
+        evaluation=evaluation,
+        last_held_out=history.held_out[-1] if history and history.held_out else None,
+        plots=plots,
+        version=__version__,
+        **_gate_table(evaluation),
+        **_grid_tables(evaluation),
+    )
+    return page.lstrip() + "\n"
 
 
 def headline(evaluation: Evaluation) -> str:
@@ -104,170 +73,53 @@ def headline(evaluation: Evaluation) -> str:
     )
 
 
-def _facts(evaluation: Evaluation) -> str:
-    """What was evaluated, on what, and what the speedups assume."""
-    facts = [
-        ("Model", f"{evaluation.model} ({evaluation.num_layers} layers)"),
-        ("Heads", evaluation.heads),
-        ("Exits after layers", ", ".join(str(e.layer) for e in evaluation.exits)),
-        ("Held-out text", f"{evaluation.data} ({count(evaluation.tokens)} tokens)"),
-    ]
-    if cost := evaluation.cost:
-        facts.append(
-            (
-                "Cost of a draft",
-                f"LM head {percent(cost.head_share)}, transform "
-                f"{percent(cost.transform_share)}, overhead {percent(cost.overhead)} "
-                "of an ordinary step, and the layers it runs",
-            )
-        )
-    rows = "\n".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts)
-    return f"<dl>\n{rows}\n</dl>"
+def _base64(data: bytes) -> str:
+    """Bytes as they stand in a `data:` address."""
+    return base64.b64encode(data).decode()
 
 
-def _section(plot: Plot, tables: str) -> str:
-    """A heading, the image and its tables."""
-    data = base64.b64encode(plot.png).decode()
-    return f"""<section>
-<h2>{escape(plot.title)}</h2>
-<figure>
-<img alt="{escape(plot.caption)}" src="data:image/png;base64,{data}">
-<figcaption>{escape(plot.caption)}</figcaption>
-</figure>
-{tables}
-</section>"""
-
-
-def _exit_table(evaluation: Evaluation) -> str:
-    """Agreement and divergence of each exit."""
-    return _table(
-        "On held-out text, against the final layer",
-        ["Exit", "Share of the layers", "Agreement, top-1", "KL, nats per token"],
-        [
-            [
-                str(e.layer),
-                percent(e.layer / evaluation.num_layers),
-                percent(e.agreement),
-                decimal(e.kl),
-            ]
-            for e in evaluation.exits
-        ],
-    )
-
-
-def _threshold_tables(evaluation: Evaluation) -> str:
-    """Coverage and precision, a row per threshold and two columns per exit."""
+def _gate_table(evaluation: Evaluation) -> dict[str, Any]:
+    """Coverage and precision, a row per threshold and a column per exit."""
     exits = [e for e in evaluation.exits if e.thresholds]
-    thresholds = sorted({row.threshold for e in exits for row in e.thresholds})
     by_exit = [{row.threshold: row for row in e.thresholds} for e in exits]
-    rows = []
-    for threshold in thresholds:
-        cells = [short(threshold)]
-        for figures in by_exit:
-            row = figures.get(threshold)
-            coverage = percent(row.coverage if row else None)
-            cells.append(f"{coverage} / {percent(row.precision if row else None)}")
-        rows.append(cells)
-    header = ["Threshold", *(f"Exit {e.layer}" for e in exits)]
-    return _folded("Figures", _table("Coverage / precision", header, rows))
+
+    def cell(threshold: float, rows: dict[float, Any]) -> str:
+        row = rows.get(threshold)
+        coverage, precision = (row.coverage, row.precision) if row else (None, None)
+        return f"{percent(coverage)} / {percent(precision)}"
+
+    thresholds = {threshold for rows in by_exit for threshold in rows}
+    return {
+        "gate_header": ["Threshold", *(f"Exit {e.layer}" for e in exits)],
+        "gate_rows": [
+            (threshold, [cell(threshold, rows) for rows in by_exit])
+            for threshold in sorted(thresholds)
+        ],
+    }
 
 
-def _calibration_tables(evaluation: Evaluation) -> str:
-    """Calibration errors, and both gates where they are right equally often."""
-    exits = [(e.layer, e.reliability) for e in evaluation.exits if e.reliability]
-    parts = [
-        _table(
-            "Expected calibration error",
-            ["Exit", "Probability", "Acceptance"],
-            [
-                [
-                    str(layer),
-                    decimal(gates.probability.ece),
-                    decimal(gates.acceptance.ece if gates.acceptance else None),
-                ]
-                for layer, gates in exits
-            ],
-        )
-    ]
-    rows = [
-        [
-            percent(row.precision),
-            percent(row.coverage_probability),
-            percent(row.coverage_acceptance),
-        ]
-        for row in evaluation.equal_acceptance or []
-    ]
-    if rows:
-        parts.append(
-            _table(
-                "All exits together: coverage where both gates are right equally often",
-                ["Right", "Coverage, probability", "Coverage, acceptance"],
-                rows,
-            )
-        )
-    return "\n".join(parts)
-
-
-def _simulation_tables(evaluation: Evaluation) -> str:
-    """The simulated grids."""
+def _grid_tables(evaluation: Evaluation) -> dict[str, Any]:
+    """The simulated grids, a row per threshold and a column per cap."""
     simulation = evaluation.simulation
     if simulation is None:
-        return ""
-    tokens = simulation.tokens_per_forward
-    parts = [_grid_table("Speedup", simulation, simulation.speedup, ratio)]
-    if tokens:
-        parts.append(
-            _grid_table("Tokens per full forward", simulation, tokens, decimal)
-        )
-    for name, grid in (
-        ("Early predictions accepted", simulation.acceptance),
-        ("Tokens predicted early", simulation.coverage),
-    ):
-        if grid:
-            parts.append(_grid_table(name, simulation, grid, percent))
-    return _folded("Figures by threshold and cap", "\n".join(parts))
-
-
-def _grid_table(name: str, simulation: Simulation, grid: Grid, show: _Show) -> str:
-    """One grid, thresholds down and caps across."""
-    header = ["Threshold", *(f"Cap {cap}" for cap in simulation.caps)]
-    rows = [
-        [short(threshold), *(show(cell) for cell in row)]
-        for threshold, row in zip(simulation.thresholds, grid, strict=True)
+        return {}
+    grids = [
+        ("Speedup", simulation.speedup, ratio),
+        ("Tokens per full forward", simulation.tokens_per_forward, decimal),
+        ("Early predictions accepted", simulation.acceptance, percent),
+        ("Tokens predicted early", simulation.coverage, percent),
     ]
-    return _table(name, header, rows)
-
-
-def _held_out_table(history: History | None) -> str:
-    """The last held-out figures of the training."""
-    if history is None or not history.held_out:
-        return ""
-    last = history.held_out[-1]
-    return _table(
-        f"Held-out text after epoch {last.epoch}",
-        ["Exit", "Loss, nats per token", "Agreement, top-1"],
-        [
-            [str(layer), decimal(loss), percent(last.agreement.get(layer))]
-            for layer, loss in sorted(last.loss.items())
+    return {
+        "grid_header": ["Threshold", *(f"Cap {cap}" for cap in simulation.caps)],
+        "grids": [
+            (
+                caption,
+                [
+                    (threshold, [show(cell) for cell in row])
+                    for threshold, row in zip(simulation.thresholds, grid, strict=True)
+                ],
+            )
+            for caption, grid, show in grids
+            if grid
         ],
-    )
-
-
-def _folded(summary: str, content: str) -> str:
-    """Fold long tables away; browsers do this without a script."""
-    return f"<details>\n<summary>{escape(summary)}</summary>\n{content}\n</details>"
-
-
-def _table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table whose first column heads the rows; cells are escaped."""
-    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
-    body = "\n".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>'
-        + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
-        + "</tr>"
-        for row in rows
-    )
-    return (
-        f'<div class="wide"><table>\n<caption>{escape(caption)}</caption>\n'
-        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>"
-    )
+    }
