@@ -35,6 +35,7 @@ _ELSEWHERE: Final = (
     "calibration",
 )
 
+_BY_DRAFT: Final = ", for the first, second and third draft of a cycle"
 _LIBRARY: Final = "adadecode-vllm"
 _TAGS: Final = ["adadecode", "vllm", "speculative-decoding", "early-exit"]
 _PAPER: Final = "https://arxiv.org/abs/2506.03700"
@@ -299,9 +300,10 @@ def _training(training: Mapping[str, Any] | None) -> str:
 
 def _held_out(record: Mapping[str, Any]) -> str:
     """The held-out figures of the epoch that was kept, as training records them."""
-    agreement = record.get("agreement") or {}
+    first = record.get("agreement") or {}
+    by_draft = record.get("agreement_by_draft") or {}
     rows = [
-        [str(layer), decimal(loss), percent(agreement.get(layer))]
+        [str(layer), decimal(loss), _shares(by_draft.get(layer) or [first.get(layer)])]
         for layer, loss in record["loss"].items()
     ]
     table = _table(["Exit", "Loss, nats per token", "Agreement"], rows)
@@ -313,13 +315,15 @@ def _figures(figures: Evaluation) -> str:
     parts = [
         "## Figures",
         f"On {count(figures.tokens)} held-out tokens ({_text(_public(figures.data))}); "
-        "agreement is the share at which the exit's top token is the final layer's.",
+        "agreement is the share at which the exit's top token is the final layer's"
+        f"{_BY_DRAFT if figures.exits[0].agreement_by_draft else ''}.",
     ]
     threshold = figures.best.threshold if figures.best else 0.75
     rows = []
     for e in figures.exits:
         gate = _nearest(e, threshold)
-        rows.append([str(e.layer), percent(e.agreement), decimal(e.kl), *gate])
+        agreement = _shares(e.agreement_by_draft or [e.agreement])
+        rows.append([str(e.layer), agreement, decimal(e.kl), *gate])
     parts.append(
         _table(
             ["Exit", "Agreement", "KL, nats", "Threshold", "Coverage", "Precision"],
@@ -341,6 +345,11 @@ def _figures(figures: Evaluation) -> str:
             )
         parts.append(sentence + ".")
     return "\n\n".join(parts)
+
+
+def _shares(values: Sequence[float | None]) -> str:
+    """Agreement by draft of a cycle, in one cell."""
+    return " / ".join(map(percent, values))
 
 
 def _nearest(figures: ExitFigures, threshold: float) -> list[str]:
