@@ -15,6 +15,7 @@ import yaml
 
 from adadecode_vllm.cli import main
 from adadecode_vllm.heads import load_exit_weights, load_heads_config
+from adadecode_vllm.toolkit.report.text import percent
 from tests.data_directory import write_answers
 from tests.harness import ROOT
 from tests.tiny import save_tiny_llama
@@ -73,11 +74,17 @@ def test_train_then_eval_with_memory(
     layers = ("--exit-layers", "0,2")
     assert run("train", model, heads, *data_option, *options, *layers) == 0
     assert "held-out tokens (next drafts: " in capsys.readouterr().out
+    card = (heads / "README.md").read_text()
+    assert "| Exit | Loss, nats per token | Agreement |" in card
     assert run("eval", model, heads, "--data", data) == 0
     report = json.loads((heads / "evaluation" / "evaluation.json").read_text())
     assert report["simulation"]["answers"] == 24
     assert len(report["exits"][0]["agreement_by_draft"]) == 3
-    assert "| Memory |" in (heads / "README.md").read_text()
+    card = (heads / "README.md").read_text()
+    assert "| Memory |" in card
+    assert "for the first, second and third draft of a cycle" in card
+    shares = map(percent, report["exits"][0]["agreement_by_draft"])
+    assert f"| 0 | {' / '.join(shares)} |" in card
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from adadecode_vllm.heads import (
     ExitHeadsConfig,
     check_fingerprint,
     load_draft_token_ids,
+    load_exit_memory,
     load_exit_weights,
     load_heads_config,
     read_lm_head,
@@ -64,7 +65,7 @@ def load(directory: Path) -> LlamaForCausalLM:
 
 
 def save_source_heads(directory: Path, model: Path) -> ExitHeadsConfig:
-    """Calibrated heads at 1 (the identity) and 3, with a draft vocabulary."""
+    """Calibrated heads at 1 (T = I) and 3, with memory and a draft vocabulary."""
     lm_head = read_lm_head(model)
     assert lm_head is not None
     size = lm_head.hidden_size
@@ -82,7 +83,8 @@ def save_source_heads(directory: Path, model: Path) -> ExitHeadsConfig:
     )
     torch.manual_seed(1)
     weights = {1: torch.eye(size), 3: torch.randn(size, size)}
-    save_heads(directory, weights, config, torch.tensor(DRAFT_TOKENS))
+    memory = {layer: torch.randn(size, size) / 8 for layer in (1, 3)}
+    save_heads(directory, weights, config, torch.tensor(DRAFT_TOKENS), memory)
     return config
 
 
@@ -90,15 +92,25 @@ def save_source_heads(directory: Path, model: Path) -> ExitHeadsConfig:
 def exit_logits(
     model: LlamaForCausalLM, heads: Path, tokens: torch.Tensor
 ) -> list[torch.Tensor]:
+    """By exit and, with memory, draft."""
     config = load_heads_config(heads)
     assert check_fingerprint(
         config.lm_head_fingerprint, model.lm_head.weight, 0, config.vocab_size
     )
     states = model(tokens, output_hidden_states=True).hidden_states
-    return [
-        model.lm_head(model.model.norm(states[layer]) @ weight.T)
-        for layer, weight in load_exit_weights(heads, config).items()
-    ]
+    memory = load_exit_memory(heads, config)
+    found = []
+    for layer, weight in load_exit_weights(heads, config).items():
+        own = model.model.norm(states[layer]) @ weight.T
+        if memory is None:
+            found.append(model.lm_head(own))
+            continue
+        before = states[-1]  # normed
+        for _ in range(2):
+            output = own + before.roll(1, dims=1) @ memory[layer].T
+            found.append(model.lm_head(output))
+            before = output
+    return found
 
 
 def assert_same(old: torch.Tensor, new: torch.Tensor) -> None:

@@ -164,9 +164,10 @@ def _print(report: dict[str, Any]) -> None:
     for row in report["exits"]:
         at = next(entry for entry in row["thresholds"] if entry["threshold"] == 0.75)
         precision = at["precision"]
+        by_draft = row.get("agreement_by_draft", [row["agreement"]])
         table.add_row(
             str(row["layer"]),
-            f"{row['agreement']:.1%}",
+            " / ".join(f"{share:.1%}" for share in by_draft),
             f"{row['kl']:.4f}",
             f"{at['coverage']:.1%}",
             "-" if precision is None else f"{precision:.1%}",

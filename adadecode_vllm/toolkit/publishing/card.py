@@ -231,14 +231,24 @@ def _command(argv: Any) -> str | None:
     return _one_line(shlex.join(words))
 
 
-def _held_out(record: Any) -> list[tuple[str, float, float | None]]:
-    """Exit, loss and agreement of the epoch that was kept, as training records them."""
+def _held_out(record: Any) -> list[tuple[str, float, list[float | None]]]:
+    """Exit, loss and agreement of the epoch that was kept, as training records them.
+
+    Agreement is by draft of a cycle where the heads have memory.
+    """
     if not isinstance(record, Mapping) or not isinstance(record.get("loss"), Mapping):
         return []
-    agreement = record.get("agreement") or {}
+    first = record.get("agreement") or {}
+    by_draft = record.get("agreement_by_draft") or {}
     return [
-        (layer, loss, agreement.get(layer)) for layer, loss in record["loss"].items()
+        (layer, loss, by_draft.get(layer) or [first.get(layer)])
+        for layer, loss in record["loss"].items()
     ]
+
+
+def _shares(values: Sequence[float | None]) -> str:
+    """Shares by draft of a cycle, in one cell."""
+    return " / ".join(map(percent, values))
 
 
 def _figures(figures: Evaluation | None) -> dict[str, Any]:
@@ -307,6 +317,7 @@ _FORMATS: Final[Mapping[str, Any]] = {
     "count": count,
     "decimal": decimal,
     "percent": percent,
+    "shares": _shares,
     "quote": shlex.quote,
     "ratio": ratio,
     "short": short,

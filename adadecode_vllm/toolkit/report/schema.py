@@ -96,6 +96,7 @@ class ExitFigures(_Record):
     Attributes:
         layer: Layer count of the exit.
         agreement: Share of tokens whose top token is the final layer's.
+        agreement_by_draft: The same for each draft of a cycle, for heads with memory.
         kl: Mean KL(final || exit), nats per token.
         thresholds: The probability gate by threshold.
         reliability: Of the gates, if it was measured.
@@ -103,6 +104,7 @@ class ExitFigures(_Record):
 
     layer: int
     agreement: float
+    agreement_by_draft: list[float] = []
     kl: float
     thresholds: list[ThresholdRow] = []
     reliability: GateReliability | None = None
