@@ -48,7 +48,7 @@ format: setup ## format the code, mend what ruff can mend
 	@$(PYTHON) -m ruff check --fix .
 
 docs: setup ## build the documentation into site/; warnings are errors
-	@$(PYTHON) -m mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
 	@echo "site/index.html"
 
 clean: ## remove caches and build outputs, not .venv
