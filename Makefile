@@ -13,7 +13,7 @@ PYTEST_ARGS ?=
 NEXT_TESTS ?= tests/compat tests/unit tests/engine tests/server tests/reliability
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo real-model test test-all test-next lint format clean
+.PHONY: help setup demo real-model test test-all test-next lint format docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -47,7 +47,11 @@ format: setup ## format the code, mend what ruff can mend
 	@$(PYTHON) -m ruff format .
 	@$(PYTHON) -m ruff check --fix .
 
+docs: setup ## build the documentation into site/; warnings are errors
+	@NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
+	@echo "site/index.html"
+
 clean: ## remove caches and build outputs, not .venv
-	@rm -rf .vllm-next build dist ./*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	@rm -rf .vllm-next build dist site ./*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	@find adadecode_vllm patches tests examples benchmarks -name __pycache__ \
 	  -type d -prune -exec rm -rf {} + 2>/dev/null || true

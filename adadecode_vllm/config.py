@@ -262,7 +262,7 @@ def engine_args(heads: str, **options: Any) -> dict[str, Any]:
 
     Args:
         heads: Directory with the exit heads.
-        **options: Further fields of :class:`AdaDecodeConfig`.
+        **options: Further fields of `AdaDecodeConfig`.
 
     Returns:
         ``{"additional_config": {"adadecode": {...}}}``.

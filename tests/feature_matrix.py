@@ -108,21 +108,21 @@ SECTIONS: dict[str, tuple[str, ...]] = {
 }
 
 _HEAD = """\
-# Features
+# Every feature
 
-What vLLM serves, and what becomes of it with `--plugin adadecode`. The table is
-made from the tests (`python -m tests.feature_matrix --write`), and a test compares the
-two; each row names the tests that show it.
+What becomes of vLLM's features with `--plugin adadecode`. This page is generated from
+the tests (`python -m tests.feature_matrix --write`), and a test keeps the two in step.
+Each row names the tests that prove it.
 
-- *supported*: greedy output equals ordinary vLLM's token for token in float32, with
-  early predictions accepted and rejected in the run; what is sampled is drawn from the
-  same distribution.
-- *refused*: with a sentence that names the flag or the option, the reason and a remedy,
-  at start-up or, where that is said, for the request.
+- *supported*: greedy output equals plain vLLM's token for token in float32, in a run
+  where early predictions were both accepted and rejected. Sampled text is drawn from
+  the same distribution.
+- *refused*: with a sentence that names the flag or option, the reason and a remedy, at
+  start-up or, where the row says so, for the request.
 - *not applicable*: vLLM itself does not do it, on this device or with any speculative
   method.
 
-Tests marked (GPU) need a CUDA device; [gpu.md](gpu.md) says which have been run on one.
+Tests marked (GPU) need a CUDA device; [GPU](gpu.md) says which have been run on one.
 """
 
 

@@ -138,7 +138,7 @@ class _Cycle:
         self.front_level = np.full(size, first_level, np.int64)
 
     def fronts(self, chosen: np.ndarray) -> tuple[TokenSubset, np.ndarray, np.ndarray]:
-        """The front tokens of some requests, (r,); as :meth:`standing`."""
+        """The front tokens of some requests, (r,); as `standing`."""
         return self._last(chosen, np.ones(len(chosen), np.int64))
 
     def standing(
@@ -495,7 +495,7 @@ class Drafter:
         hidden: torch.Tensor,
         residual: torch.Tensor | None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Ask an exit head about front tokens; see :meth:`_run_segment`."""
+        """Ask an exit head about front tokens; see `_run_segment`."""
         memory = self.states.read_memory(index)
         answer = self.executor.gate(exit_index, hidden, residual, memory)
         if answer.output is not None:

@@ -56,7 +56,7 @@ class ExitAnswer(NamedTuple):
 class StepRunner(Protocol):
     """Runs whole steps that were prepared for, such as CUDA graphs.
 
-    A step reads and writes the pending states itself, where :meth:`SegmentExecutor.run`
+    A step reads and writes the pending states itself, where `SegmentExecutor.run`
     leaves that to its caller.
 
     Attributes:
@@ -102,8 +102,8 @@ class StepRunner(Protocol):
             token_ids: (n,) int64; segment 0 alone reads them.
 
         Returns:
-            What :meth:`resume` returns; it stays until the next :meth:`resume` or
-            :meth:`ahead` of the last segment.
+            What `resume` returns; it stays until the next `resume` or
+            `ahead` of the last segment.
         """
 
     def resume(

