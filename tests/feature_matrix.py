@@ -64,6 +64,8 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "streaming",
         "chat",
         "metrics",
+        "live page",
+        "metrics of a request",
         "several API processes",
         "asynchronous scheduling",
         "torch.compile",

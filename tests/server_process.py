@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -111,6 +112,11 @@ class Server:
         assert values, f"{name} {labels} is not among the metrics"
         return sum(values)
 
+    def get_json(self, path: str) -> dict[str, Any]:
+        """What it answers as JSON, over a connection of its own."""
+        with urllib.request.urlopen(f"{self.url}{path}", timeout=30) as answer:
+            return json.load(answer)
+
     def stop(self) -> None:
         """End it, and whatever it left behind."""
         self.process.terminate()
@@ -122,6 +128,14 @@ class Server:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
+
+
+@contextmanager
+def live_page() -> Iterator[None]:
+    """Servers that start meanwhile have the page `/adadecode`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_PLUGINS", "adadecode")
+        yield
 
 
 @contextmanager

@@ -4,14 +4,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from adadecode_vllm.config import AdaDecodeConfig
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.heads import ExitHeadsConfig, read_lm_head, same_lm_head
-
-if TYPE_CHECKING:
-    from vllm.config import ModelConfig
 
 
 def resolve_draft_vocabulary(config: AdaDecodeConfig, heads: ExitHeadsConfig) -> int:
@@ -75,19 +72,24 @@ def resolve_exit_layers(
 
 
 def check_heads_fit(
-    heads: ExitHeadsConfig, model_config: ModelConfig, directory: str
-) -> None:
+    heads: ExitHeadsConfig, text_config: Any, model: str, directory: str
+) -> bool:
     """Refuse heads of another model.
 
     Args:
         heads: The heads' description.
-        model_config: The served model.
+        text_config: The served language model's ``hidden_size``, ``vocab_size`` and
+            ``num_hidden_layers``.
+        model: Its directory, or its name.
         directory: The heads' directory, for the message.
+
+    Returns:
+        Whether the LM head was compared. One that is not in a local safetensors
+        checkpoint, or is quantized there, is looked at once it is loaded.
 
     Raises:
         AdaDecodeError: If a shape or the LM head's fingerprint differs.
     """
-    text_config = model_config.hf_text_config
     for name, label in (
         ("hidden_size", "hidden size"),
         ("vocab_size", "vocabulary size"),
@@ -97,18 +99,16 @@ def check_heads_fit(
         if served != trained:
             raise _wrong_heads(
                 directory,
-                f"their {label} is {trained} and that of {model_config.model} is "
-                f"{served}",
+                f"their {label} is {trained} and that of {model} is {served}",
                 heads.base_model,
             )
 
-    model_dir = Path(model_config.model)
-    lm_head = read_lm_head(model_dir) if model_dir.is_dir() else None
-    # A model that is not a local safetensors checkpoint is checked once it is loaded.
-    if lm_head is not None and not same_lm_head(
-        heads.lm_head_fingerprint, lm_head.fingerprint
-    ):
-        raise fingerprint_mismatch(directory, model_config.model, heads.base_model)
+    lm_head = read_lm_head(model) if Path(model).is_dir() else None
+    if lm_head is None:
+        return False
+    if not same_lm_head(heads.lm_head_fingerprint, lm_head.fingerprint):
+        raise fingerprint_mismatch(directory, model, heads.base_model)
+    return True
 
 
 def fingerprint_mismatch(directory: str, model: str, base_model: str) -> AdaDecodeError:

@@ -16,6 +16,7 @@ from vllm.logger import init_logger
 
 from adadecode_vllm.config import CONFIG_KEY, AdaDecodeConfig, engine_config
 from adadecode_vllm.engine.counter_report import split_counters
+from adadecode_vllm.engine.finished_requests import FINISHED_KEY, RECENT
 from adadecode_vllm.engine.metric_names import (
     CONFIG_INFO,
     DROPPED,
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 logger = init_logger("vllm.adadecode")
+
+_OURS = {CONFIG_KEY, FINISHED_KEY}
 
 
 class AdaDecodeProm(ECConnectorProm):
@@ -56,9 +59,12 @@ class AdaDecodeProm(ECConnectorProm):
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         """Add what a step's statistics say, ours or those of vLLM's own use."""
+        if not _OURS & transfer_stats_data.keys():
+            super().observe(transfer_stats_data, engine_idx)
+            return
+        RECENT.add(transfer_stats_data.get(FINISHED_KEY, []))
         added = transfer_stats_data.get(CONFIG_KEY)
         if added is None:
-            super().observe(transfer_stats_data, engine_idx)
             return
         for counter, value in zip(self._counters[engine_idx], added, strict=True):
             if value:
@@ -114,10 +120,13 @@ class AdaDecodeLogging(ECConnectorLogging):
 
     def observe(self, transfer_stats_data: dict[str, Any]) -> None:
         """Add what a step's statistics say, ours or those of vLLM's own use."""
+        if not _OURS & transfer_stats_data.keys():
+            super().observe(transfer_stats_data)
+            return
         added = transfer_stats_data.get(CONFIG_KEY)
         if added is None:
-            super().observe(transfer_stats_data)
-        elif self._added is None:
+            return
+        if self._added is None:
             self._added = np.array(added)
         else:
             self._added += added

@@ -155,7 +155,8 @@ def check_engine(vllm_config: VllmConfig, config: AdaDecodeConfig) -> None:
 
     name, directory = pin_heads(config.heads)
     heads = load_heads_config(directory)
-    check_heads_fit(heads, vllm_config.model_config, config.heads)
+    model = vllm_config.model_config
+    check_heads_fit(heads, model.hf_text_config, model.model, config.heads)
     exit_layers = resolve_exit_layers(config, heads)
     if config.gate == "acceptance":
         heads.acceptance_thresholds(config.threshold)  # refuses heads without them

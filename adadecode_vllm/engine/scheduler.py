@@ -17,6 +17,7 @@ from vllm.v1.request import Request
 from adadecode_vllm.config import CONFIG_KEY, engine_config
 from adadecode_vllm.engine.adaptive import AdaptiveDrafting
 from adadecode_vllm.engine.counter_report import CounterReport
+from adadecode_vllm.engine.finished_requests import FINISHED_KEY, RequestLog
 from adadecode_vllm.engine.outcomes import ADMISSION, COUNTERS, UNUSED_DRAFTS
 from adadecode_vllm.patches import finished_outcomes
 from adadecode_vllm.request_options import most_early_predictions
@@ -54,6 +55,7 @@ class AdaDecodeScheduler(Scheduler):
         assert config is not None, "start-up named this class for AdaDecode only"
         self._config = config
         self._report = CounterReport()
+        self._requests = RequestLog()
         most, limit = self.num_spec_tokens, config.disable_by_batch_size
         groups = self.kv_cache_config.kv_cache_groups
         self._groups = len(groups)
@@ -148,6 +150,9 @@ class AdaDecodeScheduler(Scheduler):
         invalid = (num_invalid_spec_tokens or {}).get(request_id, 0)
         if num_draft_tokens <= invalid:
             return spec_decoding_stats
+        if self.log_stats:
+            drafted = num_draft_tokens - invalid
+            self._requests.count(request_id, drafted, num_accepted_tokens)
         return super().make_spec_decoding_stats(
             spec_decoding_stats,
             num_draft_tokens,
@@ -157,11 +162,23 @@ class AdaDecodeScheduler(Scheduler):
         )
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
-        """A step's statistics, with what the worker counted since the last ones."""
+        """A step's statistics, with what was counted and who ended since the last."""
         stats = super().make_stats(*args, **kwargs)
-        if stats is not None and (added := self._report.take()) is not None:
-            stats.ec_connector_stats = {CONFIG_KEY: added}
+        if stats is not None:
+            ours: dict[str, Any] = {}
+            if (added := self._report.take()) is not None:
+                ours[CONFIG_KEY] = added
+            if ended := self._requests.take():
+                ours[FINISHED_KEY] = ended
+            if ours:
+                stats.ec_connector_stats = ours
         return stats
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        """Let a request that ended go; see vLLM."""
+        if self.log_stats:
+            self._requests.end(request)
+        return super()._free_request(request, *args, **kwargs)
 
     def _has_blocks_for(self, drafts: int) -> bool:
         """Whether every request may get so many tokens beyond what must run.

@@ -93,6 +93,7 @@ OVERRIDES = {
         "_update_after_schedule",
         "update_from_output",
         "make_stats",
+        "_free_request",
     ],
     ("adadecode_vllm.engine.metric_loggers.AdaDecodeProm", "vllm.distributed."): [
         "observe"
@@ -241,6 +242,7 @@ FIELDS = {
     ),
     "vllm.v1.outputs.ModelRunnerOutput": "req_ids sampled_token_ids",
     "vllm.v1.metrics.stats.SchedulerStats": "ec_connector_stats",
+    "vllm.config.ParallelConfig": "_api_process_count data_parallel_size",
     "vllm.engine.arg_utils.EngineArgs": (
         "enable_eplb enable_expert_parallel enable_return_routed_experts"
     ),
@@ -263,6 +265,11 @@ SOURCES = [
         "vllm.v1.core.sched.scheduler.Scheduler.update_from_output",
         "ec_connector_stats=ec_connector_stats",
         "engine/scheduler.py: `make_stats` is called with a step's outcome",
+    ),
+    (
+        "vllm.v1.core.sched.scheduler.Scheduler.finish_requests",
+        "self._free_request(request,",
+        "engine/scheduler.py: `_free_request` sees the end of every request",
     ),
     (
         "vllm.v1.metrics.loggers.LoggingStatLogger.record",

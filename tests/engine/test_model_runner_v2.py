@@ -153,6 +153,10 @@ def test_the_metrics_show_the_counters(engine: EngineProcess, some: Case) -> Non
     after = [engine.metric(f"vllm:adadecode_{name}") for name in names.values()]
     for name, old, new in zip(names, before, after, strict=True):
         assert new - old == sum(counted[name]) - sum(earlier[name]) > 0
+    ended = [own for own in engine.finished() if own[0] > 1][: len(some[0])]
+    assert sorted(tokens for tokens, _, _ in ended) == sorted(map(len, some[1]))
+    assert sum(accepted for _, _, accepted in ended) > 0
+    assert all(accepted <= min(rest) for *rest, accepted in ended)
 
 
 def test_requests_that_end_at_max_model_len(

@@ -208,6 +208,15 @@ class _Calls:
     def metric(self, name: str) -> float:
         return harness.metric(self.llm, name)
 
+    def finished(self) -> list[tuple[int, int, int]]:
+        """Tokens, drafts and accepted drafts of requests that ended, newest first."""
+        from adadecode_vllm.engine.finished_requests import RECENT
+
+        return [
+            (request.tokens, request.drafted, request.accepted)
+            for request in RECENT.newest()
+        ]
+
     def facts(self) -> dict[str, Any]:
         """Which parts of vLLM the engine was made of."""
         config = self.llm.llm_engine.vllm_config

@@ -12,7 +12,7 @@ import pytest
 from openai import BadRequestError, OpenAI
 
 from tests.harness import MODEL, demo_corpus
-from tests.server_process import PLUGIN, Server, complete, serve
+from tests.server_process import PLUGIN, Server, complete, live_page, serve
 
 # Three servers. Metrics and refusals of one process are in test_server.py, texts that
 # follow a schema in tests/engine/test_structured_output.py.
@@ -91,7 +91,10 @@ def two_processes(
     expected: Expected, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("processes") / "log"
-    with serve(log, *PLUGIN, CONFIG, *TOOLS, "--api-server-count=2") as server:
+    with (
+        live_page(),
+        serve(log, *PLUGIN, CONFIG, *TOOLS, "--api-server-count=2") as server,
+    ):
         yield server
 
 
@@ -110,6 +113,26 @@ def test_several_api_processes(
     log = two_processes.log.read_text()
     assert "ApiServer_0" in log
     assert "ApiServer_1" in log
+
+
+@pytest.mark.feature("live page", "supported")
+def test_the_live_page_of_several_processes(
+    two_processes: Server, prompts: list[str], expected: Expected
+) -> None:
+    """Counters are of all processes, requests of the one that answers."""
+    assert _complete_all(two_processes, prompts) == expected[0]
+    requests: dict[int, list[str]] = {}
+    for _ in range(40):  # each over a connection of its own
+        stats = two_processes.get_json("/adadecode/stats")
+        requests[stats["process"]] = [own["id"] for own in stats["requests"]]
+        accepted = two_processes.metric("vllm:adadecode_accepted_tokens_total")
+        assert stats["since_start"]["accepted"] == accepted
+        assert stats["api_servers"] == 2
+        if len(requests) == 2:
+            break
+    one, other = requests.values()
+    assert not set(one) & set(other)
+    assert len(one) + len(other) >= len(prompts)
 
 
 @pytest.mark.feature("several API processes", "supported")

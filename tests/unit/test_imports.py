@@ -20,6 +20,7 @@ LAYERS = (
     ("heads",),
     ("method",),
     ("engine", "patches"),  # a patch names our classes, and classes use patches
+    ("live",),
     ("toolkit.progress", "toolkit.provenance", "toolkit.options", "toolkit.plotting"),
     ("toolkit.report",),
     ("toolkit.stats", "toolkit.publishing", "toolkit.data"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -24,7 +25,13 @@ from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 
 from adadecode_vllm.cli import main
 from adadecode_vllm.config import CONFIG_KEY
+from adadecode_vllm.engine import metric_loggers
 from adadecode_vllm.engine.counter_report import CounterReport, split_counters
+from adadecode_vllm.engine.finished_requests import (
+    FINISHED_KEY,
+    RecentRequests,
+    RequestLog,
+)
 from adadecode_vllm.engine.metric_loggers import AdaDecodeLogging, AdaDecodeProm
 from adadecode_vllm.engine.metric_names import (
     CONFIG_INFO,
@@ -120,7 +127,7 @@ def test_prometheus_adds_up_by_engine(prom: Callable[..., AdaDecodeProm]) -> Non
     reader.observe({CONFIG_KEY: added}, 0)
     reader.observe({CONFIG_KEY: added}, 1)
     reader.observe({CONFIG_KEY: added}, 1)
-    snapshot = parse(_values(), 0.0, "here")
+    snapshot = parse(_values(), 0.0, "here").counted
     per_exit, totals, dropped = split_counters(added)
     assert snapshot.per_exit == {
         layer: {name: 3 * per_exit[name][index] for name in per_exit}
@@ -143,6 +150,49 @@ def test_other_engines_have_none_of_it(
     reader.observe({"bytes": 3})  # what vLLM's own connectors would send
     with pytest.raises(AdaDecodeError, match="AdaDecode's metrics are not there"):
         parse(_values(), 0.0, "here")
+
+
+def test_finished_requests_travel_beside_the_counters(
+    prom: Callable[..., AdaDecodeProm], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With counters or without; the newest are remembered, in either logger."""
+    recent = RecentRequests(remembered=2)
+    monkeypatch.setattr(metric_loggers, "RECENT", recent)
+    log = RequestLog()
+    log.count("a", 3, 2)
+    log.count("a", 5, 5)
+    for name, tokens in (("a", 9), ("b", 4), ("c", 0)):
+        log.end(_ended(name, tokens))
+    reader = prom(OPTIONS)
+    reader.observe({FINISHED_KEY: log.take()})
+    assert log.take() == []
+    assert [request.request_id for request in recent.newest()] == ["c", "b"]
+    assert PREFIX + "accepted_tokens_total" in _values()
+    log.count("d", 8, 6)
+    log.end(_ended("d", 5))
+    sent = json.loads(json.dumps(log.take()))  # tuples arrive as lists
+    reader.observe({CONFIG_KEY: [1.0] * NUMBERS, FINISHED_KEY: sent})
+    newest = recent.newest()[0]
+    # Of six accepted drafts at least one lies behind the end of a text of five tokens.
+    assert (newest.request_id, newest.drafted, newest.accepted) == ("d", 8, 5)
+    assert (newest.prompt_tokens, newest.tokens, newest.reason) == (7, 5, "stop")
+    assert 0 < newest.seconds < 60
+    assert parse(_values(), 0.0, "here").counted.totals["request_steps"] == 1
+    lines: list[str] = []
+    logging = AdaDecodeLogging(None)
+    logging.observe({FINISHED_KEY: []})
+    logging.log(lambda *line: lines.append(str(line)))
+    assert lines == []
+
+
+def _ended(name: str, tokens: int) -> Any:
+    return SimpleNamespace(
+        request_id=name,
+        arrival_time=time.time() - 1,
+        num_prompt_tokens=7,
+        num_output_tokens=tokens,
+        get_finished_reason=lambda: "stop",
+    )
 
 
 def test_the_log_sums_up_an_interval() -> None:
@@ -359,7 +409,7 @@ def test_a_server_that_restarted_is_noticed() -> None:
         return parse(text, time, "here")
 
     lately = snapshot(5.0, 8.0).since(snapshot(3.0, 6.0))
-    assert (lately.time, lately.totals["request_steps"]) == (2.0, 2.0)
-    assert lately.per_exit[2]["accepted"] == 2.0
-    assert not lately.restarted
-    assert snapshot(5.0, 1.0).since(snapshot(3.0, 6.0)).restarted
+    assert (lately.time, lately.counted.totals["request_steps"]) == (2.0, 2.0)
+    assert lately.counted.per_exit[2]["accepted"] == 2.0
+    assert not lately.counted.restarted
+    assert snapshot(5.0, 1.0).since(snapshot(3.0, 6.0)).counted.restarted

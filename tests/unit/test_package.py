@@ -60,6 +60,9 @@ def test_entry_points() -> None:
     assert found == {
         ("console_scripts", "adadecode"): "adadecode_vllm.cli:main",
         ("vllm.general_plugins", "adadecode"): "adadecode_vllm.plugin:register",
+        ("vllm.endpoint_plugins", "adadecode"): (
+            "adadecode_vllm.live.endpoint:LiveEndpoint"
+        ),
     }
 
 
@@ -159,6 +162,7 @@ def test_wheel_holds_every_package(wheel: Path) -> None:
     templates = list((ROOT / "adadecode_vllm").rglob("*.j2"))
     assert templates
     assert {str(path.relative_to(ROOT)) for path in templates} <= set(names)
+    assert "adadecode_vllm/live/page.html" in names
     assert not any(name.startswith(("patches/", "tests/")) for name in names)
 
 

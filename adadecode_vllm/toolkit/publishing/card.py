@@ -19,6 +19,7 @@ from adadecode_vllm.heads.files import CARD_FILE
 from adadecode_vllm.heads.hub import LIBRARY, is_hub_id
 from adadecode_vllm.toolkit.publishing.signed import change_signed, is_as_written, sign
 from adadecode_vllm.toolkit.report.schema import (
+    Best,
     Evaluation,
     ExitFigures,
     ThresholdRow,
@@ -47,6 +48,11 @@ _TAGS: Final = ["adadecode", "vllm", "speculative-decoding", "early-exit"]
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~-])/(?:[^\s/]+/)+([^\s/]*)")
 _VOCABULARY_ROW = re.compile(r"^\| Vocabulary \|.*$", re.MULTILINE)
 _DRAFT_VOCABULARY_ROW = re.compile(r"^\| Draft vocabulary \|.*\n", re.MULTILINE)
+_PREDICTION = re.compile(
+    r"^Predicted, not measured: ([\d.]+)x over ordinary decoding\s+with threshold "
+    r"([\d.]+) and at most (\d+) early predictions",
+    re.MULTILINE,
+)
 _HEADS_ARGUMENT = re.compile(r"(--adadecode-heads )(?:'[^']*'|\S+)")
 
 
@@ -192,6 +198,20 @@ def name_draft_vocabulary(card: str, config: ExitHeadsConfig) -> str:
             count=1,
         ),
     )
+
+
+def predicted_best(card: str) -> Best | None:
+    """Read the predicted speedup off a card, all that published heads tell of it.
+
+    Args:
+        card: The card's text.
+
+    Returns:
+        The fastest setting and its speedup; None where the card predicts nothing.
+    """
+    if (match := _PREDICTION.search(card)) is None:
+        return None
+    return Best(speedup=float(match[1]), threshold=float(match[2]), cap=int(match[3]))
 
 
 def _metadata(config: ExitHeadsConfig, training: Mapping[str, Any]) -> ModelCardData:

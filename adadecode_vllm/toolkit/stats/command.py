@@ -52,6 +52,6 @@ def stats_command(
             lately = current.since(newest)
             newest = current
             live.update(
-                view(address, current, None if lately.restarted else lately),
+                view(address, current, None if lately.counted.restarted else lately),
                 refresh=True,
             )

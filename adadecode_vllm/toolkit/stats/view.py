@@ -48,9 +48,9 @@ def view(
 def _options(total: Snapshot) -> str:
     shown = ("threshold", "max_early_predictions", "gate", "disable_by_batch_size")
     return ", ".join(
-        f"{name} {total.options[name]}"
+        f"{name} {total.counted.options[name]}"
         for name in shown
-        if total.options.get(name) not in (None, "None")
+        if total.counted.options.get(name) not in (None, "None")
     )
 
 
@@ -66,7 +66,7 @@ def _exits(total: Snapshot) -> Table:
         "right",
     ):
         table.add_column(heading, justify="right")
-    for layer, counted in total.per_exit.items():
+    for layer, counted in total.counted.per_exit.items():
         predicted, asked = counted["early_predictions"], counted["gates"]
         accepted, rejected = counted["accepted"], counted["rejected"]
         table.add_row(
@@ -86,27 +86,33 @@ def _summary(columns: list[Snapshot]) -> dict[str, list[str]]:
     rows = {
         "tokens per target forward": [
             decimal(
-                _ratio(part.totals["generated_tokens"], part.totals["request_steps"]), 2
+                _ratio(
+                    part.counted.totals["generated_tokens"],
+                    part.counted.totals["request_steps"],
+                ),
+                2,
             )
             for part in columns
         ],
         "generated tokens": [
-            count(int(part.totals["generated_tokens"])) for part in columns
+            count(int(part.counted.totals["generated_tokens"])) for part in columns
         ],
         "resumed tokens": [
-            count(int(part.totals["resumed_tokens"])) for part in columns
+            count(int(part.counted.totals["resumed_tokens"])) for part in columns
         ],
         "drafting": [
-            f"{decimal(part.totals['drafting_seconds'], 1)} s" for part in columns
+            f"{decimal(part.counted.totals['drafting_seconds'], 1)} s"
+            for part in columns
         ],
         "verifying": [
-            f"{decimal(part.totals['verifying_seconds'], 1)} s" for part in columns
+            f"{decimal(part.counted.totals['verifying_seconds'], 1)} s"
+            for part in columns
         ],
     }
-    for reason in columns[0].dropped:
-        if columns[0].dropped[reason]:
+    for reason in columns[0].counted.dropped:
+        if columns[0].counted.dropped[reason]:
             rows[f"dropped, {reason.replace('_', ' ')}"] = [
-                f"{count(int(part.dropped[reason]))} tokens" for part in columns
+                f"{count(int(part.counted.dropped[reason]))} tokens" for part in columns
             ]
     return rows
 

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether heads can be used, and with this model; no model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.heads.config import ExitHeadsConfig, load_heads_config
+from adadecode_vllm.heads.files import heads_named
+from adadecode_vllm.heads.hub import resolve_heads
+from adadecode_vllm.toolkit.doctor.finding import Finding
+from adadecode_vllm.toolkit.doctor.model import ModelFacts
+
+_NO_TORCH = Finding(
+    "fit",
+    "warning",
+    "torch is not installed, so the heads' weights and the model's LM head cannot be "
+    "compared.",
+    "Install it together with vLLM, and ask again.",
+)
+
+
+@dataclass(frozen=True)
+class HeadsFacts:
+    """Heads on this machine.
+
+    Attributes:
+        name: As the user gave it.
+        directory: Where they are.
+        config: Their description.
+    """
+
+    name: str
+    directory: Path
+    config: ExitHeadsConfig
+
+
+def read_heads(name: str) -> HeadsFacts:
+    """Find heads and read their description.
+
+    Args:
+        name: A directory, or a name on the Hugging Face Hub.
+
+    Returns:
+        The heads; the header of their weights agrees with the description.
+
+    Raises:
+        AdaDecodeError: They cannot be used.
+    """
+    with heads_named("HEADS"):
+        directory = resolve_heads(name)
+        return HeadsFacts(name, directory, load_heads_config(directory))
+
+
+def check_heads(heads: HeadsFacts) -> Finding:
+    """Describe heads, and say what they lack."""
+    config = heads.config
+    exits = ", ".join(map(str, config.exit_layers))
+    ranked = config.draft_vocabulary
+    lacks, steps = [], []
+    if config.calibration is None:
+        lacks.append("calibration, which the gate `acceptance` needs")
+        steps.append("train with a held-out share")
+    if ranked is None:
+        lacks.append("a draft vocabulary, which makes gates cheaper")
+        steps.append("run `adadecode draft-vocabulary`")
+    text = f"Exits after layers {exits} of {config.num_hidden_layers}, {config.dtype}"
+    if config.memory:
+        text += ", with memory of the token before"
+    figures = {
+        "exit_layers": config.exit_layers,
+        "calibrated": config.calibration is not None,
+        "draft_vocabulary": ranked,
+        "memory": config.memory,
+        "base_model": config.base_model,
+    }
+    if not lacks:
+        ranking = f"a ranking of {ranked:,} tokens"
+        return Finding(
+            "heads", "ok", f"{text}, calibrated, with {ranking}.", figures=figures
+        )
+    return Finding(
+        "heads",
+        "ok",
+        f"{text}; without {' and without '.join(lacks)}.",
+        f"If you want that: {', or '.join(steps)}.",
+        figures,
+    )
+
+
+def check_fit(heads: HeadsFacts, model: ModelFacts) -> Iterator[Finding]:
+    """Compare heads with a model: shapes, and the LM head's fingerprint.
+
+    Args:
+        heads: The heads.
+        model: The model.
+    """
+    try:
+        from adadecode_vllm.engine.heads_fit import check_heads_fit
+    except ImportError:
+        yield _NO_TORCH
+        return
+    try:
+        with heads_named("HEADS"):
+            compared = check_heads_fit(
+                heads.config, model, str(model.directory), heads.name
+            )
+    except AdaDecodeError as error:
+        yield failure("fit", error)
+        return
+    if compared:
+        yield Finding("fit", "ok", "These heads were made for this model's LM head.")
+    else:
+        yield Finding(
+            "fit",
+            "warning",
+            "The shapes fit. The LM head could not be compared without loading the "
+            "model: it is quantized, or not in a local safetensors checkpoint.",
+            "vLLM compares it at start-up, where its weights are not packed.",
+        )
+
+
+def identity_exits(heads: HeadsFacts) -> list[int]:
+    """The exits whose T is the identity, which takes no memory; reads all weights.
+
+    Args:
+        heads: The heads.
+
+    Returns:
+        Their layer counts; none where torch is not installed.
+
+    Raises:
+        AdaDecodeError: The weights cannot be read, or hold NaN or infinity.
+    """
+    try:
+        import torch
+
+        from adadecode_vllm.heads.io import load_exit_memory, load_exit_weights
+    except ImportError:
+        return []
+    with heads_named("HEADS"):
+        weights = load_exit_weights(heads.directory, heads.config)
+        load_exit_memory(heads.directory, heads.config)  # refuses what is damaged
+    return [
+        layer
+        for layer, weight in weights.items()
+        if torch.equal(weight, torch.eye(len(weight)).to(weight))
+    ]
+
+
+def failure(check: str, error: AdaDecodeError) -> Finding:
+    """What a message for a user says, as a finding; it names the remedy itself."""
+    text = str(error)
+    return Finding(check, "problem", text if text.endswith(".") else f"{text}.")

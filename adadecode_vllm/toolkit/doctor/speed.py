@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What speedup to expect: what the heads' own evaluation says, and what it does not."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.heads.files import CARD_FILE
+from adadecode_vllm.toolkit.doctor.finding import Finding
+from adadecode_vllm.toolkit.doctor.fit import HeadsFacts
+from adadecode_vllm.toolkit.evaluation.output import EVALUATION_FILE
+from adadecode_vllm.toolkit.publishing.card import predicted_best
+from adadecode_vllm.toolkit.report import parse_evaluation, parse_history
+from adadecode_vllm.toolkit.report.schema import Best
+from adadecode_vllm.toolkit.report.text import percent, ratio, short
+from adadecode_vllm.toolkit.training.output import HISTORY_FILE, RUN_DIRECTORY
+
+_EVALUATION = Path("evaluation", EVALUATION_FILE)
+_LARGER_BATCHES = (
+    "The host's work is left out of it, so small models gain less. That is for one "
+    "request at a time. For more it is unknown, and less: on other models the gain "
+    "was gone at 16 requests (H200) and at 32 (2 CPU cores)."
+)
+_COST = 'For larger batches set "policy": "cost", which drafts only where it pays.'
+
+
+def expected_speed(heads: HeadsFacts, identities: list[int]) -> Finding:
+    """Say what speedup the heads' evaluation predicts.
+
+    Args:
+        heads: The heads.
+        identities: Layer counts of the exits whose T is the identity.
+
+    Returns:
+        A warning where nothing is known, or where nothing is to be gained.
+    """
+    found = _evaluated(heads)
+    if found is None:
+        return _unknown(heads, identities)
+    best, gate, source = found
+    figures = {
+        "speedup": best.speedup,
+        "threshold": best.threshold,
+        "max_early_predictions": best.cap,
+        "batch_sizes": [1],
+        "source": source,
+    }
+    setting = f"threshold {short(best.threshold)} and cap {best.cap}"
+    if best.speedup <= 1:
+        return Finding(
+            "speed",
+            "warning",
+            f"No setting is predicted to be faster than ordinary decoding: the best, "
+            f"{setting}, reaches {ratio(best.speedup)} ({source}).",
+            "Train better heads, or leave the plugin off for this text.",
+            figures,
+        )
+    options: dict[str, Any] = {
+        "threshold": best.threshold,
+        "max_early_predictions": best.cap,
+    }
+    if gate is not None and gate != "probability":
+        options["gate"] = gate
+    serve = (
+        f"Serve with --adadecode-config '{json.dumps(options)}'."
+        if gate is not None
+        else "Serve with the command on the model card."
+    )
+    return Finding(
+        "speed",
+        "ok",
+        f"{ratio(best.speedup)} with {setting}, predicted, not measured ({source}), on "
+        f"text like the held-out one. {_LARGER_BATCHES}",
+        f"{serve} {_COST}",
+        figures,
+    )
+
+
+def _evaluated(heads: HeadsFacts) -> tuple[Best, str | None, str] | None:
+    """The best setting, its gate if that is known, and where it is written."""
+    path = heads.directory / _EVALUATION
+    with suppress(OSError, ValueError, RecursionError, AdaDecodeError):
+        evaluation = parse_evaluation(json.loads(path.read_text(encoding="utf-8")))
+        layers = [exit_.layer for exit_ in evaluation.exits]
+        if evaluation.best is not None and layers == heads.config.exit_layers:
+            simulation = evaluation.simulation
+            gate = "probability" if simulation is None else simulation.gate
+            return evaluation.best, gate, str(_EVALUATION)
+    with suppress(OSError, UnicodeDecodeError):
+        card = (heads.directory / CARD_FILE).read_text(encoding="utf-8")
+        if (best := predicted_best(card)) is not None:
+            return best, None, f"the model card, {CARD_FILE}"
+    return None
+
+
+def _unknown(heads: HeadsFacts, identities: list[int]) -> Finding:
+    """Nothing was evaluated; perhaps the training measured agreement."""
+    text = "Unknown: these heads were not evaluated."
+    remedy = "Run `adadecode eval MODEL HEADS --data HELDOUT` on text like yours."
+    if identities == heads.config.exit_layers and not heads.config.memory:
+        text = "Unknown, and probably little: no exit is trained (T = I)."
+        remedy = "Train them with `adadecode train`, then run `adadecode eval`."
+    elif agreement := _agreement(heads):
+        exits = ", ".join(
+            f"{percent(share)} after layer {layer}"
+            for layer, share in agreement.items()
+        )
+        text += f" Of the tokens held out of the training they agreed with {exits}."
+    return Finding(
+        "speed", "warning", text, remedy, {"speedup": None, "batch_sizes": []}
+    )
+
+
+def _agreement(heads: HeadsFacts) -> dict[int, float]:
+    """Agreement after the last epoch, by exit layer; empty if it is not known."""
+    path = heads.directory / RUN_DIRECTORY / HISTORY_FILE
+    with suppress(OSError, ValueError, RecursionError, AdaDecodeError):
+        history = parse_history(json.loads(path.read_text(encoding="utf-8")))
+        if history.held_out:
+            return history.held_out[-1].agreement
+    return {}
