@@ -17,8 +17,7 @@ PER_EXIT = {
     ),
     "rejected": (
         "rejected_tokens",
-        "Early predictions of an exit that the final layer contradicted. What follows "
-        "a contradicted one is neither accepted nor rejected.",
+        "Early predictions of an exit that the final layer contradicted.",
     ),
     "gates": ("gate_checks", "Tokens for which an exit's head was asked."),
 }
