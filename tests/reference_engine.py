@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from adadecode_vllm.method.admission import AcceptanceRecord, Admission
-from adadecode_vllm.method.drafting import Drafter, DraftRequests
+from adadecode_vllm.method.cycle import DraftRequests
+from adadecode_vllm.method.drafting import Drafter
 from adadecode_vllm.method.executor import TokenSubset
 from adadecode_vllm.method.ledger import Ledger, Resumable, Window
 from adadecode_vllm.method.policy import ThresholdPolicy

@@ -23,7 +23,8 @@ from adadecode_vllm.engine.settings import Settings
 from adadecode_vllm.engine.split_model import SplitModel
 from adadecode_vllm.engine.vllm_executor import Backend, VllmExecutor
 from adadecode_vllm.method.admission import AcceptanceRecord
-from adadecode_vllm.method.drafting import Drafter, DraftRequests
+from adadecode_vllm.method.cycle import DraftRequests
+from adadecode_vllm.method.drafting import Drafter
 from adadecode_vllm.method.ledger import REASONS, Ledger, Resumable
 from adadecode_vllm.method.policy import ThresholdPolicy
 from adadecode_vllm.method.resume import Resumer, ScheduledBatch

@@ -14,7 +14,7 @@ from adadecode_vllm.engine.limits import draft_limits
 from adadecode_vllm.engine.ngram import contexts_of
 from adadecode_vllm.engine.outcomes import ADMISSION
 from adadecode_vllm.method.admission import Admission
-from adadecode_vllm.method.drafting import DraftRequests
+from adadecode_vllm.method.cycle import DraftRequests
 
 if TYPE_CHECKING:
     import torch

@@ -13,10 +13,11 @@
 #
 #   ROWS_GSM8K, ROWS_MBPP, ROWS_XSUM   prompts of each kind (500, 500, 200)
 #   LAYERS                             exits (2,4,8,15)
+#   MEMORY=1                           heads that read the state of the token before, too
 #   EPOCHS                             passes over the answers (6)
 set -euo pipefail
 if (($# < 4)); then
-    sed -n '5,16s/^# \{0,1\}//p' "$0" >&2
+    sed -n '5,17s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
 work=$(realpath -m "$1")
@@ -40,7 +41,7 @@ answer xsum "$xsum" "${ROWS_XSUM:-200}"
 "${adadecode[@]}" train "$model" "$work/heads" --exit-layers "${LAYERS:-2,4,8,15}" \
     --data "$work/data/gsm8k" --data "$work/data/mbpp" --data "$work/data/xsum" \
     --draft-vocabulary 4096 --heads-dtype bfloat16 --batch-size 16 --learning-rate 2e-3 \
-    --epochs "${EPOCHS:-6}" --cache-dir "$work/states"
+    --epochs "${EPOCHS:-6}" --cache-dir "$work/states" ${MEMORY:+--memory}
 
 if [[ -n $heads ]]; then
     mkdir -p "$heads"

@@ -15,7 +15,7 @@ import torch
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from adadecode_vllm.method.drafting import DraftRequests
+from adadecode_vllm.method.cycle import DraftRequests
 from adadecode_vllm.method.executor import TokenSubset
 from adadecode_vllm.method.ledger import Resumable
 from adadecode_vllm.method.resume import ScheduledBatch
