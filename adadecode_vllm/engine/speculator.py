@@ -12,38 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
-from vllm.config import CUDAGraphMode
-from vllm.distributed.parallel_state import graph_capture
 from vllm.utils.torch_utils import async_tensor_h2d
-from vllm.v1.worker.gpu.cudagraph_utils import has_compiled_submodule
-from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
-from adadecode_vllm.config import engine_config
-from adadecode_vllm.engine.adadecode import AdaDecode
-from adadecode_vllm.engine.batch import AttentionBatcher, KVGroup, window_reach
-from adadecode_vllm.engine.draft_cycle import DraftCycle, Sampled
+from adadecode_vllm.engine.draft_cycle import Sampled
 from adadecode_vllm.engine.draft_room import trim_grammar
 from adadecode_vllm.engine.host_copy import HostCopy
 from adadecode_vllm.engine.limits import stop_token_ids
-from adadecode_vllm.engine.piecewise import PiecewiseInputs
-from adadecode_vllm.engine.segment_graphs import (
-    MAX_TOKENS,
-    GraphedSteps,
-    SegmentGraphs,
-    StepKind,
-    Steps,
-    graph_support,
-    step_kinds,
-)
-from adadecode_vllm.engine.step_buffers import StepBuffers
-from adadecode_vllm.engine.vllm_executor import Backend
+from adadecode_vllm.engine.speculator_setup import SpeculatorSetup
 from adadecode_vllm.method.ledger import Resumable
 from adadecode_vllm.method.resume import ScheduledBatch
 from adadecode_vllm.request_options import RequestOptions
@@ -52,18 +31,15 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
     from vllm.v1.worker.gpu.input_batch import InputBatch
-    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
     from vllm.v1.worker.gpu.states import RequestState
 
 
-class AdaDecodeSpeculator(BaseSpeculator):
+class AdaDecodeSpeculator(SpeculatorSetup):
     """Turns vLLM's state after sampling into a drafting cycle.
 
     A request's row in the block tables is its index in ``RequestState``.
 
     Attributes:
-        adadecode: The method's parts; exists after :meth:`load`.
-        cycle: Counts steps and drafts; exists after :meth:`load`.
         drafts: Request id to early predictions that no step has verified yet.
         waited: Whether the host knows what the last step sampled.
     """
@@ -71,9 +47,6 @@ class AdaDecodeSpeculator(BaseSpeculator):
     # What the runner reads of a speculator.
     supports_mm_inputs = False
     draft_logits = None
-
-    adadecode: AdaDecode
-    cycle: DraftCycle
 
     def __init__(
         self, vllm_config: VllmConfig, device: torch.device, req_states: RequestState
@@ -85,11 +58,7 @@ class AdaDecodeSpeculator(BaseSpeculator):
             device: The model's device.
             req_states: vLLM's request states.
         """
-        self.vllm_config = vllm_config
-        self.device = device
-        config = engine_config(vllm_config)
-        assert config is not None, "start-up named this class for AdaDecode only"
-        self.config = config
+        super().__init__(vllm_config, device, req_states.max_model_len)
         self.drafts: dict[str, list[int]] = {}
         self.waited = False
         self._async = bool(vllm_config.scheduler_config.async_scheduling)
@@ -103,98 +72,7 @@ class AdaDecodeSpeculator(BaseSpeculator):
         self._scheduled: SchedulerOutput | None = None
         self._new: set[str] = set()
         self._empty: dict[str, int] = {}
-        self._runner: GPUModelRunner | None = None
-        self._kinds: list[StepKind] = []
         self._warming_up = False
-        self._piecewise = False
-
-    def load(self, target_model: nn.Module) -> None:
-        """Assemble the method around the loaded model.
-
-        Args:
-            target_model: The model as vLLM loaded it.
-        """
-        self.adadecode = AdaDecode(target_model, self.config, self.vllm_config)
-        self.cycle = DraftCycle(self.adadecode, self._states.max_model_len)
-
-    def bind(self, runner: GPUModelRunner) -> None:
-        """Learn the runner's KV cache groups; called whenever they change.
-
-        Args:
-            runner: The model runner.
-        """
-        groups = [
-            _kv_group(runner, index)
-            for index in range(len(runner.kv_cache_config.kv_cache_groups))
-        ]
-        self._backend = Backend(AttentionBatcher(groups, self.device))
-        self.adadecode.bind(self._backend)
-        self._runner = runner
-
-    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        """Plan the CUDA graphs of draft steps and of the segments' pieces.
-
-        vLLM calls it whenever the KV cache is set up, also while it measures how much
-        memory graphs take; it then finds the managers among the attributes.
-
-        Args:
-            cudagraph_mode: What the attention backends allow.
-        """
-        full = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
-        self._piecewise = cudagraph_mode.has_piecewise_cudagraphs()
-        model = self.adadecode.model
-        self._kinds = step_kinds(
-            model.num_segments, model.exits_at_embedding, self.adadecode.states.window
-        )
-        for kind in self._kinds:
-            graphs = SegmentGraphs(kind, self.vllm_config, self.device, full)
-            setattr(self, kind.name, graphs)
-
-    @torch.inference_mode()
-    def capture(self) -> None:
-        """Capture them; vLLM calls it after its own graphs."""
-        runner = self._runner
-        assert runner is not None, "bound when the KV cache was initialized"
-        model, states = self.adadecode.model, self.adadecode.states
-        backend = self._backend
-        if self._piecewise and all(map(has_compiled_submodule, model.segments)):
-            sizes = self.vllm_config.compilation_config.cudagraph_capture_sizes
-            inputs = PiecewiseInputs(
-                sizes or (), states.hidden.shape[1], states.hidden.dtype, self.device
-            )
-            with graph_capture(device=self.device):
-                model.capture_piecewise(inputs)
-            backend = replace(backend, piecewise=inputs)
-            self.adadecode.bind(backend)
-        support = graph_support(runner)
-        kinds = [
-            kind
-            for kind in self._kinds
-            if (support == 2 or kind.max_query_len <= support)
-            and self._graphs(kind).largest
-        ]
-        if not kinds:
-            return
-        buffers = StepBuffers(
-            runner,
-            states,
-            max(runner.max_num_reqs, MAX_TOKENS),
-            model.num_segments,
-        )
-        steps = Steps(buffers, model)
-        for kind in kinds:
-            self._graphs(kind).capture_steps(steps)
-        # By name: vLLM drops the managers it profiled with, and these with them.
-        graphed = GraphedSteps(
-            buffers,
-            {kind: partial(self._graphs, kind) for kind in kinds},
-            states.window,
-            self.adadecode.measure,
-        )
-        self.adadecode.bind(replace(backend, steps=graphed))
-
-    def _graphs(self, kind: StepKind) -> SegmentGraphs:
-        return getattr(self, kind.name)
 
     @contextmanager
     def warming_up(self) -> Iterator[None]:
@@ -459,16 +337,3 @@ def _host_token_ids(states: RequestState) -> np.ndarray | None:
         return table.gpu.numpy()
     shared = getattr(table, "_uva_buf", None)
     return None if shared is None else shared.np
-
-
-def _kv_group(runner: GPUModelRunner, index: int) -> KVGroup:
-    tables = runner.block_tables
-    group = runner.kv_cache_config.kv_cache_groups[index]
-    return KVGroup(
-        block_table=lambda: tables.block_tables[index].gpu,
-        block_size=tables.block_sizes[index],
-        blocks_owned=lambda: tables.num_blocks.np[index],
-        layer_names=group.layer_names,
-        attention_groups=runner.attn_groups[index],
-        window_reach=window_reach(group.kv_cache_spec),
-    )

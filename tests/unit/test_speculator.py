@@ -32,6 +32,7 @@ def make_speculator(*, ahead: bool = True) -> AdaDecodeSpeculator:
     )
     states: Any = SimpleNamespace(
         max_num_reqs=4,
+        max_model_len=64,
         draft_tokens=torch.zeros((4, CAP), dtype=torch.int64),
         req_id_to_index={"a": 2, "b": 0, "c": 1},
     )
