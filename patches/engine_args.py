@@ -103,6 +103,10 @@ def _wrap_create(original: Any) -> Any:
         from adadecode_vllm.errors import AdaDecodeError
 
         try:
+            if arguments.lacks_heads(self):
+                from adadecode_vllm.engine.heads_as_model import find_model_of_heads
+
+                find_model_of_heads(self)
             config = arguments.requested_config(self)
             if config is None:
                 return original(self, *args, **kwargs)

@@ -130,6 +130,12 @@ def merge_into_additional_config(
     return merged
 
 
+def lacks_heads(args: EngineArgs) -> bool:
+    """Whether AdaDecode is asked for and no heads are named."""
+    options = (args.additional_config or {}).get(CONFIG_KEY)
+    return isinstance(options, dict) and "heads" not in options
+
+
 def requested_config(args: EngineArgs) -> AdaDecodeConfig | None:
     """The configuration that engine arguments ask for.
 

@@ -81,7 +81,8 @@ class ExitHeadsConfig(BaseModel):
         hidden_size: d of the base model.
         vocab_size: Rows of the base model's LM head.
         num_hidden_layers: Decoder layers of the base model.
-        base_model: Name or path of the base model, for people; never opened.
+        base_model: Name or path of the base model; opened only where heads are served
+            by their own name.
         lm_head_fingerprint: See `adadecode_vllm.heads.fingerprint`.
         library_version: Version of adadecode-vllm that wrote the directory.
         dtype: Dtype of the stored weights.
@@ -90,6 +91,10 @@ class ExitHeadsConfig(BaseModel):
         draft_vocabulary: Number of token ids in the tensor `draft_token_ids`, the most
             frequent tokens of the training text; None for heads without it.
         memory: Whether every exit has a matrix U for the state of the token before.
+        base_model_revision: Branch, tag or commit of a base model on the Hub; None for
+            its main branch.
+        recommended: Options of the engine that suit these heads, used where they are
+            served by their own name; None for the defaults.
         speculators_config: The heads described in the form of the `speculators`
             project, for tools that read it; nothing here does.
     """
@@ -110,6 +115,8 @@ class ExitHeadsConfig(BaseModel):
     calibration: dict[str, ExitCalibration] | None = None
     draft_vocabulary: PositiveInt | None = None
     memory: bool = False
+    base_model_revision: str | None = None
+    recommended: dict[str, Any] | None = None
     speculators_config: dict[str, Any] | None = None
 
     @model_validator(mode="after")

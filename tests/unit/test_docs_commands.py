@@ -21,6 +21,7 @@ from adadecode_vllm import plugin
 from adadecode_vllm.cli import app
 from adadecode_vllm.config import parse_config
 from adadecode_vllm.engine.arguments import options_from_flags
+from adadecode_vllm.heads import load_heads_config
 from tests.documents import DOCUMENTS, ROOT, blocks, commands, read
 
 SHELL = [
@@ -102,7 +103,9 @@ def test_server_commands(
     args = server_arguments.parse_args(["--model", words[1], *words[2:]])
     options = options_from_flags(args)
     assert options is not None, "a server of the documentation without AdaDecode"
-    parse_config(options)
+    if "heads" not in options and (ROOT / words[1]).is_dir():
+        assert load_heads_config(ROOT / words[1]).recommended
+    parse_config({"heads": words[1], **options})
 
 
 def configs() -> Iterator[object]:
