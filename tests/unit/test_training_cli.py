@@ -105,6 +105,11 @@ def test_train_then_eval_with_memory(
             "--draft-vocabulary 9: value error, full-size heads have the whole",
         ),
         (("--unroll", "0"), "--unroll 0: input should be greater than 0"),
+        (("--start", "zero"), "--start zero: input should be 'identity' or 'ridge'"),
+        (
+            ("--head", "full", "--start", "ridge"),
+            "--start ridge: value error, full-size heads have a start of their own",
+        ),
         (
             ("--head", "full", "--memory"),
             "--memory True: value error, full-size heads have no memory",

@@ -28,6 +28,7 @@ from adadecode_vllm.toolkit.states import cache as cache_module
 from adadecode_vllm.toolkit.states.cache import LiveStates
 from adadecode_vllm.toolkit.states.teacher import Teacher
 from adadecode_vllm.toolkit.states.texts import load_texts, split_held_out
+from adadecode_vllm.toolkit.training.ridge import ridge_heads
 from adadecode_vllm.toolkit.training.run import Reporter, RunOptions, train_heads
 from adadecode_vllm.toolkit.training.settings import TrainSettings
 from tests.data_directory import write_random_texts, write_rows
@@ -131,7 +132,7 @@ def test_a_killed_run_ends_with_the_same_bits(
 
 MEMORY: dict[str, Any] = {
     "exit_layers": [0, 2],
-    "settings": {"memory": True, "unroll": 2},
+    "settings": {"memory": True, "unroll": 2, "start": "ridge"},
 }
 
 
@@ -142,7 +143,7 @@ def memory_of(output: Path) -> dict[int, torch.Tensor]:
 
 
 def test_heads_with_memory(teacher: Teacher, data: Path, tmp_path: Path) -> None:
-    settings = {**MEMORY["settings"], "epochs": 10}
+    settings = {**MEMORY["settings"], "start": "identity", "epochs": 10}
     record = train(teacher, data, tmp_path, exit_layers=[0, 2], settings=settings)
     history = json.loads((tmp_path / "run" / "history.json").read_text())
     first, last = history["held_out"][0], history["held_out"][-1]
@@ -186,6 +187,31 @@ def test_a_killed_run_with_memory_ends_with_the_same_bits(
         for name in ("whole", "killed")
     ]
     assert histories[0] == histories[1]
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_least_squares_are_a_start(
+    teacher: Teacher, data: Path, tmp_path: Path, memory: bool
+) -> None:
+    losses = {}
+    for start in ("identity", "ridge"):
+        settings = {"start": start, "memory": memory, "learning_rate": 1e-9}
+        train(teacher, data, tmp_path / start, exit_layers=[0, 2], settings=settings)
+        history = json.loads((tmp_path / start / "run" / "history.json").read_text())
+        losses[start] = history["steps"][0]["loss"]
+    for layer in ("0", "2"):
+        assert losses["ridge"][layer] < losses["identity"][layer]
+    weights = weights_of(tmp_path / "ridge")
+    texts = load_texts([data], teacher, None)
+    training, _ = split_held_out(texts, SETTINGS["held_out"], 0)
+    source = LiveStates(teacher, training, [0, 2, NUM_LAYERS], 1024)
+    expected = ridge_heads(source, [0, 2], memory=memory)
+    for layer in (0, 2):
+        weight, matrix = expected[layer]
+        torch.testing.assert_close(weights[layer], weight, rtol=1e-3, atol=1e-4)
+        if matrix is not None:
+            found = memory_of(tmp_path / "ridge")[layer]
+            torch.testing.assert_close(found, matrix, rtol=1e-3, atol=1e-4)
 
 
 def test_options_of_memory_mean_nothing_without_it() -> None:

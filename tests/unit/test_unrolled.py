@@ -15,8 +15,10 @@ from adadecode_vllm.toolkit.evaluation.measure import measure
 from adadecode_vllm.toolkit.evaluation.simulate import total
 from adadecode_vllm.toolkit.states.teacher import Teacher
 from adadecode_vllm.toolkit.states.texts import load_texts
+from adadecode_vllm.toolkit.training import ridge
 from adadecode_vllm.toolkit.training.objective import Objective, evaluate_unrolled
 from adadecode_vllm.toolkit.training.probe import choose_exits
+from adadecode_vllm.toolkit.training.ridge import ridge_heads
 from tests.data_directory import write_answers
 from tests.tiny import NUM_LAYERS, save_tiny_llama
 from tests.unit.test_training_objective import _LargestTensor
@@ -186,6 +188,36 @@ def test_every_draft_of_a_cycle_is_measured(chunk_tokens: int, batch: int) -> No
     assert sorted(map(tuple, rows)) == sorted(expected)
     right = [[agreed for d, _, agreed in expected if d == draft] for draft in range(3)]
     assert found.agreement_by_draft == [sum(r) / len(r) for r in right]
+
+
+# Least squares
+
+
+@pytest.mark.parametrize("memory", [False, True])
+@pytest.mark.parametrize("most", [20, 1000])
+def test_least_squares_find_what_there_is(
+    memory: bool, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ridge, "MOST_TOKENS", most)
+    monkeypatch.setattr(ridge, "_RIDGE", 1e-6)
+    (inputs,), final, _, (weight,), (matrix,) = make()
+    start = 0
+    for length in LENGTHS:
+        for position in range(start, start + length):
+            final[position] = weight @ inputs[position]
+            if memory and position > start:
+                final[position] += matrix @ final[position - 1]
+        start += length
+    if most == 20:  # the first four texts have 21 tokens: the last counts for nothing
+        final[sum(LENGTHS[:4]) :] = 7
+    found = ridge_heads(Source(inputs, final), [2], memory=memory)
+    assert list(found) == [2]
+    torch.testing.assert_close(found[2][0], weight, rtol=1e-3, atol=1e-3)
+    if memory:
+        assert found[2][1] is not None
+        torch.testing.assert_close(found[2][1], matrix, rtol=1e-3, atol=1e-3)
+    else:
+        assert found[2][1] is None
 
 
 # The simulation

@@ -41,7 +41,8 @@ def train_command(
     preset: Annotated[
         str,
         typer.Option(
-            help="paper (100 epochs), quick (10 epochs) or best (quick, with memory)."
+            help="paper (100 epochs), quick (10 epochs) or best (quick, with memory "
+            "and from least squares)."
         ),
     ] = "paper",
     objective: Annotated[
@@ -50,6 +51,10 @@ def train_command(
     head: Annotated[
         str | None,
         typer.Option(help="transform, or full: full-size heads, for comparison only."),
+    ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(help="identity (T = I, the paper's) or ridge (least squares)."),
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the text.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Texts in a batch.")] = None,
@@ -127,6 +132,7 @@ def train_command(
         preset,
         objective=objective,
         head=head,
+        start=start,
         epochs=epochs,
         batch_size=batch_size,
         learning_rate=learning_rate,

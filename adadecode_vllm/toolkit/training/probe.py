@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Choosing exit layers before any head is trained.
 
-Every layer gets a stand-in for a trained head that costs one linear solve: the ridge
-regression from its states, and from those of the token before for heads with memory, to
-the final ones. Sets of layers are then compared by the cost formula on held-out text.
+Every layer gets a stand-in for a trained head that costs one linear solve (`ridge`).
+Sets of layers are then compared by the cost formula on held-out text.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -24,9 +23,8 @@ from adadecode_vllm.toolkit.evaluation.unrolled import stretches
 from adadecode_vllm.toolkit.states.cache import LiveStates
 from adadecode_vllm.toolkit.states.teacher import Teacher
 from adadecode_vllm.toolkit.states.texts import Text
+from adadecode_vllm.toolkit.training.ridge import ridge_heads
 
-# Of the mean diagonal; keeps the solve stable where states are nearly collinear.
-_RIDGE = 1e-2
 _MOST_SETS = 3000
 
 
@@ -110,7 +108,8 @@ def choose_exits(
     start(sum(len(layers) - size for size in sizes) if grown_only else count)
     fit_on = _first_tokens(training, probe_tokens)
     compare_on = _first_tokens(held_out, probe_tokens)
-    heads = _ridge_heads(teacher, fit_on, layers, pass_tokens, memory=drafts > 0)
+    fitted = LiveStates(teacher, fit_on, [*layers, teacher.num_layers], pass_tokens)
+    heads = ridge_heads(fitted, layers, memory=drafts > 0)
     probes = _probe(
         teacher, compare_on, heads, threshold, pass_tokens, drafts, draft_token_ids
     )
@@ -169,38 +168,11 @@ def _first_tokens(texts: Sequence[Text], most: int) -> list[Text]:
     return chosen
 
 
-def _ridge_heads(
-    teacher: Teacher,
-    texts: Sequence[Text],
-    layers: list[int],
-    pass_tokens: int,
-    *,
-    memory: bool,
-) -> dict[int, torch.Tensor]:
-    """Least squares from each layer's states to the final ones: T, or (T U) in one."""
-    live = LiveStates(teacher, texts, [*layers, teacher.num_layers], pass_tokens)
-    states = live.states(range(len(texts))).float()
-    final = states[-1]
-    before = None
-    if memory:
-        lengths = live.lengths(range(len(texts)))
-        (whole,) = stretches(final, lengths, len(final), 1)
-        before = whole.before
-    heads = {}
-    for layer, inputs in zip(layers, states, strict=False):
-        if before is not None:
-            inputs = torch.cat((inputs, before), dim=1)
-        gram = inputs.T @ inputs
-        gram.diagonal().add_(_RIDGE * gram.diagonal().mean())
-        heads[layer] = torch.linalg.solve(gram, inputs.T @ final).T.contiguous()
-    return heads
-
-
 @torch.inference_mode()
 def _probe(
     teacher: Teacher,
     texts: Sequence[Text],
-    heads: dict[int, torch.Tensor],
+    heads: Mapping[int, tuple[torch.Tensor, torch.Tensor | None]],
     threshold: float,
     pass_tokens: int,
     drafts: int,
@@ -222,12 +194,13 @@ def _probe(
         for inputs, (layer, head) in zip(
             states[:, stretch.wide], heads.items(), strict=False
         ):
-            head = head.to(inputs.dtype)
-            if drafts:
-                weight, memory = head.chunk(2, dim=1)
-                outputs, _ = stretch.outputs(inputs, weight, memory, steps)
+            weight, memory = head
+            weight = weight.to(inputs.dtype)
+            if memory is None:
+                outputs = [inputs @ weight.T]
             else:
-                outputs = [inputs @ head.T]
+                memory = memory.to(inputs.dtype)
+                outputs, _ = stretch.outputs(inputs, weight, memory, steps)
             sure, right = [], []
             for output in outputs:
                 logits, odds = read_exit(output[stretch.lead :], None, few)

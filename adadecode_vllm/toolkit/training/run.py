@@ -57,6 +57,7 @@ from adadecode_vllm.toolkit.training.output import (
     finish,
 )
 from adadecode_vllm.toolkit.training.probe import Choice, choose_exits
+from adadecode_vllm.toolkit.training.ridge import ridge_heads
 from adadecode_vllm.toolkit.training.settings import TrainSettings
 from adadecode_vllm.toolkit.training.together import all_or_none, in_main, main_first
 from adadecode_vllm.toolkit.training.trainer import Trainer
@@ -206,6 +207,14 @@ def train_heads(
             f"Trained on {len(draft_token_ids):,} of {teacher.vocab_size:,} tokens, "
             f"{share:.1%} of the text"
         )
+    checkpoint = directory / CHECKPOINT_FILE
+    resumed = all_or_none(processes, checkpoint.exists)
+    start = None
+    if settings.start == "ridge" and not resumed:
+        start = all_or_none(
+            processes,
+            lambda: ridge_heads(training_states, exit_layers, memory=settings.memory),
+        )
     trainer = Trainer(
         exit_layers,
         lm_head,
@@ -213,9 +222,9 @@ def train_heads(
         held_out_states if held_out else None,
         settings,
         processes,
+        start,
     )
-    checkpoint = directory / CHECKPOINT_FILE
-    if all_or_none(processes, checkpoint.exists):
+    if resumed:
         all_or_none(processes, lambda: trainer.load_checkpoint(checkpoint, key))
         reporter.say(f"Continuing after epoch {trainer.progress.epoch}")
     reporter.start("training", "steps", trainer.total_steps - trainer.progress.step)

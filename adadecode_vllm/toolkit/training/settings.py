@@ -28,6 +28,8 @@ class TrainSettings(BaseModel):
             cross-entropy against its top token.
         head: ``transform``: T of shape (d, d) before the shared LM head; ``full``: a
             head of shape (V, d) of its own, started at the LM head.
+        start: What T, and U, are before training: ``identity``: T = I and U = 0;
+            ``ridge``: least squares.
         epochs: Passes over the text.
         batch_size: Texts in a batch, over all processes.
         learning_rate: Adam's, at its peak.
@@ -50,6 +52,7 @@ class TrainSettings(BaseModel):
 
     objective: Literal["kl", "greedy"] = "kl"
     head: Literal["transform", "full"] = "transform"
+    start: Literal["identity", "ridge"] = "identity"
     epochs: PositiveInt = 100
     batch_size: PositiveInt = 128
     learning_rate: Annotated[float, Field(gt=0)] = 5e-3
@@ -71,6 +74,13 @@ class TrainSettings(BaseModel):
             raise ValueError("full-size heads have the whole vocabulary")
         return value
 
+    @field_validator("start")
+    @classmethod
+    def _check_start(cls, value: str, others: ValidationInfo) -> str:
+        if value == "ridge" and others.data.get("head") == "full":
+            raise ValueError("full-size heads have a start of their own")
+        return value
+
     @field_validator("memory")
     @classmethod
     def _check_memory(cls, value: bool, others: ValidationInfo) -> bool:
@@ -85,7 +95,11 @@ class TrainSettings(BaseModel):
 
     def digest(self, *more: str) -> str:
         """Hash of the options and of what else decides the weights."""
-        unused = None if self.memory else {"memory", "unroll"}
+        # What earlier versions did not have and is as they did it is left out, so
+        # that their runs are continued.
+        unused = set() if self.memory else {"memory", "unroll"}
+        if self.start == "identity":
+            unused.add("start")
         text = "\n".join((self.model_dump_json(exclude=unused), *more))
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -94,5 +108,5 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     # Texts of a small model train in minutes; fewer passes lose little there.
     "quick": {"epochs": 10, "patience": 3},
-    "best": {"epochs": 10, "patience": 3, "memory": True},
+    "best": {"epochs": 10, "patience": 3, "memory": True, "start": "ridge"},
 }

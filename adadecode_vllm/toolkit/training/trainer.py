@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -77,6 +77,7 @@ class Trainer:
         held_out: StateSource | None,
         settings: TrainSettings,
         processes: Processes,
+        start: Mapping[int, tuple[torch.Tensor, torch.Tensor | None]] | None = None,
     ) -> None:
         """Start at T = I and U = 0, or at the LM head for full-size heads.
 
@@ -87,6 +88,8 @@ class Trainer:
             held_out: States of the others; None for none.
             settings: The options.
             processes: This process among those that train together.
+            start: By exit, T and U to start at instead, (d, d) float32; U is None for
+                heads without memory.
         """
         self.settings = settings
         self.lm_head = lm_head
@@ -95,14 +98,17 @@ class Trainer:
         self.processes = processes
         self.progress = Progress()
         size, device = lm_head.shape[1], lm_head.device
+        first = torch.eye(size, device=device)
         if settings.head == "full":
-            start = lm_head.float()
-        else:
-            start = torch.eye(size, device=device)
-        self.weights = {layer: start.clone() for layer in exit_layers}
+            first = lm_head.float()
+        self.weights = {layer: first.clone() for layer in exit_layers}
         self.memory: Matrices | None = None
         if settings.memory:
-            self.memory = {layer: torch.zeros_like(start) for layer in exit_layers}
+            self.memory = {layer: torch.zeros_like(first) for layer in exit_layers}
+        for layer, (weight, memory) in (start or {}).items():
+            self.weights[layer].copy_(weight)
+            if self.memory is not None and memory is not None:
+                self.memory[layer].copy_(memory)
         # By the names of a checkpoint.
         self._trained = {str(layer): weight for layer, weight in self.weights.items()}
         for layer, matrix in (self.memory or {}).items():
