@@ -43,6 +43,7 @@ from dataclasses import dataclass
 import torch
 from transformers import LlamaForCausalLM
 
+from adadecode_vllm.heads.module import is_identity
 from benchmarks.widening_sizes import Sizes, copies_needed
 
 STD = 0.02
@@ -167,7 +168,7 @@ class Widener:
     def transform(self, weight: torch.Tensor) -> torch.Tensor:
         """Widen an exit's T."""
         hidden, size = len(weight), self.target.hidden_size
-        if torch.equal(weight, torch.eye(hidden).to(weight)):
+        if is_identity(weight):
             return torch.eye(size, dtype=self.dtype, device=self.device)
         wide = self._random(size, size)
         wide[:, : self._live] = 0

@@ -37,7 +37,8 @@ class Sampled:
         remaining: (R,) int64, tokens that each may still generate.
         stop_token_ids: R collections of tokens after which nothing will be kept.
         final_states: (N, d) what the final norm returned in this step.
-        final_rows: (R,) int64, the rows that the newest tokens were sampled from.
+        final_rows: (R,) int64, the rows that the newest tokens were sampled from; None
+            where no head has memory.
         options: R requests' own options; None where all leave them to the engine.
         token_table: (max_requests, max_model_len) int32, all tokens by row, for n-gram
             lookup; None where the host does not have them.
@@ -52,7 +53,7 @@ class Sampled:
     remaining: np.ndarray
     stop_token_ids: list[Collection[int]]
     final_states: torch.Tensor
-    final_rows: np.ndarray
+    final_rows: np.ndarray | None
     options: Sequence[RequestOptions] | None = None
     token_table: np.ndarray | None = None
     alone: bool = False

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,19 +26,18 @@ def find_model_of_heads(args: EngineArgs) -> None:
     """Where the model to serve is exit heads, put theirs in its place.
 
     Their own recommendations become the engine's options, beneath the user's. Nothing
-    happens where the user names heads, or where the model is one.
+    happens where the model is one.
 
     Args:
-        args: vLLM's engine arguments, changed in place, as vLLM itself does for
-            checkpoints of speculators.
+        args: vLLM's engine arguments, which
+            :func:`~adadecode_vllm.engine.arguments.lacks_heads` found without heads;
+            changed in place, as vLLM itself does for checkpoints of speculators.
 
     Raises:
         AdaDecodeError: The heads cannot be read, or their model is not here.
     """
-    additional = args.additional_config or {}
-    options = additional.get(CONFIG_KEY)
-    if not isinstance(options, Mapping) or "heads" in options:
-        return
+    additional = args.additional_config
+    options = additional[CONFIG_KEY]
     name = args.model
     directory = _heads_directory(name)
     if directory is None or not options.get("enabled", True):

@@ -108,7 +108,9 @@ class AdaDecodeProposer:
                 final_states=sample_hidden_states,
                 final_rows=_sampled_rows(
                     input_batch.req_ids, sampled_token_ids, scheduler_output
-                )[rows],
+                )[rows]
+                if self.adadecode.gate.has_memory
+                else None,
                 options=options,
                 token_table=input_batch.token_ids_cpu,
             )

@@ -291,11 +291,12 @@ class AdaDecodeSpeculator(SpeculatorSetup):
         rows = rows[active]
         positions = self._computed[rows]
         request_ids = [input_batch.req_ids[index] for index in active]
-        # The logits of a request are those of its last tokens.
-        logits = np.diff(input_batch.cu_num_logits_np)[active]
-        final_rows = (
-            input_batch.query_start_loc_np[1:][active] - logits + sampled[active] - 1
-        )
+        final_rows = None
+        if self.adadecode.gate.has_memory:
+            # The logits of a request are those of its last tokens.
+            logits = np.diff(input_batch.cu_num_logits_np)[active]
+            ends = input_batch.query_start_loc_np[1:][active]
+            final_rows = (ends - logits + sampled[active] - 1).astype(np.int64)
         predicted = self.cycle.draft(
             Sampled(
                 request_ids=request_ids,
@@ -309,7 +310,7 @@ class AdaDecodeSpeculator(SpeculatorSetup):
                     for request_id in request_ids
                 ],
                 final_states=final,
-                final_rows=final_rows.astype(np.int64),
+                final_rows=final_rows,
                 options=options and [options[index] for index in active],
                 token_table=_host_token_ids(self._states),
                 alone=len(active) == input_batch.num_reqs,

@@ -56,6 +56,11 @@ class PackedLinear(nn.Module):
         return nn.functional.linear(hidden, self.weight)
 
 
+def is_identity(weight: torch.Tensor) -> bool:
+    """Whether T, (d, d), is exactly the identity, which takes no product."""
+    return torch.equal(weight, torch.eye(len(weight)).to(weight))
+
+
 class ExitHeads(nn.Module):
     """The matrices T, and U where there is memory, of all exits, for inference.
 
@@ -104,7 +109,7 @@ class ExitHeads(nn.Module):
             weight = weights[layer].detach().to(dtype)
             parts = []
             # After the cast: what rounds to the identity computes the identity.
-            if torch.equal(weight, torch.eye(len(weight)).to(weight)):
+            if is_identity(weight):
                 identity.append(layer)
             else:
                 parts.append(weight)

@@ -81,17 +81,15 @@ class Drafter:
             confident = self.policy.confident(
                 exit_index, confidence, None if own is None else own[chosen, exit_index]
             )
-            guess = self.policy.worth_a_guess(confidence)
-            expected = None
+            by_costs, expected = np.zeros(len(chosen), bool), None
             if requests.admission is not None:
                 expected = self.policy.acceptance(exit_index, confidence)
                 by_costs = ~np.isnan(requests.admission.least[chosen])
                 confident &= ~by_costs
                 confident |= cycle.paying(chosen, expected)
-                guess &= ~by_costs
             if exit_index == last_exit:
                 cycle.active[chosen[~confident]] = False
-                confident |= guess
+                confident |= self.policy.worth_a_guess(confidence) & ~by_costs
             if confident.any():
                 token_ids = self.policy.spoil(predicted[confident], self._random)
                 cycle.predict(

@@ -136,19 +136,14 @@ def identity_exits(heads: HeadsFacts) -> list[int]:
         AdaDecodeError: The weights cannot be read, or hold NaN or infinity.
     """
     try:
-        import torch
-
         from adadecode_vllm.heads.io import load_exit_memory, load_exit_weights
+        from adadecode_vllm.heads.module import is_identity
     except ImportError:
         return []
     with heads_named("HEADS"):
         weights = load_exit_weights(heads.directory, heads.config)
         load_exit_memory(heads.directory, heads.config)  # refuses what is damaged
-    return [
-        layer
-        for layer, weight in weights.items()
-        if torch.equal(weight, torch.eye(len(weight)).to(weight))
-    ]
+    return [layer for layer, weight in weights.items() if is_identity(weight)]
 
 
 def failure(check: str, error: AdaDecodeError) -> Finding:

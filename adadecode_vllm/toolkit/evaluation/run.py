@@ -19,6 +19,7 @@ from adadecode_vllm.heads.io import (
     load_exit_memory,
     load_exit_weights,
 )
+from adadecode_vllm.heads.module import is_identity
 from adadecode_vllm.toolkit.evaluation.answers import known_answers
 from adadecode_vllm.toolkit.evaluation.cost import CostModel
 from adadecode_vllm.toolkit.evaluation.measure import (
@@ -156,10 +157,7 @@ def evaluate_heads(
         int(layer): (row.slope, row.intercept)
         for layer, row in (config.calibration or {}).items()
     }
-    identity = all(
-        torch.equal(weight, torch.eye(len(weight)).to(weight))
-        for weight in weights.values()
-    )
+    identity = all(is_identity(weight) for weight in weights.values())
     report: dict[str, Any] = {
         "model": teacher.name,
         "heads": str(directory),
