@@ -6,7 +6,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from adadecode_vllm.errors import AdaDecodeError
 
@@ -24,6 +31,11 @@ _MAX_EARLY_PREDICTIONS = 128
 
 Ngram = Literal["off", "tail", "first"]
 """Drafts by n-gram lookup beside the exit heads'."""
+
+OF_THRESHOLDS = frozenset(
+    {"threshold", "gate", "last_guess", "synthetic_acceptance_rate"}
+)
+"""Options that mean something where thresholds decide; giving one chooses that."""
 
 _SHOWN_CHARACTERS = 200
 _SHOWN_MISTAKES = 5
@@ -49,8 +61,8 @@ class AdaDecodeConfig(BaseModel):
         default=0.75,
         ge=0.0,
         le=1.0,
-        description="Predict early when an exit head's top probability exceeds this. "
-        "At 1 nothing is ever predicted early.",
+        description="Predict early when an exit head's top probability exceeds this, "
+        "and not where it probably pays. At 1 nothing is ever predicted early.",
     )
     max_early_predictions: int = Field(
         default=5,
@@ -77,11 +89,11 @@ class AdaDecodeConfig(BaseModel):
         "it is probably worth its verification.",
     )
     ngram: Ngram = Field(
-        default="off",
+        default="first",
         description="tail: behind the last early prediction, or where there is none, "
         "draft what followed the same last tokens earlier in the request, up to the "
         "cap. first: look there before any exit is asked, and ask the exits only where "
-        "nothing is found.",
+        "nothing is found. Default: first; off where the policy is threshold.",
     )
     disable_by_batch_size: int | None = Field(
         default=None,
@@ -89,12 +101,13 @@ class AdaDecodeConfig(BaseModel):
         description="Predict nothing early in steps with more requests than this. "
         "Default: no limit.",
     )
-    policy: Literal["threshold", "cost"] = Field(
-        default="threshold",
+    policy: Literal["cost", "threshold"] = Field(
+        default="cost",
         description="cost: draft only at batch sizes where tokens come faster with "
         "drafts than without, and only as far as one more draft probably pays. What "
-        "drafts cost is measured while serving, at about a hundredth of the time. A "
-        "threshold of 1 and a request's own threshold still hold.",
+        "drafts cost is measured while serving, at about a hundredth of the time. "
+        "threshold: predict early where an exit's probability exceeds the threshold, "
+        "as the paper does. Default: cost; threshold where a threshold is given.",
     )
     synthetic_acceptance_rate: float | None = Field(
         default=None,
@@ -107,6 +120,17 @@ class AdaDecodeConfig(BaseModel):
         default=True,
         description="False serves the model as if the plugin were not installed.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _threshold_decides(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """A threshold that was given decides, in place of what is measured."""
+        options = dict(given)
+        if not OF_THRESHOLDS.isdisjoint(options):
+            options.setdefault("policy", "threshold")
+        if options.get("policy") == "threshold":
+            options.setdefault("ngram", "off")
+        return options
 
     @field_validator("exit_layers")
     @classmethod
@@ -270,5 +294,6 @@ def engine_args(heads: str, **options: Any) -> dict[str, Any]:
     Raises:
         AdaDecodeError: If an option is wrong.
     """
-    config = parse_config({"heads": str(heads), **options})
-    return {"additional_config": {CONFIG_KEY: config.model_dump(exclude_unset=True)}}
+    given = {"heads": str(heads), **options}
+    config = parse_config(given)
+    return {"additional_config": {CONFIG_KEY: config.model_dump(include=set(given))}}

@@ -16,7 +16,7 @@ REFERENCE = "ordinary"
 ARMS: Mapping[str, str] = {
     REFERENCE: "vLLM alone at its defaults, the plugin not loaded",
     "installed": "the plugin installed but not asked for",
-    "adadecode": "early predictions at the given threshold and cap",
+    "adadecode": "AdaDecode with the given options",
     "paper": "AdaDecode as in the paper: all exits, threshold 0.75 on the head's "
     "probability, 5 early predictions at most, no guesses",
     "threshold-1": "AdaDecode that never predicts early",
@@ -87,7 +87,7 @@ class EngineSettings:
         dtype: Of the model's weights.
         identity_heads: Untrained heads for ``t-identity``.
         draft_model: The small model's directory, for ``draft-model``.
-        threshold: For early predictions.
+        threshold: For early predictions, where thresholds shall decide.
         max_early_predictions: The cap, and the number of speculative tokens of vLLM's
             own methods.
         adadecode: More options of AdaDecode.
@@ -101,7 +101,7 @@ class EngineSettings:
     dtype: str = "auto"
     identity_heads: str | None = None
     draft_model: str | None = None
-    threshold: float = 0.75
+    threshold: float | None = None
     max_early_predictions: int = 5
     adadecode: dict[str, Any] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -256,13 +256,13 @@ def _adadecode(arm: Arm, settings: EngineSettings) -> dict[str, Any]:
         # Untrained heads have neither a ranking of tokens nor a calibration.
         options.pop("draft_vocabulary_size", None)
         options.pop("gate", None)
-    thresholds = {"threshold-1": 1.0, "submit-all": 0.0}
-    return engine_args(
-        heads,
-        threshold=thresholds.get(arm.kind, settings.threshold),
-        max_early_predictions=settings.max_early_predictions,
-        **options,
-    )
+    options["max_early_predictions"] = settings.max_early_predictions
+    if settings.threshold is not None:
+        options["threshold"] = settings.threshold
+    if arm.kind in ("threshold-1", "submit-all"):
+        options["threshold"] = 1.0 if arm.kind == "threshold-1" else 0.0
+        options |= {"policy": "threshold", "ngram": "off"}
+    return engine_args(heads, **options)
 
 
 def _speculation(arm: Arm, settings: EngineSettings) -> dict[str, Any]:

@@ -135,7 +135,7 @@ def settings_from(args: argparse.Namespace) -> EngineSettings:
         heads=config.heads,
         dtype=args.dtype,
         draft_model=args.draft_model,
-        threshold=config.threshold,
+        threshold=options.get("threshold"),
         max_early_predictions=config.max_early_predictions,
         adadecode={name: options[name] for name in options if name not in own},
         arguments=arguments,

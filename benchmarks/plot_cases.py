@@ -17,7 +17,7 @@ class PlotCase:
         arm: The arm's name.
         label: The arm with what was changed.
         batch_size: Requests at a time.
-        threshold: The case's own, or that of the whole comparison.
+        threshold: The case's own, or that of the whole comparison; None by costs.
         cap: Likewise.
         changed: Keys of the case's own policy.
         ratio: Median, smallest and largest.
@@ -28,7 +28,7 @@ class PlotCase:
     arm: str
     label: str
     batch_size: int
-    threshold: float
+    threshold: float | None
     cap: int
     changed: frozenset[str]
     ratio: Mapping[str, float]

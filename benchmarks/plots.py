@@ -92,7 +92,11 @@ def comparison_figures(results: Sequence[Mapping[str, Any]]) -> dict[str, Figure
         "speedup_by_cap": _by_policy(
             [case for case in others if "max_early_predictions" in case.changed],
             value=lambda case: case.cap,
-            other=lambda case: f"threshold {case.threshold:g}",
+            other=lambda case: (
+                "by costs"
+                if case.threshold is None
+                else f"threshold {case.threshold:g}"
+            ),
             words="cap: most early predictions at a time",
         ),
         "cycle_time": _cycle_time(

@@ -288,8 +288,9 @@ class Session:
 
     def _run(self, case: Case) -> dict[str, Any]:
         process = self._processes[case.arm]
+        own = self.settings.threshold
         policy = {
-            "threshold": self.settings.threshold,
+            **({} if own is None else {"threshold": own}),
             "max_early_predictions": self.settings.max_early_predictions,
             "synthetic_acceptance_rate": None,
             **case.policy,

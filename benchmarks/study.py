@@ -65,7 +65,7 @@ def _threshold(settings: EngineSettings, args: argparse.Namespace) -> Plan:
     return Plan(
         parse_arms(f"{REFERENCE},adadecode"),
         [Case("adadecode", 1, {"threshold": threshold}) for threshold in thresholds],
-        settings,
+        replace(settings, threshold=thresholds[0]),
     )
 
 

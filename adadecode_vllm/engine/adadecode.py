@@ -152,6 +152,9 @@ class AdaDecode:
             limits = requests.limits.copy()
             limits[found] = 0
             requests = replace(requests, limits=limits)
+        if (admission := requests.admission) is not None:
+            for row in np.flatnonzero((requests.limits > 0) & admission.ask):
+                self.record.asked(drafting_ids[row], admission.least[row])
         window = self._drafter.draft(requests)
         self.ledger.record(step, drafting_ids, window)
         for row, (request, request_id) in enumerate(
@@ -198,9 +201,9 @@ class AdaDecode:
         if self._ngram is None:
             self._ngram = NgramTail(self._max_model_len)
         most = int(requests.limits[row]) - len(early)
-        if requests.admission is not None:
-            survival = 1.0 if expected is None else float(expected.prod())
-            most = requests.admission.looked_up(row, survival, most)
+        if (admission := requests.admission) is not None:
+            survival = 1.0 if expected is None else admission.survival(row, expected)
+            most = admission.looked_up(row, survival, most)
         tail = self._ngram.extend(context, early, most, requests.stop_token_ids[row])
         self.stats.ngram_drafts += len(tail)
         return tail

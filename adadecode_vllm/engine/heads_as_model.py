@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
 
-from adadecode_vllm.config import CONFIG_KEY, parse_config
+from adadecode_vllm.config import CONFIG_KEY, OF_THRESHOLDS, parse_config
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.heads import load_heads_config, resolve_heads
 from adadecode_vllm.heads.config import MODEL_TYPE
@@ -49,7 +49,7 @@ def find_model_of_heads(args: EngineArgs) -> None:
             f"MODEL {name}: these heads belong to {base}, which is no directory here "
             f"and no repository's name. Give the model, and --adadecode-heads {name}."
         )
-    recommended = heads.recommended or {}
+    recommended = dict(heads.recommended or {})
     try:
         parse_config({**recommended, "heads": name})
     except AdaDecodeError as error:
@@ -57,6 +57,8 @@ def find_model_of_heads(args: EngineArgs) -> None:
             f"MODEL {name}: the options that {CONFIG_FILE} recommends cannot be used "
             f"({error}). Correct them, or give the model and --adadecode-heads {name}."
         ) from error
+    if not OF_THRESHOLDS.isdisjoint(options):
+        recommended.pop("policy", None)
     chosen = {**recommended, **options, "heads": name}
     logger.info(
         "adadecode: serving %s, the model of the heads %s, with %s", base, name, chosen

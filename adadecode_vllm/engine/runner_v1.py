@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -27,6 +29,7 @@ from adadecode_vllm.patches import logits_processors
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import DraftTokenIds
 
 
 class AdaDecodeCPUModelRunner(CPUModelRunner):
@@ -46,6 +49,7 @@ class AdaDecodeCPUModelRunner(CPUModelRunner):
             super().__init__(vllm_config, device)
         self._scheduled: SchedulerOutput | None = None
         self._dropped: dict[str, int] = {}
+        self._draft: Callable[[], list[list[int]]] | None = None
         # vLLM replaces all drafts of a batch by zeros once one request comes within
         # num_speculative_tokens of the drafter's length. Early predictions are bounded
         # request by request instead.
@@ -111,7 +115,7 @@ class AdaDecodeCPUModelRunner(CPUModelRunner):
         return super().execute_model(scheduler_output, intermediate_tensors)
 
     def sample_tokens(self, grammar_output: Any) -> Any:  # type: ignore[override]
-        """Sample, verify and draft."""
+        """Sample and verify."""
         scheduled = self._scheduled
         if scheduled is not None:
             drafts = scheduled.scheduled_spec_decode_tokens
@@ -177,7 +181,7 @@ class AdaDecodeCPUModelRunner(CPUModelRunner):
         sample_hidden_states: torch.Tensor,
         *_: Any,
     ) -> list[list[int]]:
-        """Count what was accepted, then predict early.
+        """Count what was accepted, and draft once the step's tokens are on their way.
 
         Args:
             scheduler_output: The step's.
@@ -187,20 +191,33 @@ class AdaDecodeCPUModelRunner(CPUModelRunner):
             sample_hidden_states: (n, d) final states that the step's logits came from.
 
         Returns:
-            Early predictions per batch row.
+            No drafts per batch row; see :meth:`take_draft_token_ids`.
         """
         self.proposer.cycle.count_verdicts(
             self.input_batch.req_ids,
             [len(tokens) for tokens in sampled_token_ids],
             scheduler_output,
         )
-        return self.proposer.propose(
+        self._draft = partial(
+            self.proposer.propose,
             sampled_token_ids,
             self.input_batch,
             self.requests,
             sample_hidden_states,
             scheduler_output,
         )
+        return [[] for _ in sampled_token_ids]
+
+    def take_draft_token_ids(self) -> DraftTokenIds | None:
+        """Predict early; the engine asks after it sent the step's tokens off.
+
+        Returns:
+            Early predictions per request.
+        """
+        draft, self._draft = self._draft, None
+        if draft is not None:
+            self._draft_token_ids = draft()
+        return super().take_draft_token_ids()
 
     def _kv_group(self, index: int) -> KVGroup:
         def table() -> Any:

@@ -249,6 +249,10 @@ class AdaDecodeSpeculator(SpeculatorSetup):
             most = 0
         caps = settings.caps(options, num_reqs, most)
         tokens = None
+        # A step that holds only parts of prompts samples nothing.
+        samples = reached >= input_batch.prefill_len_np
+        if not samples.any():
+            caps = None
         self.waited = caps is not None or bool(input_batch.num_draft_tokens)
         if self.waited:
             outcome = torch.stack(
@@ -260,7 +264,7 @@ class AdaDecodeSpeculator(SpeculatorSetup):
             sampled, tokens = self._outcome(outcome).copy()
         else:
             # Nothing to wait for: a finished prompt yields one token.
-            sampled = (reached >= input_batch.prefill_len_np).astype(np.int64)
+            sampled = samples.astype(np.int64)
         self._computed[rows] = reached - np.where(sampled > 0, drafted + 1 - sampled, 0)
         assert self._scheduled is not None, "called within a step"
         self.cycle.count_verdicts(

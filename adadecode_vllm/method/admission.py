@@ -16,6 +16,20 @@ _MEMORY = 256.0
 
 _TRUST = (0.2, 1.25)
 
+_ASK_COST = 0.4
+"""What asking the exits takes of the time that verifying a draft adds to a step."""
+
+_ASKS_BEFORE = 8
+"""Cycles in which a request asks the exits before its record decides."""
+
+_ASKS_KEPT = 0.95
+"""Share of a request's record of asking that a further cycle keeps."""
+
+_ASK_EVERY = 16
+"""A request that the exits do nothing for asks them again in one of so many cycles."""
+
+_DECIDED = (1 - _ASKS_KEPT**_ASKS_BEFORE) / (1 - _ASKS_KEPT)
+
 
 @dataclass(frozen=True)
 class Admission:
@@ -27,17 +41,32 @@ class Admission:
         trust: (R,) float64, factors on the exits' probabilities of acceptance.
         lookup: (R,) float64, the probability that a draft by n-gram lookup is right
             where those before it are.
+        ask: (R,) bool, whether asking the exits at all has paid lately, or is due.
     """
 
     least: np.ndarray
     trust: np.ndarray
     lookup: np.ndarray
+    ask: np.ndarray
 
     def select(self, requests: np.ndarray) -> Admission:
         """Some of the requests, in the given order; (r,) int64."""
         return Admission(
-            self.least[requests], self.trust[requests], self.lookup[requests]
+            self.least[requests],
+            self.trust[requests],
+            self.lookup[requests],
+            self.ask[requests],
         )
+
+    def survival(self, request: int, expected: np.ndarray) -> float:
+        """The probability that early predictions are all right.
+
+        Args:
+            request: The request.
+            expected: (m,) how probably the exits say that each is accepted where those
+                before it are.
+        """
+        return float(np.minimum(expected * self.trust[request], 1.0).prod())
 
     def looked_up(self, request: int, survival: float, most: int) -> int:
         """How many drafts by lookup pay.
@@ -62,12 +91,34 @@ class Admission:
 
 @dataclass
 class _Record:
-    """Verified drafts of one request: expected and found to be right."""
+    """Verified drafts of one request: expected and found to be right.
+
+    Attributes:
+        expected: Sum of what the exits said of compared early predictions.
+        right: How many of these were right.
+        looked_up: Compared drafts by lookup.
+        looked_up_right: How many of these were right.
+        least: What its drafts had to promise lately; NaN where thresholds decide.
+        asks: Cycles in which the exits were asked, the older the less.
+        gain: Tokens that this brought, less those of the time that drafts took.
+        passed: Cycles since the exits were asked.
+    """
 
     expected: float = 0.0
     right: int = 0
     looked_up: int = 0
     looked_up_right: int = 0
+    least: float = np.nan
+    asks: float = 0.0
+    gain: float = 0.0
+    passed: int = 0
+
+    @property
+    def asks_on(self) -> bool:
+        """Whether the exits shall be asked in this cycle."""
+        if np.isnan(self.least) or self.asks < _DECIDED or self.passed >= _ASK_EVERY:
+            return True
+        return self.gain > _ASK_COST * self.least * self.asks
 
 
 class AcceptanceRecord:
@@ -90,16 +141,33 @@ class AcceptanceRecord:
         known = self._looked_up_right / self._looked_up
         trust = np.ones(len(request_ids))
         lookup = np.full(len(request_ids), known)
+        ask = np.ones(len(request_ids), bool)
         for index, request_id in enumerate(request_ids):
             record = self._records.get(request_id)
             if record is not None:
+                record.least = least[index]
+                record.passed += 1
+                ask[index] = record.asks_on
                 trust[index] = (record.right + _PRIOR_DRAFTS) / (
                     record.expected + _PRIOR_DRAFTS
                 )
                 lookup[index] = (record.looked_up_right + _PRIOR_DRAFTS * known) / (
                     record.looked_up + _PRIOR_DRAFTS
                 )
-        return Admission(least, trust.clip(*_TRUST), lookup)
+        return Admission(least, trust.clip(*_TRUST), lookup, ask)
+
+    def asked(self, request_id: str, least: float) -> None:
+        """Note that the exits are asked about a request.
+
+        Args:
+            request_id: The request.
+            least: What its drafts must promise; NaN where thresholds decide.
+        """
+        record = self._records.setdefault(request_id, _Record())
+        record.least = least
+        record.asks = _ASKS_KEPT * record.asks + 1
+        record.gain *= _ASKS_KEPT
+        record.passed = 0
 
     def count(
         self,
@@ -123,7 +191,10 @@ class AcceptanceRecord:
         early = exits[:compared] >= 0
         right = np.arange(compared) < accepted
         record.expected += float(expected[:compared][early].sum())
-        record.right += int(right[early].sum())
+        early_right = int(right[early].sum())
+        record.right += early_right
+        if not np.isnan(record.least):
+            record.gain += early_right - record.least * np.count_nonzero(exits >= 0)
         looked_up = compared - int(early.sum())
         if looked_up:
             looked_up_right = int(right[~early].sum())

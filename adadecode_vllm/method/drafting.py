@@ -68,6 +68,8 @@ class Drafter:
             requests, self.states.window, executor.num_segments, -at_embedding
         )
         cycle.active &= self.policy.may_predict(requests.thresholds)
+        if requests.admission is not None:
+            cycle.active &= requests.admission.ask
         if self.states.memory is not None:
             self.states.begin_memory(self._sampled_from(requests))
         last_exit = executor.num_segments - 2 + at_embedding

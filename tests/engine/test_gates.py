@@ -38,7 +38,9 @@ def reduced(
     """Gates over an eighth of the vocabulary; their heads are gone after start-up."""
     heads = tmp_path_factory.mktemp("gone") / "heads"
     shutil.copytree(HEADS, heads)
-    options = adadecode_options(str(heads), draft_vocabulary_size=FEW)
+    options = adadecode_options(
+        str(heads), policy="threshold", draft_vocabulary_size=FEW
+    )
     with start_engine(**options) as llm:
         shutil.rmtree(heads)
         yield llm

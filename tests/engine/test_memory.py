@@ -65,7 +65,10 @@ def heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engine(request: Any, heads: Path, reference: Reference) -> Iterator[Any]:
     layers = [int(layer) for layer in request.param.split("+")]
     options = adadecode_options(
-        str(heads), exit_layers=layers, max_early_predictions=CAP, ngram="off"
+        str(heads),
+        exit_layers=layers,
+        policy="threshold",
+        max_early_predictions=CAP,
     )
     with start_engine(**options) as llm:
         llm.layers = layers

@@ -48,7 +48,7 @@ def _scheduling(ahead: bool) -> dict[str, Any]:
 )
 def engine(request: Any, some: Case) -> Iterator[EngineProcess]:
     """With and without the next step being scheduled while the last one runs."""
-    options = adadecode_options(max_early_predictions=5)
+    options = adadecode_options(policy="threshold", max_early_predictions=5)
     with start_engine(
         **options,
         **_scheduling(request.param),

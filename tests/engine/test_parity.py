@@ -31,7 +31,8 @@ def adaptive(reference: Reference) -> Iterator[Any]:
 
     Asks for the reference first: its engine must be gone before this one starts.
     """
-    with start_engine(**adadecode_options(max_early_predictions=8)) as llm:
+    options = adadecode_options(policy="threshold", max_early_predictions=8)
+    with start_engine(**options) as llm:
         yield llm
 
 
@@ -153,3 +154,16 @@ def test_the_demo_reaches_its_target(adaptive: Any) -> None:
     assert accepted / counted["generated_tokens"] >= 0.4
     assert accepted / predicted >= 0.85
     assert rejected > 0
+
+
+def test_defaults(prompts: list[str], reference: Reference) -> None:
+    """Without any option: drafts by costs, n-gram lookup first.
+
+    Comes last: its engine takes the place of the one that the other tests share.
+    """
+    with start_engine(**adadecode_options()) as llm:
+        for _ in range(2):
+            assert generate(llm, prompts) == reference["texts"]
+            counted = stats(llm)
+            assert sum(counted["accepted"]) > 0
+            assert counted["ngram_accepted"] > 0

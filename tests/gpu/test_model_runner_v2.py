@@ -65,7 +65,7 @@ def _reference(prompts: list[str], dtype: str) -> Reference:
 def case(request: Any, prompts: list[str]) -> Iterator[tuple[str, Reference, Any]]:
     dtype: str = request.param
     reference = _reference(prompts, dtype)
-    options = adadecode_options(max_early_predictions=5)
+    options = adadecode_options(policy="threshold", max_early_predictions=5)
     with start_engine(dtype=dtype, **options, **ENGINE) as llm:
         yield dtype, reference, llm
 

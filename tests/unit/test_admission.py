@@ -13,7 +13,9 @@ from adadecode_vllm.method.policy import ThresholdPolicy
 
 
 def admission(least: float, lookup: float = 0.5) -> Admission:
-    return Admission(np.array([least]), np.ones(1), np.array([lookup]))
+    return Admission(
+        np.array([least]), np.ones(1), np.array([lookup]), np.ones(1, bool)
+    )
 
 
 @pytest.mark.parametrize(
@@ -56,6 +58,49 @@ def test_requests_are_trusted_by_their_own_record() -> None:
     assert found.lookup[0] == found.lookup[3]
     record.forget(["wrong", "gone"])
     assert record.admission(["wrong"], least[:1]).trust.tolist() == [1.0]
+
+
+def test_requests_that_the_exits_do_nothing_for_ask_them_rarely() -> None:
+    record = AcceptanceRecord()
+    early, by_lookup = np.zeros(2, np.int8), np.full(2, -1, np.int8)
+    expected = np.full(2, 0.5)
+    asked = {"wrong": 0, "right": 0, "silent": 0, "own": 0, "lookup": 0}
+    least = np.array([0.2, 0.2, 0.2, math.nan, 0.2])
+    for _ in range(200):
+        found = record.admission(list(asked), least)
+        for row, name in enumerate(asked):
+            if name == "lookup":  # found before any exit is asked
+                record.count(name, by_lookup, expected, 0)
+            elif found.ask[row]:
+                asked[name] += 1
+                record.asked(name, least[row])
+                if name != "silent":
+                    record.count(name, early, expected, 2 if name == "right" else 0)
+    assert asked["right"] == asked["own"] == 200
+    assert found.ask[-1]
+    # At first, and then once in sixteen cycles.
+    assert asked["wrong"] == asked["silent"] == 8 + (200 - 8) // 16
+
+
+def test_a_request_whose_text_changes_asks_again() -> None:
+    record = AcceptanceRecord()
+    early, least = np.zeros(2, np.int8), np.array([0.2])
+    asked = []
+    for cycle in range(400):
+        if asks := bool(record.admission(["a"], least).ask[0]):
+            record.asked("a", 0.2)
+            record.count("a", early, np.full(2, 0.5), 0 if cycle < 200 else 2)
+        asked.append(asks)
+    assert sum(asked[100:200]) < 10
+    assert all(asked[-100:])
+
+
+def test_survival_trusts_the_request() -> None:
+    doubted = Admission(
+        np.array([0.1]), np.array([0.5]), np.array([0.5]), np.ones(1, bool)
+    )
+    assert doubted.survival(0, np.array([0.8, 0.5])) == pytest.approx(0.1)
+    assert doubted.survival(0, np.empty(0)) == 1.0
 
 
 def test_acceptance_is_what_the_exit_was_calibrated_to() -> None:

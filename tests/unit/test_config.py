@@ -40,12 +40,33 @@ def test_defaults() -> None:
         "gate": "probability",
         "draft_vocabulary_size": None,
         "last_guess": True,
-        "ngram": "off",
+        "ngram": "first",
         "disable_by_batch_size": None,
-        "policy": "threshold",
+        "policy": "cost",
         "synthetic_acceptance_rate": None,
         "enabled": True,
     }
+
+
+@pytest.mark.parametrize(
+    ("options", "policy", "ngram"),
+    [
+        ({"threshold": 0.6}, "threshold", "off"),
+        ({"gate": "acceptance"}, "threshold", "off"),
+        ({"last_guess": False}, "threshold", "off"),
+        ({"policy": "threshold"}, "threshold", "off"),
+        ({"threshold": 0.6, "ngram": "tail"}, "threshold", "tail"),
+        ({"threshold": 1.0, "policy": "cost"}, "cost", "first"),
+        ({"max_early_predictions": 3, "disable_by_batch_size": 8}, "cost", "first"),
+        ({"ngram": "off"}, "cost", "off"),
+    ],
+)
+def test_a_threshold_decides_in_place_of_costs(
+    options: dict[str, Any], policy: str, ngram: str
+) -> None:
+    config = parse_config({"heads": "H", **options})
+    assert (config.policy, config.ngram) == (policy, ngram)
+    assert parse_config(config.model_dump(exclude_unset=True)) == config
 
 
 @pytest.mark.parametrize(

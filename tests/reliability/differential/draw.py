@@ -88,8 +88,8 @@ def _adadecode(draw: Random) -> dict[str, Any]:
         found["draft_vocabulary_size"] = draw.choice((16, 64, 500, 829))
     if draw.random() < 0.3:
         found["last_guess"] = False
-    if draw.random() < 0.4:
-        found["ngram"] = draw.choice(("tail", "first"))
+    if draw.random() < 0.5:
+        found["ngram"] = draw.choice(("off", "tail", "first"))
     if draw.random() < 0.3:
         found["policy"] = "cost"
     if draw.random() < 0.2:

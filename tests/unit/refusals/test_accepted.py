@@ -49,9 +49,9 @@ def test_resolved_options_are_part_of_the_configuration(
             "gate": "probability",
             "draft_vocabulary_size": 0,
             "last_guess": True,
-            "ngram": "off",
+            "ngram": "first",
             "disable_by_batch_size": None,
-            "policy": "threshold",
+            "policy": "cost",
             "synthetic_acceptance_rate": None,
             "enabled": True,
         }
