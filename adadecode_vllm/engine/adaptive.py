@@ -23,7 +23,7 @@ SETTLE_STEPS = 2
 """Steps after a change that are not counted: one verifies what an earlier one drafted,
 and with asynchronous scheduling one was scheduled before the change."""
 
-FIRST_STEPS = 24
+FIRST_STEPS = 12
 """Counted steps with drafts before the first without."""
 
 PROBE_STEPS = 12
@@ -32,8 +32,9 @@ PROBE_STEPS = 12
 PROBE_COST = 0.01
 """Share of time that looking at the slower way may cost."""
 
+SHORTEST = 48
 LONGEST = 4096
-"""Most steps between two looks."""
+"""Fewest and most steps between two looks."""
 
 BETTER = 1.01
 """How much faster the other way must be for a change."""
@@ -45,10 +46,14 @@ COST_STEPS = 128
 """Steps that the cost of a draft is estimated from."""
 
 USUAL_COST = 0.05
-"""Share of a step that a draft is taken to cost until steps have told."""
+"""Share of a step that a draft is taken to cost until steps have told, or as much as
+one of the step's requests if that is less."""
 
 USUAL_SPREAD = 64.0
 """Weight of that beside steps: their number times the variance of their drafts."""
+
+USUAL_STEPS = 8
+"""Steps from which on one that takes much longer than they did is cut short."""
 
 ADMISSION = (0.02, 0.9)
 """Bounds of what a draft must promise."""
@@ -60,9 +65,12 @@ class _Rate:
 
     tokens: float = 0.0
     seconds: float = 0.0
+    steps: float = 0.0
 
     def add(self, tokens: int, seconds: float) -> None:
+        seconds = _usual(seconds, self.seconds, self.steps)
         keep = 1.0 - 1.0 / WINDOW_STEPS
+        self.steps = keep * self.steps + 1
         self.tokens = keep * self.tokens + tokens
         self.seconds = keep * self.seconds + seconds
 
@@ -71,17 +79,28 @@ class _Rate:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
-class _DraftCost:
-    """What one more draft adds to a step, by least squares over the last steps."""
+def _usual(seconds: float, before: float, steps: float) -> float:
+    """A step's time, bounded by thrice the average of some steps before.
 
-    def __init__(self) -> None:
+    What something else held up says nothing of drafts.
+    """
+    return seconds if steps < USUAL_STEPS else min(seconds, 3 * before / steps)
+
+
+class _DraftCost:
+    """What one more draft adds to a step, by least squares over the last steps.
+
+    Attributes:
+        usual: Share of a step that is assumed until steps have told.
+    """
+
+    def __init__(self, usual: float) -> None:
+        self.usual = usual
         # Sums over steps: 1, drafts, seconds, drafts squared, drafts times seconds.
         self._sums = np.zeros(5)
 
     def add(self, drafts: int, seconds: float) -> None:
-        if self._sums[0] >= FIRST_STEPS:
-            # A step that something else held up says nothing of drafts.
-            seconds = min(seconds, 3 * self._sums[2] / self._sums[0])
+        seconds = _usual(seconds, self._sums[2], self._sums[0])
         keep = 1.0 - 1.0 / COST_STEPS
         terms = (1, drafts, seconds, drafts * drafts, drafts * seconds)
         self._sums = keep * self._sums + terms
@@ -92,7 +111,7 @@ class _DraftCost:
         if not steps:
             return 0.0
         spread = squares - drafts * drafts / steps
-        usual = USUAL_COST * seconds / steps
+        usual = self.usual * seconds / steps
         found = products - drafts * seconds / steps + usual * USUAL_SPREAD
         return max(found / (spread + USUAL_SPREAD), 0.0)
 
@@ -105,9 +124,10 @@ class _Size:
         draft_cost: What one more draft costs.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, requests: int) -> None:
+        self._requests = requests
         self.drafts = True
-        self.draft_cost = _DraftCost()
+        self.draft_cost = _DraftCost(min(USUAL_COST, 1.0 / requests))
         self.rates = {True: _Rate(), False: _Rate()}
         self._best = True
         self._left = FIRST_STEPS
@@ -115,7 +135,11 @@ class _Size:
     @property
     def admission(self) -> float:
         """What a draft must promise: the tokens of the time that it takes."""
-        promise = self.draft_cost.seconds * self.rates[True].value
+        rate = self.rates[True].value
+        promise = self.draft_cost.seconds * rate
+        if not rate:
+            # Nothing is known yet: a step yields a token for each request.
+            promise = self.draft_cost.usual * self._requests
         return min(max(promise, ADMISSION[0]), ADMISSION[1])
 
     def count(self, drafted: bool, drafts: int, tokens: int, seconds: float) -> bool:
@@ -139,7 +163,7 @@ class _Size:
         slower, faster = sorted((known, other))
         loss = 1.0 - slower / faster if faster else 0.0
         pause = (PROBE_STEPS + SETTLE_STEPS) * loss / PROBE_COST
-        self._left = int(min(max(pause, 2 * FIRST_STEPS), LONGEST))
+        self._left = int(min(max(pause, SHORTEST), LONGEST))
         changed = self.drafts is not self._best
         self.drafts = self._best
         return changed
@@ -162,7 +186,7 @@ class AdaptiveDrafting:
             clock: Seconds.
         """
         self._clock = clock
-        self._sizes = [_Size() for _ in range(most_requests.bit_length())]
+        self._sizes = [_Size(1 << power) for power in range(most_requests.bit_length())]
         self._ended: float | None = None
         self._drafted: bool | None = None
         self._same = 0

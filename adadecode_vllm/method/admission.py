@@ -25,8 +25,8 @@ _ASKS_BEFORE = 8
 _ASKS_KEPT = 0.95
 """Share of a request's record of asking that a further cycle keeps."""
 
-_ASK_EVERY = 16
-"""A request that the exits do nothing for asks them again in one of so many cycles."""
+_TRY_EVERY = 16
+"""What does nothing for a request is tried again in one of so many cycles."""
 
 _DECIDED = (1 - _ASKS_KEPT**_ASKS_BEFORE) / (1 - _ASKS_KEPT)
 
@@ -42,12 +42,15 @@ class Admission:
         lookup: (R,) float64, the probability that a draft by n-gram lookup is right
             where those before it are.
         ask: (R,) bool, whether asking the exits at all has paid lately, or is due.
+        due: (R,) bool, whether a draft by lookup is due though it promises too little:
+            what is never tried is never found out.
     """
 
     least: np.ndarray
     trust: np.ndarray
     lookup: np.ndarray
     ask: np.ndarray
+    due: np.ndarray
 
     def select(self, requests: np.ndarray) -> Admission:
         """Some of the requests, in the given order; (r,) int64."""
@@ -56,6 +59,7 @@ class Admission:
             self.trust[requests],
             self.lookup[requests],
             self.ask[requests],
+            self.due[requests],
         )
 
     def survival(self, request: int, expected: np.ndarray) -> float:
@@ -77,16 +81,15 @@ class Admission:
             most: Most drafts.
 
         Returns:
-            0 .. ``most``; at least one where there is room, since what is never tried
-            is never found out.
+            0 .. ``most``.
         """
         least = self.least[request]
-        if most <= 1 or np.isnan(least):
-            return most
-        if survival <= least:
-            return 1
-        pays = np.log(least / survival) / np.log(min(self.lookup[request], 0.99))
-        return min(most, max(1, int(pays)))
+        if most < 1 or np.isnan(least):
+            return max(most, 0)
+        pays = 0
+        if survival > least:
+            pays = int(np.log(least / survival) / np.log(self.lookup[request]))
+        return min(most, max(pays, int(self.due[request])))
 
 
 @dataclass
@@ -102,6 +105,7 @@ class _Record:
         asks: Cycles in which the exits were asked, the older the less.
         gain: Tokens that this brought, less those of the time that drafts took.
         passed: Cycles since the exits were asked.
+        not_looked_up: Cycles since drafts by lookup were verified.
     """
 
     expected: float = 0.0
@@ -112,11 +116,12 @@ class _Record:
     asks: float = 0.0
     gain: float = 0.0
     passed: int = 0
+    not_looked_up: int = 0
 
     @property
     def asks_on(self) -> bool:
         """Whether the exits shall be asked in this cycle."""
-        if np.isnan(self.least) or self.asks < _DECIDED or self.passed >= _ASK_EVERY:
+        if np.isnan(self.least) or self.asks < _DECIDED or self.passed >= _TRY_EVERY:
             return True
         return self.gain > _ASK_COST * self.least * self.asks
 
@@ -142,19 +147,22 @@ class AcceptanceRecord:
         trust = np.ones(len(request_ids))
         lookup = np.full(len(request_ids), known)
         ask = np.ones(len(request_ids), bool)
+        due = np.zeros(len(request_ids), bool)
         for index, request_id in enumerate(request_ids):
             record = self._records.get(request_id)
             if record is not None:
                 record.least = least[index]
                 record.passed += 1
+                record.not_looked_up += 1
                 ask[index] = record.asks_on
+                due[index] = record.not_looked_up >= _TRY_EVERY
                 trust[index] = (record.right + _PRIOR_DRAFTS) / (
                     record.expected + _PRIOR_DRAFTS
                 )
                 lookup[index] = (record.looked_up_right + _PRIOR_DRAFTS * known) / (
                     record.looked_up + _PRIOR_DRAFTS
                 )
-        return Admission(least, trust.clip(*_TRUST), lookup, ask)
+        return Admission(least, trust.clip(*_TRUST), lookup.clip(0.01, 0.99), ask, due)
 
     def asked(self, request_id: str, least: float) -> None:
         """Note that the exits are asked about a request.
@@ -197,6 +205,7 @@ class AcceptanceRecord:
             record.gain += early_right - record.least * np.count_nonzero(exits >= 0)
         looked_up = compared - int(early.sum())
         if looked_up:
+            record.not_looked_up = 0
             looked_up_right = int(right[~early].sum())
             record.looked_up += looked_up
             record.looked_up_right += looked_up_right

@@ -177,8 +177,8 @@ def test_drafts_promise_what_they_cost(
             looked_up.append(counted["ngram_drafts"])
             accepted.append(sum(counted["accepted"]) / early[-1])
         assert early[0] > early[1] > early[2] > 0
-        # Behind fewer early predictions there is more room for lookups.
-        assert 0 < looked_up[0] < looked_up[2]
+        # Behind fewer early predictions more is still probable.
+        assert looked_up[0] < looked_up[1]
         assert accepted[0] < accepted[1] < accepted[2]
         configure(llm)
         own = {"adadecode_threshold": 0.0, "adadecode_ngram": "off"}

@@ -122,7 +122,8 @@ def test_a_draft_must_promise_what_its_time_would_bring(cost: float) -> None:
 
     def step(number: int, drafted: bool) -> tuple[int, float]:
         seconds = 1.0 + cost * drafts + random.gauss(0, 0.05)
-        return 2, 10.0 if number > 50 and random.random() < 0.05 else seconds
+        held_up = number > 50 and random.random() < 0.05
+        return 4 if drafted else 2, 10.0 if held_up else seconds
 
     steps = Steps(step)
     for _ in range(600):
@@ -130,8 +131,8 @@ def test_a_draft_must_promise_what_its_time_would_bring(cost: float) -> None:
         steps.run(1)
     rate = steps.tokens / steps.seconds
     found = steps.adaptive.admission(REQUESTS)
-    assert found == pytest.approx(max(0.02, cost * rate), abs=0.08)
-    assert steps.adaptive.admission(1) == 0.02
+    assert found == pytest.approx(max(0.02, cost * rate), abs=0.08, rel=0.25)
+    assert steps.adaptive.admission(1) == 0.05
 
 
 def test_a_draft_has_its_usual_cost_until_steps_have_told() -> None:

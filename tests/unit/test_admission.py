@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,9 +13,13 @@ from adadecode_vllm.method.admission import AcceptanceRecord, Admission
 from adadecode_vllm.method.policy import ThresholdPolicy
 
 
-def admission(least: float, lookup: float = 0.5) -> Admission:
+def admission(least: float, lookup: float = 0.5, due: bool = False) -> Admission:
     return Admission(
-        np.array([least]), np.ones(1), np.array([lookup]), np.ones(1, bool)
+        np.array([least]),
+        np.ones(1),
+        np.array([lookup]),
+        np.ones(1, bool),
+        np.array([due]),
     )
 
 
@@ -24,18 +29,22 @@ def admission(least: float, lookup: float = 0.5) -> Admission:
         (0.2, 0.5, 1.0, 8, 2),  # 0.5, 0.25, then 0.125
         (0.2, 0.9, 1.0, 8, 8),
         (0.2, 0.9, 0.25, 8, 2),
-        (0.2, 0.5, 0.25, 8, 1),  # nothing is found out about what is never tried
-        (0.2, 0.5, 0.1, 8, 1),
-        (0.2, 1.0, 1.0, 8, 8),
+        (0.2, 0.5, 0.25, 8, 0),
+        (0.2, 0.5, 0.1, 8, 0),
+        (0.2, 0.99, 1.0, 8, 8),
+        (0.2, 0.1, 1.0, 8, 0),
         (math.nan, 0.5, 0.1, 8, 8),
         (0.2, 0.5, 1.0, 0, 0),
-        (0.2, 0.5, 1.0, -1, -1),
+        (0.2, 0.5, 1.0, -1, 0),
     ],
 )
 def test_how_many_drafts_by_lookup_pay(
     least: float, lookup: float, survival: float, most: int, found: int
 ) -> None:
     assert admission(least, lookup).looked_up(0, survival, most) == found
+    # What is never tried is never found out.
+    due = admission(least, lookup, due=True).looked_up(0, survival, most)
+    assert due == max(found, min(1, max(most, 0)))
 
 
 def test_requests_are_trusted_by_their_own_record() -> None:
@@ -53,6 +62,7 @@ def test_requests_are_trusted_by_their_own_record() -> None:
     assert found.trust[3] == 1.0
     assert found.lookup[1] > 0.95
     assert found.lookup[2] < 0.1
+    assert not found.due.any()
     # What is known of all requests: 60 of 90 lookups were right, and 4 of 8 before.
     assert found.lookup[3] == pytest.approx(0.65, abs=0.03)
     assert found.lookup[0] == found.lookup[3]
@@ -80,6 +90,8 @@ def test_requests_that_the_exits_do_nothing_for_ask_them_rarely() -> None:
     assert found.ask[-1]
     # At first, and then once in sixteen cycles.
     assert asked["wrong"] == asked["silent"] == 8 + (200 - 8) // 16
+    # Its drafts by lookup are verified every time, those of the others never.
+    assert found.due.tolist() == [True, True, True, True, False]
 
 
 def test_a_request_whose_text_changes_asks_again() -> None:
@@ -96,9 +108,7 @@ def test_a_request_whose_text_changes_asks_again() -> None:
 
 
 def test_survival_trusts_the_request() -> None:
-    doubted = Admission(
-        np.array([0.1]), np.array([0.5]), np.array([0.5]), np.ones(1, bool)
-    )
+    doubted = replace(admission(0.1), trust=np.array([0.5]))
     assert doubted.survival(0, np.array([0.8, 0.5])) == pytest.approx(0.1)
     assert doubted.survival(0, np.empty(0)) == 1.0
 
