@@ -107,6 +107,10 @@ def _wrap_create(original: Any) -> Any:
                 from adadecode_vllm.engine.heads_as_model import find_model_of_heads
 
                 find_model_of_heads(self)
+            if arguments.lacks_heads(self):
+                from adadecode_vllm.engine.registered_heads import find_heads_of_model
+
+                find_heads_of_model(self)
             config = arguments.requested_config(self)
             if config is None:
                 return original(self, *args, **kwargs)

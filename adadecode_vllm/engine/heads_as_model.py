@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
 from adadecode_vllm.config import CONFIG_KEY, OF_THRESHOLDS, parse_config
 from adadecode_vllm.errors import AdaDecodeError
-from adadecode_vllm.heads import load_heads_config, resolve_heads
+from adadecode_vllm.heads import ExitHeadsConfig, load_heads_config, resolve_heads
 from adadecode_vllm.heads.config import MODEL_TYPE
 from adadecode_vllm.heads.files import CONFIG_FILE
 from adadecode_vllm.heads.hub import is_hub_id
@@ -49,17 +50,7 @@ def find_model_of_heads(args: EngineArgs) -> None:
             f"MODEL {name}: these heads belong to {base}, which is no directory here "
             f"and no repository's name. Give the model, and --adadecode-heads {name}."
         )
-    recommended = dict(heads.recommended or {})
-    try:
-        parse_config({**recommended, "heads": name})
-    except AdaDecodeError as error:
-        raise AdaDecodeError(
-            f"MODEL {name}: the options that {CONFIG_FILE} recommends cannot be used "
-            f"({error}). Correct them, or give the model and --adadecode-heads {name}."
-        ) from error
-    if not OF_THRESHOLDS.isdisjoint(options):
-        recommended.pop("policy", None)
-    chosen = {**recommended, **options, "heads": name}
+    chosen = with_recommended(heads, name, options)
     logger.info(
         "adadecode: serving %s, the model of the heads %s, with %s", base, name, chosen
     )
@@ -67,6 +58,35 @@ def find_model_of_heads(args: EngineArgs) -> None:
     args.revision = args.revision or heads.base_model_revision
     args.served_model_name = args.served_model_name or name
     args.additional_config = {**additional, CONFIG_KEY: chosen}
+
+
+def with_recommended(
+    heads: ExitHeadsConfig, name: str, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A user's options above those that heads recommend.
+
+    Args:
+        heads: The heads' description.
+        name: Of the heads: a directory, or a name on the Hub.
+        options: What the user chose.
+
+    Returns:
+        All options, the heads' name among them.
+
+    Raises:
+        AdaDecodeError: What the heads recommend is not valid.
+    """
+    recommended = dict(heads.recommended or {})
+    try:
+        parse_config({**recommended, "heads": name})
+    except AdaDecodeError as error:
+        raise AdaDecodeError(
+            f"{name}: the options that its {CONFIG_FILE} recommends cannot be used "
+            f"({error}). Correct them, or give the model and --adadecode-heads {name}."
+        ) from error
+    if not OF_THRESHOLDS.isdisjoint(options):
+        recommended.pop("policy", None)
+    return {**recommended, **options, "heads": name}
 
 
 def _heads_directory(name: str) -> Path | None:

@@ -163,6 +163,9 @@ def test_wheel_holds_every_package(wheel: Path) -> None:
     assert templates
     assert {str(path.relative_to(ROOT)) for path in templates} <= set(names)
     assert "adadecode_vllm/live/page.html" in names
+    shipped = (ROOT / "adadecode_vllm/heads/shipped").rglob("*.*")
+    assert {str(p.relative_to(ROOT)) for p in shipped if p.is_file()} <= set(names)
+    assert "adadecode_vllm/heads/shipped/registry.json" in names
     assert not any(name.startswith(("patches/", "tests/")) for name in names)
 
 

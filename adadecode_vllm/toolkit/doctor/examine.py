@@ -11,6 +11,7 @@ from adadecode_vllm.toolkit.doctor.fit import (
     check_heads,
     failure,
     identity_exits,
+    look_up_heads,
     read_heads,
 )
 from adadecode_vllm.toolkit.doctor.installation import check_installation, vllm_build
@@ -33,7 +34,7 @@ def examine(model: str | None = None, heads: str | None = None) -> list[Finding]
 
     Args:
         model: A directory or a name on the Hub; None to look at the machine only.
-        heads: The same of heads; None to leave them out.
+        heads: The same of heads; None for those that are registered for the model.
 
     Returns:
         The findings. What could not be looked at because of a problem is left out.
@@ -51,6 +52,9 @@ def examine(model: str | None = None, heads: str | None = None) -> list[Finding]
             findings.append(failure("model", error))
         else:
             findings.append(check_architecture(model_facts))
+            if heads is None:
+                heads, finding = look_up_heads(model)
+                findings.append(finding)
     if heads is not None:
         try:
             heads_facts = read_heads(heads)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adadecode_vllm.errors import AdaDecodeError
@@ -36,6 +36,43 @@ class HeadsFacts:
     name: str
     directory: Path
     config: ExitHeadsConfig
+
+
+def look_up_heads(model: str) -> tuple[str | None, Finding]:
+    """Find the heads that a server without `--adadecode-heads` would use.
+
+    Args:
+        model: A directory, or a name on the Hub.
+
+    Returns:
+        The directory of the heads, None if there are none on this machine; and what to
+        say of it.
+    """
+    try:
+        from adadecode_vllm.heads.registry import find_registered_heads
+    except ImportError:
+        return None, replace(_NO_TORCH, check="registry")
+    try:
+        found = find_registered_heads(model)
+    except AdaDecodeError as error:
+        return None, failure("registry", error)
+    if found is None:
+        return None, Finding(
+            "registry",
+            "warning",
+            f"No heads are registered for {model}.",
+            "Name its heads with --adadecode-heads, or make some with `adadecode data` "
+            "and `adadecode train`.",
+        )
+    if found.directory is None:
+        return None, Finding(
+            "registry",
+            "ok",
+            f"Heads for {model} are on the Hub: {found.repository}.",
+            f"Add --adadecode-heads {found.repository} to fetch and use them.",
+        )
+    text = f"{found.directory} has heads for it. A server uses them unasked."
+    return str(found.directory), Finding("registry", "ok", text)
 
 
 def read_heads(name: str) -> HeadsFacts:
