@@ -15,6 +15,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 
+from adadecode_vllm.config import parse_config
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.heads import (
     load_draft_token_ids,
@@ -28,6 +29,7 @@ from adadecode_vllm.toolkit.states import cache as cache_module
 from adadecode_vllm.toolkit.states.cache import LiveStates
 from adadecode_vllm.toolkit.states.teacher import Teacher
 from adadecode_vllm.toolkit.states.texts import load_texts, split_held_out
+from adadecode_vllm.toolkit.training.recommend import recommend
 from adadecode_vllm.toolkit.training.ridge import ridge_heads
 from adadecode_vllm.toolkit.training.run import Reporter, RunOptions, train_heads
 from adadecode_vllm.toolkit.training.settings import TrainSettings
@@ -108,6 +110,88 @@ def test_training_brings_the_exits_closer(
     assert run["versions"]["torch"]
     assert not (tmp_path / "run" / "cache").exists()
     assert not list((tmp_path / "run").glob("checkpoint*"))
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_what_serves_the_heads_is_recommended(
+    teacher: Teacher, data: Path, tmp_path: Path, memory: bool
+) -> None:
+    settings = MEMORY["settings"] if memory else {}
+    record = train(teacher, data, tmp_path, settings=settings, max_early_predictions=3)
+    recommended = load_heads_config(tmp_path).recommended
+    assert recommended is not None
+    config = parse_config({**recommended, "heads": str(tmp_path)})
+    assert config.exit_layers is not None
+    assert set(config.exit_layers) <= {1, 2}
+    assert (config.policy, config.max_early_predictions) == ("cost", 3)
+    assert record["recommended"] == recommended
+
+
+def test_nothing_is_recommended_without_held_out_text(
+    teacher: Teacher, data: Path, tmp_path: Path
+) -> None:
+    train(teacher, data, tmp_path, settings={"held_out": 0.0})
+    config = load_heads_config(tmp_path)
+    assert (config.recommended, config.calibration) == (None, None)
+
+
+def test_a_model_of_the_hub_is_known_to_the_commit(
+    teacher: Teacher, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(teacher, data, tmp_path / "local", settings={"epochs": 1})
+    assert load_heads_config(tmp_path / "local").base_model_revision is None
+    # As Transformers notes it for what it fetched.
+    monkeypatch.setattr(teacher.model.config, "_commit_hash", "0a1b2c", raising=False)
+    train(teacher, data, tmp_path / "hub", settings={"epochs": 1})
+    assert load_heads_config(tmp_path / "hub").base_model_revision == "0a1b2c"
+
+
+class Known:
+    """States of one text, given."""
+
+    def __init__(self, states: dict[int, torch.Tensor]) -> None:
+        self.layers = list(states)
+        self._states = torch.stack(list(states.values()))
+
+    def __len__(self) -> int:
+        return 1
+
+    def states(self, indices: Any) -> torch.Tensor:
+        return self._states
+
+    def lengths(self, indices: Any) -> list[int]:
+        return [self._states.shape[1] for _ in indices]
+
+
+@pytest.mark.parametrize(
+    ("right", "expected"), [({1}, [1]), ({3}, [3]), ({1, 2, 3}, [1]), ({2, 3}, [2])]
+)
+def test_the_exits_that_pay_are_recommended(
+    teacher: Teacher, right: set[int], expected: list[int]
+) -> None:
+    """Where deeper exits add nothing they are left out, and so are those that err."""
+    generator = torch.Generator().manual_seed(2)
+    final, wrong = torch.randn(2, 200, teacher.hidden_size, generator=generator)
+    states = {layer: final if layer in right else wrong for layer in (1, 2, 3)}
+    weights = {layer: torch.eye(teacher.hidden_size) for layer in states}
+    # As a fit would find it: tokens of exits that err are never accepted.
+    calibration = {
+        str(layer): {"slope": 1e-3, "intercept": 5.0 if layer in right else -5.0}
+        for layer in states
+    }
+    found = recommend(
+        teacher,
+        weights,
+        None,
+        None,
+        Known({**states, NUM_LAYERS: final}),
+        calibration,
+        drafts=1,
+        max_early_predictions=4,
+    )
+    assert found.options["exit_layers"] == expected
+    assert found.choice.speedup > 1
+    assert found.choice.acceptance == 1.0
 
 
 def test_a_killed_run_ends_with_the_same_bits(

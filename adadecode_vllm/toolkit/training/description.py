@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,69 @@ from adadecode_vllm.heads.fingerprint import lm_head_fingerprint
 from adadecode_vllm.toolkit.evaluation.measure import fit_calibration, measure
 from adadecode_vllm.toolkit.states.cache import StateSource
 from adadecode_vllm.toolkit.states.teacher import Teacher
+from adadecode_vllm.toolkit.training.recommend import Recommendation, recommend
 from adadecode_vllm.toolkit.training.settings import TrainSettings
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What held-out text tells of heads.
+
+    Attributes:
+        calibration: Of `calibrate`; None where no text was held out.
+        recommendation: What to serve them with; None for heads that are not served.
+    """
+
+    calibration: dict[str, dict[str, float]] | None = None
+    recommendation: Recommendation | None = None
+
+    @property
+    def recommended(self) -> dict[str, Any] | None:
+        """The engine's options that suit the heads."""
+        return None if self.recommendation is None else self.recommendation.options
+
+
+def examine(
+    teacher: Teacher,
+    weights: dict[int, torch.Tensor],
+    memory: dict[int, torch.Tensor] | None,
+    draft_token_ids: torch.Tensor | None,
+    source: StateSource,
+    settings: TrainSettings,
+    max_early_predictions: int,
+    advance: Callable[[int], None],
+) -> Findings:
+    """Calibrate heads, and find the options that suit them.
+
+    Args:
+        teacher: The model.
+        weights: See `calibrate`.
+        memory: See `calibrate`.
+        draft_token_ids: See `calibrate`.
+        source: States of held-out text.
+        settings: Of the training.
+        max_early_predictions: The cap to recommend.
+        advance: Called with how many further texts have been read.
+
+    Returns:
+        Both.
+    """
+    calibration = calibrate(
+        teacher, weights, memory, draft_token_ids, source, settings, advance
+    )
+    if settings.head == "full":
+        return Findings(calibration)
+    recommendation = recommend(
+        teacher,
+        weights,
+        memory,
+        draft_token_ids,
+        source,
+        calibration,
+        drafts=settings.drafts,
+        max_early_predictions=max_early_predictions,
+    )
+    return Findings(calibration, recommendation)
 
 
 def calibrate(
@@ -70,7 +133,7 @@ def heads_config(
 
     Args:
         teacher: The model.
-        record: Of the run, with ``exit_layers`` and ``calibration``.
+        record: Of the run, with ``exit_layers``, ``calibration`` and ``recommended``.
         dtype: Of the stored weights.
 
     Returns:
@@ -92,4 +155,6 @@ def heads_config(
             )
             for layer, row in calibration.items()
         },
+        base_model_revision=getattr(teacher.model.config, "_commit_hash", None),
+        recommended=record["recommended"],
     )

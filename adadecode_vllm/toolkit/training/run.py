@@ -38,12 +38,17 @@ from adadecode_vllm.toolkit.states.texts import (
     split_held_out,
     texts_fingerprint,
 )
-from adadecode_vllm.toolkit.training.description import calibrate, heads_config
+from adadecode_vllm.toolkit.training.description import (
+    Findings,
+    examine,
+    heads_config,
+)
 from adadecode_vllm.toolkit.training.draft_vocabulary import (
     MAX_TOKENS,
     count_tokens,
     rank_tokens,
 )
+from adadecode_vllm.toolkit.training.exit_sets import Choice
 from adadecode_vllm.toolkit.training.output import (
     CACHE_DIRECTORY,
     CHECKPOINT_FILE,
@@ -56,7 +61,7 @@ from adadecode_vllm.toolkit.training.output import (
     choose_run_directory,
     finish,
 )
-from adadecode_vllm.toolkit.training.probe import Choice, choose_exits
+from adadecode_vllm.toolkit.training.probe import choose_exits
 from adadecode_vllm.toolkit.training.ridge import ridge_heads
 from adadecode_vllm.toolkit.training.settings import TrainSettings
 from adadecode_vllm.toolkit.training.together import all_or_none, in_main, main_first
@@ -242,21 +247,24 @@ def train_heads(
         on_epoch=reporter.epoch,
     )
     trained = time.perf_counter()
-    calibration = None
+    findings = Findings()
     if held_out:
         reporter.start("calibrating", "texts", len(held_out))
-        calibration = all_or_none(
+        findings = all_or_none(
             processes,
-            lambda: calibrate(
+            lambda: examine(
                 teacher,
                 weights,
                 memory,
                 draft_token_ids if few else None,
                 held_out_states,
                 settings,
+                options.max_early_predictions,
                 reporter.advance,
             ),
         )
+        if findings.recommendation is not None:
+            reporter.say(findings.recommendation.sentence)
     record = {
         "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "commit": git_commit(Path(__file__).parent),
@@ -277,7 +285,8 @@ def train_heads(
         "epochs_run": trainer.progress.epoch,
         "best_epoch": trainer.progress.best_epoch or None,
         "held_out": _record_of(trainer, trainer.progress.best_epoch),
-        "calibration": calibration,
+        "calibration": findings.calibration,
+        "recommended": findings.recommended,
         "seconds": {
             "states": round(prepared - started, 1),
             "training": round(trained - prepared, 1),

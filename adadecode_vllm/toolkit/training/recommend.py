@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options of the engine that suit trained heads, from what they do on held-out text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from adadecode_vllm.toolkit.evaluation.cost import CostModel
+from adadecode_vllm.toolkit.states.cache import StateSource
+from adadecode_vllm.toolkit.states.teacher import Teacher
+from adadecode_vllm.toolkit.training.exit_sets import (
+    PROBE_TOKENS,
+    Choice,
+    rate,
+    read_probes,
+)
+
+ACCEPTANCES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+"""Probabilities of acceptance from which on a set of exits may draft."""
+
+MOST_EXITS = 3
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What to serve heads with.
+
+    Attributes:
+        options: Of the engine, as `recommended` in the heads' configuration has them.
+        choice: The exits among them, and what the formula says of them.
+    """
+
+    options: dict[str, Any]
+    choice: Choice
+
+    @property
+    def sentence(self) -> str:
+        """The same for a person."""
+        exits = ", ".join(map(str, self.choice.exit_layers))
+        return (
+            f"Recommended for serving: exits {exits} with the policy cost (by the "
+            f"formula {self.choice.speedup:.2f}x on the held-out text)"
+        )
+
+
+def recommend(
+    teacher: Teacher,
+    weights: Mapping[int, torch.Tensor],
+    memory: Mapping[int, torch.Tensor] | None,
+    draft_token_ids: torch.Tensor | None,
+    source: StateSource,
+    calibration: Mapping[str, Mapping[str, float]],
+    *,
+    drafts: int,
+    max_early_predictions: int,
+) -> Recommendation:
+    """Choose among the trained exits.
+
+    The policy is `cost`: it drafts as far as a draft probably pays on the machine that
+    serves. What stands in for it here is the best one of several thresholds on the
+    calibrated probability of acceptance. Exits are added one at a time.
+
+    Args:
+        teacher: The model.
+        weights: By exit, T.
+        memory: By exit, U; None for heads without memory.
+        draft_token_ids: The tokens that gates will look at; None for all.
+        source: States of held-out text.
+        calibration: By exit, `slope` and `intercept` of its acceptance.
+        drafts: Drafts of a cycle that heads with memory are trained on.
+        max_early_predictions: The cap.
+
+    Returns:
+        The fastest, by the cost formula.
+    """
+    heads = {
+        layer: (weight, None if memory is None else memory[layer])
+        for layer, weight in weights.items()
+    }
+    indices = _first_texts(source)
+    probes = read_probes(
+        source,
+        indices,
+        heads,
+        teacher.lm_head,
+        drafts=drafts,
+        draft_token_ids=draft_token_ids,
+    )
+    lengths = source.lengths(indices)
+    cost = CostModel.of_model(
+        teacher.model,
+        identity=False,
+        memory=memory is not None,
+        draft_vocabulary=None if draft_token_ids is None else len(draft_token_ids),
+    )
+    gates = [_least(acceptance, calibration) for acceptance in ACCEPTANCES]
+
+    def best(sets: Iterable[tuple[int, ...]]) -> Choice:
+        rated = (
+            rate(
+                exits,
+                probes,
+                lengths,
+                least,
+                cost,
+                teacher.num_layers,
+                max_early_predictions,
+            )
+            for exits in sets
+            for least in gates
+        )
+        return max(rated, key=lambda choice: choice.speedup)
+
+    choice = best((layer,) for layer in weights)
+    while len(choice.exit_layers) < min(MOST_EXITS, len(weights)):
+        others = weights.keys() - choice.exit_layers
+        grown = best(tuple(sorted((*choice.exit_layers, k))) for k in sorted(others))
+        if grown.speedup <= choice.speedup:
+            break
+        choice = grown
+    options = {
+        "exit_layers": list(choice.exit_layers),
+        "max_early_predictions": max_early_predictions,
+        "policy": "cost",
+    }
+    return Recommendation(options, choice)
+
+
+def _least(
+    acceptance: float, calibration: Mapping[str, Mapping[str, float]]
+) -> dict[int, float]:
+    """By exit, the log-odds from which on it is right with a probability."""
+    wanted = float(np.log(acceptance / (1 - acceptance)))
+    least = {}
+    for layer, row in calibration.items():
+        slope, above = row["slope"], wanted - row["intercept"]
+        if slope:
+            least[int(layer)] = above / slope
+        else:  # as sure of every token as of any other
+            least[int(layer)] = -np.inf if above < 0 else np.inf
+    return least
+
+
+def _first_texts(source: StateSource) -> list[int]:
+    """As many texts as have `PROBE_TOKENS` tokens, or one more."""
+    indices: list[int] = []
+    while len(indices) < len(source) and sum(source.lengths(indices)) < PROBE_TOKENS:
+        indices.append(len(indices))
+    return indices
