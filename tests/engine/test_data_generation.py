@@ -16,7 +16,8 @@ import pytest
 
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.toolkit.data import generate as generate_module
-from adadecode_vllm.toolkit.data import load_dataset_info, read_rows
+from adadecode_vllm.toolkit.data import load_dataset_info, ray_generate, read_rows
+from adadecode_vllm.toolkit.data.generate import EngineSpec
 from adadecode_vllm.toolkit.data.make import make_data
 from adadecode_vllm.toolkit.data.options import DataOptions, Silence
 from adadecode_vllm.toolkit.data.ray_generate import import_ray
@@ -228,6 +229,24 @@ def test_mistakes_with_ray(made: DataOptions, cluster: None) -> None:
     with pytest.raises(AdaDecodeError, match="vLLM cannot serve it") as caught:
         make_data(replace(options, engine=engine))
     assert "\n" not in str(caught.value)
+
+
+@needs_ray
+def test_engines_that_end_again_and_again(
+    made: DataOptions, cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Ending:  # of a function: actors get it by value
+        def __init__(self, spec: EngineSpec) -> None:
+            pass
+
+        def start(self) -> None:
+            os._exit(1)
+
+    monkeypatch.setattr(ray_generate, "ShardActor", Ending)
+    options = replace(made, out=made.out.with_name("ending"), ray_actors=1)
+    with pytest.raises(AdaDecodeError, match=r"--ray: an actor failed \(") as caught:
+        make_data(options)
+    assert "run the command again to continue" in str(caught.value)
 
 
 @pytest.mark.slow

@@ -394,7 +394,7 @@ def test_a_full_disk_is_a_sentence(
 def test_without_ray(options: DataOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     text = refusal(replace(options, ray_actors=2))
-    assert "--ray: Ray Data is not installed" in text
+    assert "--ray: Ray is not installed" in text
     assert "pip install 'adadecode-vllm[ray]'" in text
 
 

@@ -88,7 +88,7 @@ def data_command(
         ),
     ] = None,
     ray: Annotated[
-        bool, typer.Option("--ray", help="Spread the work with Ray Data.")
+        bool, typer.Option("--ray", help="Spread the work over a Ray cluster.")
     ] = False,
     ray_actors: Annotated[
         int | None, typer.Option(min=1, help="Engines to start, by default 1.")

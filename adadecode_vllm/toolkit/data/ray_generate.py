@@ -1,40 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answering prompts with Ray Data: a pool of actors, each with an engine.
+"""Answering prompts on a Ray cluster: a pool of actors, each with an engine.
 
-A row of the Ray data set is a whole shard, and an actor takes one at a time. Engines
-thus see the same batches as a single engine would, and the rows are the same. An actor
-hands on each answer as it finishes.
+An actor takes a whole shard at a time. Engines thus see the same batches as a single
+engine would, and the rows are the same. An actor hands on each answer as it finishes.
+
+An actor may die at any time, with its machine or alone. What it had handed on is kept,
+its other rows go to the next actor that is free, and another actor is started in its
+place as soon as the cluster has room for it. So every row is answered once, as long as
+one actor lives.
 """
 
 import logging
 import os
 import socket
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
-
-import pyarrow as pa
 
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.toolkit.data.generate import Answer, EngineSpec, Generator, Shards
 
 logger = logging.getLogger(__name__)
 
-_IDS = pa.list_(pa.int32())
-_PROMPTS = pa.schema(
-    [
-        ("shard", pa.int64()),
-        ("rows", pa.list_(pa.int64())),
-        ("prompt_ids", pa.list_(_IDS)),
-    ]
-)
-_ANSWER = pa.schema(
-    [
-        ("shard", pa.int64()),
-        ("row", pa.int64()),
-        ("token_ids", _IDS),
-        ("began", pa.float64()),
-    ]
-)
+_MOST_DEATHS = 3
+"""Actors that may die one after the other without a single answer in between."""
+
+_TELL_SECONDS = 60.0
 
 
 class ShardActor:
@@ -44,21 +35,126 @@ class ShardActor:
         # Engines of one machine would otherwise all bind to the same cores; on a
         # machine with GPUs vLLM does not look at this.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        # Kept for the first call: Ray starts an actor that fails here again and again.
+        # Kept for the first call: an actor that fails here seems to have died.
         self._refusal: AdaDecodeError | None = None
         try:
             self._generator = Generator(spec)
         except AdaDecodeError as error:
             self._refusal = error
 
-    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        """Answer the prompts of the shards in a batch, an answer at a time."""
+    def start(self) -> None:
+        """Say that the engine has started, or why it could not.
+
+        Raises:
+            AdaDecodeError: vLLM refused it.
+        """
         if self._refusal is not None:
             raise self._refusal
-        for shard in batch.to_pylist():
-            prompts = dict(zip(shard["rows"], shard["prompt_ids"], strict=True))
-            for answer in self._generator.answer(shard["shard"], prompts):
-                yield pa.Table.from_pylist([answer._asdict()], schema=_ANSWER)
+
+    def answer(self, shard: int, prompts: dict[int, list[int]]) -> Iterator[Answer]:
+        """Answer the prompts of a shard, an answer at a time."""
+        yield from self._generator.answer(shard, prompts)
+
+
+class _Pool:
+    """Actors, what each of them does, and the rows that nobody has answered yet.
+
+    Args:
+        ray: The module.
+        create: Makes an actor.
+        size: How many.
+        shards: What is to be answered.
+    """
+
+    def __init__(self, ray: Any, create: Any, size: int, shards: Shards) -> None:
+        self._ray = ray
+        self._create = create
+        self._left = {index: dict(prompts) for index, prompts in shards.items()}
+        self._queue = deque(shards)
+        self._starting: dict[Any, Any] = {}  # actors, by what says that they started
+        self._working: dict[Any, tuple[Any, int]] = {}  # and shards, by their answers
+        self._idle: list[Any] = []
+        self._deaths = 0
+        for _ in range(size):
+            self._start()
+
+    def answers(self) -> Iterator[Answer]:
+        """Yield every row's answer once, as they come."""
+        while any(self._left.values()):
+            self._assign()
+            ready, _ = self._ray.wait(
+                [*self._starting, *self._working], timeout=_TELL_SECONDS
+            )
+            if not ready and not self._working:
+                logger.warning("Waiting until Ray has room for an engine")
+            for one in ready:
+                if one in self._starting:
+                    self._started(one)
+                else:
+                    yield from self._next(one)
+
+    def close(self) -> None:
+        """End all actors."""
+        working = [actor for actor, _ in self._working.values()]
+        for actor in (*self._starting.values(), *working, *self._idle):
+            self._ray.kill(actor)
+
+    def _start(self) -> None:
+        actor = self._create()
+        self._starting[actor.start.remote()] = actor
+
+    def _assign(self) -> None:
+        """Give shards to actors that have none."""
+        while self._idle and self._queue:
+            shard = self._queue.popleft()
+            actor = self._idle.pop()
+            answers = actor.answer.remote(shard, self._left[shard])
+            self._working[answers] = actor, shard
+
+    def _started(self, one: Any) -> None:
+        actor = self._starting.pop(one)
+        try:
+            self._ray.get(one)
+        except self._ray.exceptions.RayTaskError:
+            raise  # a mistake of the user's, or a defect: another try would not help
+        except self._ray.exceptions.RayError as error:
+            self._died(actor, error)
+        else:
+            self._idle.append(actor)
+
+    def _next(self, answers: Any) -> Iterator[Answer]:
+        """Take an actor's next answer, or see that it has ended its shard, or died."""
+        actor, shard = self._working[answers]
+        try:
+            answer: Answer = self._ray.get(next(answers))
+        except StopIteration:
+            self._end(answers)
+            self._idle.append(actor)
+        except self._ray.exceptions.RayTaskError:
+            raise
+        except self._ray.exceptions.RayError as error:
+            self._end(answers)
+            self._died(actor, error)
+        else:
+            self._deaths = 0
+            if self._left[shard].pop(answer.row, None) is not None:
+                yield answer
+
+    def _end(self, answers: Any) -> None:
+        """Nothing more comes of a shard's actor: others answer what is left."""
+        _, shard = self._working.pop(answers)
+        if self._left[shard]:
+            self._queue.appendleft(shard)
+
+    def _died(self, actor: Any, error: Exception) -> None:
+        self._deaths += 1
+        if self._deaths > _MOST_DEATHS:
+            raise error
+        logger.warning(
+            "An engine ended (%s); another one is started", _last_line(error)
+        )
+        self._ray.kill(actor)  # one that Ray only lost sight of must not go on
+        self._start()
 
 
 def generate_with_ray(
@@ -78,11 +174,11 @@ def generate_with_ray(
         address: A cluster's address; None starts Ray on this machine, for this run.
 
     Yields:
-        Answers as they finish.
+        Every row's answer once, as they finish.
 
     Raises:
         AdaDecodeError: Ray is missing, cannot be reached or has too little room for
-            the actors, or an engine could not be started.
+            the actors, or engines could not be started, or died again and again.
     """
     ray = import_ray()
     if actors > len(shards):
@@ -95,37 +191,15 @@ def generate_with_ray(
         actors = len(shards)
     started = _connect(ray, address)
     try:
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False  # the command shows its own
-        # A block an answer: by default answers would wait for 128 MB of them.
-        context.target_max_block_size = 1
-        logging.getLogger("ray.data").setLevel(logging.WARNING)
-        tables = [
-            pa.Table.from_pydict(
-                {
-                    "shard": [index],
-                    "rows": [list(prompts)],
-                    "prompt_ids": [list(prompts.values())],
-                },
-                schema=_PROMPTS,
-            )
-            for index, prompts in shards.items()
-        ]
-        answered = ray.data.from_arrow(tables).map_batches(
-            ShardActor,
-            fn_constructor_args=(spec,),
-            batch_size=1,
-            batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(
-                size=actors, max_tasks_in_flight_per_actor=2
-            ),
-            **_resources(ray, spec, actors),
+        # SPREAD: over the machines first.
+        actor_class = ray.remote(ShardActor).options(
+            scheduling_strategy="SPREAD", **_resources(ray, spec, actors)
         )
-        for batch in answered.iter_batches(
-            batch_size=None, batch_format="pyarrow", prefetch_batches=0
-        ):
-            for row in batch.to_pylist():
-                yield Answer(**row)
+        pool = _Pool(ray, lambda: actor_class.remote(spec), actors, shards)
+        try:
+            yield from pool.answers()
+        finally:
+            pool.close()
     except ray.exceptions.RayError as error:
         raise _sentence(error) from error
     finally:
@@ -134,7 +208,7 @@ def generate_with_ray(
 
 
 def import_ray() -> Any:
-    """Import Ray with Ray Data.
+    """Import Ray.
 
     Raises:
         AdaDecodeError: It is not installed.
@@ -143,10 +217,9 @@ def import_ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
-        import ray.data
     except ImportError as error:
         raise AdaDecodeError(
-            f"--ray: Ray Data is not installed ({error}); install the extra: "
+            f"--ray: Ray is not installed ({error}); install the extra: "
             "pip install 'adadecode-vllm[ray]'"
         ) from error
     return ray
@@ -211,19 +284,16 @@ def _resources(ray: Any, spec: EngineSpec, actors: int) -> dict[str, float]:
 
 def _sentence(error: Exception) -> AdaDecodeError:
     """The user's mistake inside an actor, or what Ray says, in one sentence."""
-    cause: BaseException | None = error
-    while cause is not None:
-        inner = getattr(cause, "cause", None)
-        if isinstance(inner, AdaDecodeError):
-            # Ray Data adds lines about its retries.
-            return AdaDecodeError(str(inner).splitlines()[0])
-        cause = inner if isinstance(inner, BaseException) else cause.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    for line in reversed(lines):
-        if "AdaDecodeError: " in line:
-            return AdaDecodeError(line.partition("AdaDecodeError: ")[2])
-    reason = lines[-1] if lines else type(error).__name__
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, AdaDecodeError):
+        return AdaDecodeError(str(cause))
     return AdaDecodeError(
-        f"--ray: an actor failed ({reason}); run the command again to continue, with "
-        "fewer --ray-actors if memory ran out"
+        f"--ray: an actor failed ({_last_line(error)}); run the command again to "
+        "continue, with fewer --ray-actors if memory ran out"
     )
+
+
+def _last_line(error: Exception) -> str:
+    """What Ray says last; a traceback or details come before it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
