@@ -102,15 +102,16 @@ def _wrap_create(original: Any) -> Any:
         from adadecode_vllm.engine import arguments
         from adadecode_vllm.errors import AdaDecodeError
 
+        heads = None
         try:
             if arguments.lacks_heads(self):
                 from adadecode_vllm.engine.heads_as_model import find_model_of_heads
 
-                find_model_of_heads(self)
+                heads = find_model_of_heads(self)
             if arguments.lacks_heads(self):
                 from adadecode_vllm.engine.registered_heads import find_heads_of_model
 
-                find_heads_of_model(self)
+                heads = find_heads_of_model(self)
             config = arguments.requested_config(self)
             if config is None:
                 return original(self, *args, **kwargs)
@@ -127,7 +128,7 @@ def _wrap_create(original: Any) -> Any:
             refusals.check_arguments(self)
             with arguments.prepared(self, config):
                 vllm_config = original(self, *args, **kwargs)
-            refusals.check_engine(vllm_config, config)
+            refusals.check_engine(vllm_config, config, heads)
             arguments.schedule_ahead(vllm_config, self.async_scheduling)
         except AdaDecodeError as error:
             # In the `vllm` command a user's mistake ends with a sentence.

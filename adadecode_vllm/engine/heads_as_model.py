@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +11,11 @@ from vllm.logger import init_logger
 
 from adadecode_vllm.config import CONFIG_KEY, OF_THRESHOLDS, parse_config
 from adadecode_vllm.errors import AdaDecodeError
-from adadecode_vllm.heads import ExitHeadsConfig, load_heads_config, resolve_heads
-from adadecode_vllm.heads.config import MODEL_TYPE
+from adadecode_vllm.heads import ExitHeadsConfig, Heads, pin_heads
+from adadecode_vllm.heads.config import read_config
 from adadecode_vllm.heads.files import CONFIG_FILE
 from adadecode_vllm.heads.hub import is_hub_id
+from adadecode_vllm.heads.output import holds_heads
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.adadecode")
 
 
-def find_model_of_heads(args: EngineArgs) -> None:
+def find_model_of_heads(args: EngineArgs) -> Heads | None:
     """Where the model to serve is exit heads, put theirs in its place.
 
     Their own recommendations become the engine's options, beneath the user's. Nothing
@@ -34,30 +34,33 @@ def find_model_of_heads(args: EngineArgs) -> None:
             :func:`~adadecode_vllm.engine.arguments.lacks_heads` found without heads;
             changed in place, as vLLM itself does for checkpoints of speculators.
 
+    Returns:
+        The heads, or None.
+
     Raises:
         AdaDecodeError: The heads cannot be read, or their model is not here.
     """
     additional = args.additional_config
     options = additional[CONFIG_KEY]
     name = args.model
-    directory = _heads_directory(name)
-    if directory is None or not options.get("enabled", True):
-        return
-    heads = load_heads_config(directory)
-    base = heads.base_model
+    heads = _find_heads(name) if options.get("enabled", True) else None
+    if heads is None:
+        return None
+    base = heads.config.base_model
     if not Path(base).is_dir() and not is_hub_id(base):
         raise AdaDecodeError(
             f"MODEL {name}: these heads belong to {base}, which is no directory here "
             f"and no repository's name. Give the model, and --adadecode-heads {name}."
         )
-    chosen = with_recommended(heads, name, options)
+    chosen = with_recommended(heads.config, name, options)
     logger.info(
         "adadecode: serving %s, the model of the heads %s, with %s", base, name, chosen
     )
     args.model = base
-    args.revision = args.revision or heads.base_model_revision
+    args.revision = args.revision or heads.config.base_model_revision
     args.served_model_name = args.served_model_name or name
     args.additional_config = {**additional, CONFIG_KEY: chosen}
+    return heads
 
 
 def with_recommended(
@@ -89,19 +92,16 @@ def with_recommended(
     return {**recommended, **options, "heads": name}
 
 
-def _heads_directory(name: str) -> Path | None:
-    """Where exit heads of a name are; None where it names something else."""
+def _find_heads(name: str) -> Heads | None:
+    """Exit heads of a name; None where it names something else."""
     path = Path(name)
-    if path.is_dir():
-        try:
-            values = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            return None  # vLLM explains what is wrong with a model
-        found = isinstance(values, dict) and values.get("model_type") == MODEL_TYPE
-        return path if found else None
-    if path.exists() or not is_hub_id(name.partition("@")[0]):
+    if not path.is_dir() and (path.exists() or not is_hub_id(name.partition("@")[0])):
         return None
+    directory = path
     try:
-        return resolve_heads(name)
+        pinned, directory = pin_heads(name)
+        return Heads(name, pinned, directory, read_config(directory))
     except AdaDecodeError:
-        return None
+        if holds_heads(directory):
+            raise
+        return None  # vLLM explains what is wrong with a model

@@ -8,7 +8,7 @@ from typing import Any
 
 from adadecode_vllm.config import AdaDecodeConfig
 from adadecode_vllm.errors import AdaDecodeError
-from adadecode_vllm.heads import ExitHeadsConfig, read_lm_head, same_lm_head
+from adadecode_vllm.heads import ExitHeadsConfig, Heads, read_lm_head, same_lm_head
 
 
 def resolve_draft_vocabulary(config: AdaDecodeConfig, heads: ExitHeadsConfig) -> int:
@@ -71,17 +71,14 @@ def resolve_exit_layers(
     return config.exit_layers
 
 
-def check_heads_fit(
-    heads: ExitHeadsConfig, text_config: Any, model: str, directory: str
-) -> bool:
+def check_heads_fit(heads: Heads, text_config: Any, model: str) -> bool:
     """Refuse heads of another model.
 
     Args:
-        heads: The heads' description.
+        heads: The heads.
         text_config: The served language model's ``hidden_size``, ``vocab_size`` and
             ``num_hidden_layers``.
         model: Its directory, or its name.
-        directory: The heads' directory, for the message.
 
     Returns:
         Whether the LM head was compared. One that is not in a local safetensors
@@ -90,39 +87,40 @@ def check_heads_fit(
     Raises:
         AdaDecodeError: If a shape or the LM head's fingerprint differs.
     """
+    config = heads.config
     for name, label in (
         ("hidden_size", "hidden size"),
         ("vocab_size", "vocabulary size"),
         ("num_hidden_layers", "number of layers"),
     ):
-        served, trained = getattr(text_config, name), getattr(heads, name)
+        served, trained = getattr(text_config, name), getattr(config, name)
         if served != trained:
             raise _wrong_heads(
-                directory,
+                heads.name,
                 f"their {label} is {trained} and that of {model} is {served}",
-                heads.base_model,
+                config.base_model,
             )
 
     lm_head = read_lm_head(model) if Path(model).is_dir() else None
     if lm_head is None:
         return False
-    if not same_lm_head(heads.lm_head_fingerprint, lm_head.fingerprint):
-        raise fingerprint_mismatch(directory, model, heads.base_model)
+    if not same_lm_head(config.lm_head_fingerprint, lm_head.fingerprint):
+        raise fingerprint_mismatch(heads.name, model, config.base_model)
     return True
 
 
-def fingerprint_mismatch(directory: str, model: str, base_model: str) -> AdaDecodeError:
+def fingerprint_mismatch(name: str, model: str, base_model: str) -> AdaDecodeError:
     """The error for heads whose LM head is not the served model's."""
     return _wrong_heads(
-        directory,
+        name,
         f"they were made for an LM head with other weights than that of {model}",
         base_model,
     )
 
 
-def _wrong_heads(directory: str, reason: str, base_model: str) -> AdaDecodeError:
+def _wrong_heads(name: str, reason: str, base_model: str) -> AdaDecodeError:
     return AdaDecodeError(
-        f"--adadecode-heads {directory}: these heads do not fit: {reason} (they name "
+        f"--adadecode-heads {name}: these heads do not fit: {reason} (they name "
         f"{base_model} as their model). Give the heads of the served model, or make "
         "some with `adadecode init-heads`."
     )

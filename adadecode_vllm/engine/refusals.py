@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
+    from adadecode_vllm.heads import Heads
+
 
 def check_arguments(args: EngineArgs) -> None:
     """Refuse engine arguments that conflict, before vLLM acts on them.
@@ -120,7 +122,9 @@ def _check_runner(args: EngineArgs) -> None:
         )
 
 
-def check_engine(vllm_config: VllmConfig, config: AdaDecodeConfig) -> None:
+def check_engine(
+    vllm_config: VllmConfig, config: AdaDecodeConfig, heads: Heads | None = None
+) -> None:
     """Refuse models, features and heads that do not fit, with all of it known.
 
     Resolves the exits and the heads' name and writes them into ``additional_config``,
@@ -130,6 +134,7 @@ def check_engine(vllm_config: VllmConfig, config: AdaDecodeConfig) -> None:
     Args:
         vllm_config: The engine's configuration.
         config: The user's options.
+        heads: Those that the options name, where they were found before.
 
     Raises:
         AdaDecodeError: On the first thing that does not fit.
@@ -151,20 +156,19 @@ def check_engine(vllm_config: VllmConfig, config: AdaDecodeConfig) -> None:
         resolve_draft_vocabulary,
         resolve_exit_layers,
     )
-    from adadecode_vllm.heads import load_heads_config, pin_heads
+    from adadecode_vllm.heads import Heads
 
-    name, directory = pin_heads(config.heads)
-    heads = load_heads_config(directory)
+    heads = heads or Heads.find(config.heads)
+    heads.check()
     model = vllm_config.model_config
-    check_heads_fit(heads, model.hf_text_config, model.model, config.heads)
-    exit_layers = resolve_exit_layers(config, heads)
-    if config.gate == "acceptance":
-        heads.acceptance_thresholds(config.threshold)  # refuses heads without them
+    check_heads_fit(heads, model.hf_text_config, model.model)
+    # Refuses heads that the gate cannot use.
+    heads.config.thresholds(config.gate, config.threshold)
     resolved = config.model_copy(
         update={
-            "heads": name,
-            "exit_layers": exit_layers,
-            "draft_vocabulary_size": resolve_draft_vocabulary(config, heads),
+            "heads": heads.pinned,
+            "exit_layers": resolve_exit_layers(config, heads.config),
+            "draft_vocabulary_size": resolve_draft_vocabulary(config, heads.config),
         }
     )
     additional_config = vllm_config.additional_config

@@ -10,7 +10,7 @@ from vllm.logger import init_logger
 from adadecode_vllm.config import CONFIG_KEY
 from adadecode_vllm.engine.heads_as_model import with_recommended
 from adadecode_vllm.errors import AdaDecodeError
-from adadecode_vllm.heads import load_heads_config
+from adadecode_vllm.heads import Heads
 from adadecode_vllm.heads.registry import find_registered_heads
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.adadecode")
 
 
-def find_heads_of_model(args: EngineArgs) -> None:
+def find_heads_of_model(args: EngineArgs) -> Heads | None:
     """Take the heads that a registry has on this machine for the model to serve.
 
     Their own recommendations become the engine's options, beneath the user's.
@@ -29,6 +29,9 @@ def find_heads_of_model(args: EngineArgs) -> None:
             :func:`~adadecode_vllm.engine.arguments.lacks_heads` found without heads;
             changed in place.
 
+    Returns:
+        The heads; None where AdaDecode is not enabled.
+
     Raises:
         AdaDecodeError: There are none, or they cannot be used, or they are on the Hub,
             from which nothing is fetched unasked.
@@ -36,7 +39,7 @@ def find_heads_of_model(args: EngineArgs) -> None:
     additional = args.additional_config
     options = additional[CONFIG_KEY]
     if not options.get("enabled", True):
-        return
+        return None
     found = find_registered_heads(args.model)
     if found is None:
         raise AdaDecodeError(
@@ -49,8 +52,8 @@ def find_heads_of_model(args: EngineArgs) -> None:
             f"--adadecode-heads: no exit heads given. Those of {args.model} are on the "
             f"Hub; add --adadecode-heads {found.repository} to fetch and use them."
         )
-    name = str(found.directory)
-    chosen = with_recommended(load_heads_config(found.directory), name, options)
+    heads = Heads.find(found.directory)
+    chosen = with_recommended(heads.config, heads.name, options)
     logger.info(
         "adadecode: no heads given; using those that %s has for %s, with %s",
         found.registry,
@@ -58,3 +61,4 @@ def find_heads_of_model(args: EngineArgs) -> None:
         chosen,
     )
     args.additional_config = {**additional, CONFIG_KEY: chosen}
+    return heads

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The heads of a running engine, read once."""
+"""The heads of a running engine, as its gates use them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,16 +12,7 @@ from vllm.distributed import get_tensor_model_parallel_world_size
 from adadecode_vllm.config import AdaDecodeConfig
 from adadecode_vllm.engine.heads_fit import fingerprint_mismatch
 from adadecode_vllm.engine.segments import Decoder
-from adadecode_vllm.heads import (
-    ExitHeads,
-    ExitHeadsConfig,
-    check_fingerprint,
-    load_draft_token_ids,
-    load_exit_memory,
-    load_exit_weights,
-    load_heads_config,
-    resolve_heads,
-)
+from adadecode_vllm.heads import ExitHeads, ExitHeadsConfig, Heads, check_fingerprint
 
 
 @dataclass(frozen=True)
@@ -58,33 +48,23 @@ def load_served_heads(
     """
     assert config.exit_layers is not None, "resolved at start-up"
     # On several machines each has a cache of its own for what comes from the Hub.
-    directory = resolve_heads(config.heads)
-    heads = load_heads_config(directory)
-    if not _lm_head_fits(decoder, heads):
-        raise fingerprint_mismatch(config.heads, model, heads.base_model)
-    weights = load_exit_weights(directory, heads)
-    memory = load_exit_memory(directory, heads)
-    used = config.exit_layers
+    heads = Heads.find(config.heads)
+    if not _lm_head_fits(decoder, heads.config):
+        raise fingerprint_mismatch(config.heads, model, heads.config.base_model)
+    tensors, used = heads.tensors, config.exit_layers
+    memory, token_ids = tensors.memory, tensors.draft_token_ids
+    if size := config.draft_vocabulary_size:
+        assert token_ids is not None, "refused at start-up"
     return ServedHeads(
-        heads,
+        heads.config,
         ExitHeads(
-            {layer: weights[layer] for layer in used},
+            {layer: tensors.weights[layer] for layer in used},
             decoder.dtype,
             decoder.device,
             memory and {layer: memory[layer] for layer in used},
         ),
-        _draft_token_ids(directory, heads, config.draft_vocabulary_size),
+        token_ids[:size] if token_ids is not None and size else None,
     )
-
-
-def _draft_token_ids(
-    directory: Path, heads: ExitHeadsConfig, size: int | None
-) -> torch.Tensor | None:
-    if not size:
-        return None
-    token_ids = load_draft_token_ids(directory, heads)
-    assert token_ids is not None, "refused at start-up"
-    return token_ids[:size]
 
 
 def _lm_head_fits(decoder: Decoder, heads: ExitHeadsConfig) -> bool:

@@ -65,7 +65,7 @@ class Settings:
         self._config = config
         # Of this engine's heads: another one in the same process has its own.
         self._own_thresholds = lru_cache(maxsize=1024)(
-            partial(exit_thresholds, config, self._heads)
+            partial(self._heads.thresholds, config.gate, exit_layers=config.exit_layers)
         )
 
     def configure(self, options: Mapping[str, Any]) -> None:
@@ -201,35 +201,11 @@ class Settings:
             self._options.pop(request_id, None)
 
 
-def exit_thresholds(
-    config: AdaDecodeConfig, heads: ExitHeadsConfig, threshold: float
-) -> list[float]:
-    """The threshold on each used exit's probability that a gate amounts to.
-
-    Args:
-        config: Resolved options.
-        heads: The heads' description.
-        threshold: The engine's, or a request's own, in [0, 1].
-
-    Returns:
-        One for each of the K exits in use.
-
-    Raises:
-        AdaDecodeError: If the gate needs calibrated heads and these are not.
-    """
-    assert config.exit_layers is not None, "resolved at start-up"
-    if config.gate == "probability":
-        return [threshold] * len(config.exit_layers)
-    thresholds = heads.acceptance_thresholds(threshold)
-    by_layer = dict(zip(heads.exit_layers, thresholds, strict=True))
-    return [by_layer[layer] for layer in config.exit_layers]
-
-
 def _policy(config: AdaDecodeConfig, heads: ExitHeadsConfig) -> ThresholdPolicy:
     assert config.exit_layers is not None, "resolved at start-up"
     last_exit, rate = config.exit_layers[-1], config.synthetic_acceptance_rate
     return ThresholdPolicy(
-        exit_thresholds(config, heads, config.threshold),
+        heads.thresholds(config.gate, config.threshold, config.exit_layers),
         config.max_early_predictions,
         heads.guess_threshold(last_exit) if config.last_guess else 1.0,
         0.0 if rate is None else 1.0 - rate,

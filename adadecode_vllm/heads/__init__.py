@@ -19,6 +19,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from adadecode_vllm.heads.artifact import Heads
     from adadecode_vllm.heads.config import ExitHeadsConfig, load_heads_config
     from adadecode_vllm.heads.fingerprint import (
         LMHeadRows,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ExitHeads",
     "ExitHeadsConfig",
+    "Heads",
     "LMHeadRows",
     "check_fingerprint",
     "from_pretrained",
@@ -61,6 +63,7 @@ __all__ = [
 ]
 
 _MODULE_OF = {
+    "Heads": "artifact",
     "resolve_heads": "hub",
     "pin_heads": "hub",
     "from_pretrained": "hub",

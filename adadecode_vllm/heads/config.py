@@ -22,10 +22,10 @@ from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.heads.files import (
     CONFIG_FILE,
     DRAFT_TOKENS,
-    check_tensors,
     config_path,
     heads_error,
     memory_name,
+    open_tensors,
     tensor_name,
 )
 
@@ -170,6 +170,29 @@ class ExitHeadsConfig(BaseModel):
             for layer in self.exit_layers
         ]
 
+    def thresholds(
+        self, gate: str, threshold: float, exit_layers: Sequence[int] | None = None
+    ) -> list[float]:
+        """Thresholds on exits' probabilities that a gate amounts to.
+
+        Args:
+            gate: `probability` or `acceptance`.
+            threshold: Of the gate, in [0, 1].
+            exit_layers: Some of `exit_layers`; None for all.
+
+        Returns:
+            One for each of these exits.
+
+        Raises:
+            AdaDecodeError: If the gate needs calibrated heads and these are not.
+        """
+        layers = self.exit_layers if exit_layers is None else exit_layers
+        if gate == "probability":
+            return [threshold] * len(layers)
+        every = self.acceptance_thresholds(threshold)
+        by_layer = dict(zip(self.exit_layers, every, strict=True))
+        return [by_layer[layer] for layer in layers]
+
     def calibrations(
         self, exit_layers: Sequence[int]
     ) -> list[tuple[float, float]] | None:
@@ -281,20 +304,49 @@ def load_heads_config(directory: str | PathLike[str]) -> ExitHeadsConfig:
         AdaDecodeError: The directory cannot be used; the message names the flag, the
             reason and the remedy.
     """
+    config = read_config(directory)
+    with open_tensors(Path(directory), stored_tensors(config)):
+        return config
+
+
+def read_config(directory: str | PathLike[str]) -> ExitHeadsConfig:
+    """Read `config.json` of a heads directory, and nothing else.
+
+    Args:
+        directory: A local directory.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        AdaDecodeError: It cannot be read or is not that of exit heads.
+    """
     directory = Path(directory)
-    config = _parse(directory, _read_json(directory))
+    return _parse(directory, _read_json(directory))
+
+
+def stored_tensors(
+    config: ExitHeadsConfig,
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    """What `model.safetensors` beside a configuration must hold.
+
+    Args:
+        config: The configuration.
+
+    Returns:
+        By name, shape and dtype in safetensors' spelling.
+    """
     weight = (
         (config.hidden_size, config.hidden_size),
         _SAFETENSORS_DTYPE[config.dtype],
     )
     names = [tensor_name, memory_name] if config.memory else [tensor_name]
-    expected: dict[str, tuple[tuple[int, ...], str]] = {
+    stored: dict[str, tuple[tuple[int, ...], str]] = {
         name(layer): weight for layer in config.exit_layers for name in names
     }
     if config.draft_vocabulary is not None:
-        expected[DRAFT_TOKENS] = ((config.draft_vocabulary,), "I64")
-    check_tensors(directory, expected)
-    return config
+        stored[DRAFT_TOKENS] = ((config.draft_vocabulary,), "I64")
+    return stored
 
 
 def _read_json(directory: Path) -> dict[str, Any]:

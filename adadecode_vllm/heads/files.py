@@ -8,6 +8,7 @@ and no link may lead out of the directory. Nothing here imports torch.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
@@ -118,51 +119,42 @@ def weights_path(directory: Path) -> Path:
     return _resolve(directory, WEIGHTS_FILE)
 
 
-def check_tensors(
-    directory: Path, expected: Mapping[str, tuple[tuple[int, ...], str]]
-) -> None:
-    """Check names, shapes and dtypes in `model.safetensors` without reading the data.
+@contextmanager
+def open_tensors(
+    directory: Path,
+    expected: Mapping[str, tuple[tuple[int, ...], str]],
+    framework: Literal["np", "pt"] = "np",
+) -> Iterator[Any]:
+    """Open `model.safetensors` and check its names, shapes and dtypes.
+
+    The data is not looked at until it is asked for.
 
     Args:
         directory: The heads directory.
         expected: Shape and dtype of every tensor, the dtype in safetensors' spelling
             (`F32`).
+        framework: Of the tensors, as safetensors calls it; `np` needs no torch.
+
+    Yields:
+        What safetensors' `safe_open` yields.
 
     Raises:
         AdaDecodeError: The file is missing, is not safetensors, is truncated, or does
             not hold exactly these tensors.
     """
     path = weights_path(directory)
-    remedy = f"save the heads again so that {WEIGHTS_FILE} and {CONFIG_FILE} agree"
     try:
-        with safe_open(path, framework="np") as tensors:
-            names = set(tensors.keys())
-            if missing := sorted(expected.keys() - names):
-                raise heads_error(
-                    directory, f"{WEIGHTS_FILE} lacks {', '.join(missing)}", remedy
-                )
-            if unexpected := sorted(names - expected.keys()):
+        with safe_open(path, framework=framework) as tensors:
+            if problem := _header_problem(tensors, expected):
                 raise heads_error(
                     directory,
-                    f"{WEIGHTS_FILE} holds the unexpected {', '.join(unexpected)}",
-                    remedy,
+                    problem,
+                    f"save the heads again so that {WEIGHTS_FILE} and {CONFIG_FILE} "
+                    "agree",
                 )
-            for name, (shape, dtype) in expected.items():
-                header = tensors.get_slice(name)
-                if (found := tuple(header.get_shape())) != shape:
-                    raise heads_error(
-                        directory,
-                        f"{name} has shape {found} instead of {shape}",
-                        remedy,
-                    )
-                if header.get_dtype() != dtype:
-                    raise heads_error(
-                        directory,
-                        f"{name} has dtype {header.get_dtype()} instead of {dtype}",
-                        remedy,
-                    )
+            yield tensors
     except SafetensorError as error:
-        raise unreadable(directory, error) from error
+        raise _unreadable(directory, error) from error
     except OSError as error:
         raise heads_error(
             directory,
@@ -171,7 +163,25 @@ def check_tensors(
         ) from error
 
 
-def unreadable(directory: Path, error: SafetensorError) -> AdaDecodeError:
+def _header_problem(
+    tensors: Any, expected: Mapping[str, tuple[tuple[int, ...], str]]
+) -> str | None:
+    """Say how a file differs from what is expected of it; None where it does not."""
+    names = set(tensors.keys())
+    if missing := sorted(expected.keys() - names):
+        return f"{WEIGHTS_FILE} lacks {', '.join(missing)}"
+    if unexpected := sorted(names - expected.keys()):
+        return f"{WEIGHTS_FILE} holds the unexpected {', '.join(unexpected)}"
+    for name, (shape, dtype) in expected.items():
+        header = tensors.get_slice(name)
+        if (found := tuple(header.get_shape())) != shape:
+            return f"{name} has shape {found} instead of {shape}"
+        if header.get_dtype() != dtype:
+            return f"{name} has dtype {header.get_dtype()} instead of {dtype}"
+    return None
+
+
+def _unreadable(directory: Path, error: SafetensorError) -> AdaDecodeError:
     """Say in a sentence what safetensors found wrong with `model.safetensors`."""
     with weights_path(directory).open("rb") as file:
         start = file.read(9)

@@ -4,24 +4,26 @@
 import os
 import re
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from adadecode_vllm.files import writing_together
-from adadecode_vllm.heads.config import ExitHeadsConfig
+from adadecode_vllm.heads.config import ExitHeadsConfig, stored_tensors
 from adadecode_vllm.heads.files import (
     CONFIG_FILE,
     DRAFT_TOKENS,
     WEIGHTS_FILE,
     heads_error,
     memory_name,
+    open_tensors,
     tensor_name,
-    unreadable,
-    weights_path,
 )
 from adadecode_vllm.heads.output import check_replaceable
 
@@ -108,6 +110,49 @@ def save_tensors(
         raise OSError(number, os.strerror(number), str(path)) from error
 
 
+@dataclass(frozen=True)
+class HeadsTensors:
+    """All that `model.safetensors` of a heads directory holds, on the CPU.
+
+    Attributes:
+        weights: For every layer of `exit_layers`, in that order, T of shape (d, d) and
+            the configuration's dtype.
+        memory: The same of U; None for heads without memory.
+        draft_token_ids: Distinct token ids in [0, vocab_size) by falling frequency in
+            the training text, shape (m,), int64; None for heads without a draft
+            vocabulary.
+    """
+
+    weights: dict[int, torch.Tensor]
+    memory: dict[int, torch.Tensor] | None
+    draft_token_ids: torch.Tensor | None
+
+
+def load_tensors(
+    directory: str | PathLike[str], config: ExitHeadsConfig
+) -> HeadsTensors:
+    """Read all tensors of a heads directory, whose file is opened once.
+
+    Args:
+        directory: The directory.
+        config: Its configuration.
+
+    Returns:
+        The tensors.
+
+    Raises:
+        AdaDecodeError: The file cannot be read or does not agree with the
+            configuration, a matrix holds NaN or infinity, or the token ids are outside
+            the vocabulary or not distinct.
+    """
+    with _opened(directory, config) as tensors:
+        return HeadsTensors(
+            _exits(tensors, directory, config, tensor_name),
+            _exits(tensors, directory, config, memory_name) if config.memory else None,
+            _draft_token_ids(tensors, directory, config),
+        )
+
+
 def load_exit_weights(
     directory: str | PathLike[str], config: ExitHeadsConfig
 ) -> dict[int, torch.Tensor]:
@@ -118,13 +163,13 @@ def load_exit_weights(
         config: What it returned.
 
     Returns:
-        For every layer of `config.exit_layers`, in that order, T of shape (d, d) and
-        dtype `config.dtype` on the CPU.
+        `HeadsTensors.weights`.
 
     Raises:
         AdaDecodeError: The file cannot be read, or a weight is NaN or infinite.
     """
-    return _load(Path(directory), config, tensor_name)
+    with _opened(directory, config) as tensors:
+        return _exits(tensors, directory, config, tensor_name)
 
 
 def load_exit_memory(
@@ -137,32 +182,15 @@ def load_exit_memory(
         config: What it returned.
 
     Returns:
-        For every layer of `config.exit_layers`, in that order, U of shape (d, d) and
-        dtype `config.dtype` on the CPU. None for heads without memory.
+        `HeadsTensors.memory`.
 
     Raises:
         AdaDecodeError: The file cannot be read, or a matrix is NaN or infinite.
     """
-    return _load(Path(directory), config, memory_name) if config.memory else None
-
-
-def _load(
-    directory: Path, config: ExitHeadsConfig, name: Callable[[int], str]
-) -> dict[int, torch.Tensor]:
-    """Read a matrix of every exit."""
-    try:
-        with safe_open(weights_path(directory), framework="pt") as tensors:
-            found = {k: tensors.get_tensor(name(k)) for k in config.exit_layers}
-    except SafetensorError as error:
-        raise unreadable(directory, error) from error
-    for layer, matrix in found.items():
-        if not torch.isfinite(matrix).all():
-            raise heads_error(
-                directory,
-                f"{name(layer)} holds NaN or infinity",
-                "train the heads again, or take an earlier checkpoint",
-            )
-    return found
+    if not config.memory:
+        return None
+    with _opened(directory, config) as tensors:
+        return _exits(tensors, directory, config, memory_name)
 
 
 def load_draft_token_ids(
@@ -175,8 +203,7 @@ def load_draft_token_ids(
         config: What it returned.
 
     Returns:
-        Distinct token ids in [0, vocab_size) by falling frequency in the training
-        text, shape (m,), int64 on the CPU. None for heads without a draft vocabulary.
+        `HeadsTensors.draft_token_ids`.
 
     Raises:
         AdaDecodeError: The file cannot be read, or the ids are of another number than
@@ -184,15 +211,44 @@ def load_draft_token_ids(
     """
     if config.draft_vocabulary is None:
         return None
-    directory = Path(directory)
-    try:
-        with safe_open(weights_path(directory), framework="pt") as tensors:
-            token_ids: torch.Tensor = tensors.get_tensor(DRAFT_TOKENS)
-    except SafetensorError as error:
-        raise unreadable(directory, error) from error
+    with _opened(directory, config) as tensors:
+        return _draft_token_ids(tensors, directory, config)
+
+
+def _opened(
+    directory: str | PathLike[str], config: ExitHeadsConfig
+) -> AbstractContextManager[Any]:
+    return open_tensors(Path(directory), stored_tensors(config), "pt")
+
+
+def _exits(
+    tensors: Any,
+    directory: str | PathLike[str],
+    config: ExitHeadsConfig,
+    name: Callable[[int], str],
+) -> dict[int, torch.Tensor]:
+    """Read a matrix of every exit."""
+    found = {k: tensors.get_tensor(name(k)) for k in config.exit_layers}
+    for layer, matrix in found.items():
+        if not torch.isfinite(matrix).all():
+            raise heads_error(
+                Path(directory),
+                f"{name(layer)} holds NaN or infinity",
+                "train the heads again, or take an earlier checkpoint",
+            )
+    return found
+
+
+def _draft_token_ids(
+    tensors: Any, directory: str | PathLike[str], config: ExitHeadsConfig
+) -> torch.Tensor | None:
+    """Read the draft vocabulary, where there is one."""
+    if config.draft_vocabulary is None:
+        return None
+    token_ids: torch.Tensor = tensors.get_tensor(DRAFT_TOKENS)
     if problem := _draft_tokens_problem(token_ids, config):
         raise heads_error(
-            directory,
+            Path(directory),
             problem,
             "make it anew with `adadecode draft-vocabulary`, or take an earlier copy",
         )

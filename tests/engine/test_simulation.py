@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from adadecode_vllm.heads import load_draft_token_ids
 from adadecode_vllm.toolkit.evaluation.answers import known_answers
 from adadecode_vllm.toolkit.evaluation.run import (
     gate_log_odds,
@@ -83,17 +82,17 @@ def simulated(
     for prompt, output in zip(prompts, outputs, strict=True):
         ids = tuple(tokenizer(prompt).input_ids)
         texts.append(Text((*ids, *output), len(ids) - 1, prompted=True))
-    config, weights, memory = load_heads_for(teacher, heads)
-    ranking = load_draft_token_ids(heads, config)
+    config, tensors = load_heads_for(teacher, heads)
+    ranking = tensors.draft_token_ids
     assert ranking is not None
     answers = known_answers(
         teacher,
         config.exit_layers,
-        weights,
+        tensors.weights,
         texts,
         max_length=MAX_MODEL_LEN,
         draft_token_ids=ranking[:draft_vocabulary] if draft_vocabulary else None,
-        memory=memory,
+        memory=tensors.memory,
     )
     assert [list(answer.tokens) for answer in answers] == outputs
     return total(

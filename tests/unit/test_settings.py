@@ -12,7 +12,7 @@ import pytest
 from vllm import SamplingParams
 
 from adadecode_vllm.config import AdaDecodeConfig, parse_config
-from adadecode_vllm.engine.settings import Settings, exit_thresholds
+from adadecode_vllm.engine.settings import Settings
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.heads import ExitHeadsConfig, load_heads_config
 from adadecode_vllm.heads.config import ExitCalibration
@@ -155,7 +155,7 @@ def test_nothing_is_read_from_heads_that_are_gone(tmp_path: Path) -> None:
     resolved = config(heads=str(heads), gate="acceptance")
     running = Settings(resolved, description)
     shutil.rmtree(heads)
-    own = exit_thresholds(resolved, description, 0.4)
+    own = description.thresholds("acceptance", 0.4, EXITS)
     assert len(set(own)) == len(EXITS), "calibrated exit by exit"
     found = running.thresholds([ENGINES, ask(threshold=0.4)])
     assert np.array_equal(found, [running.policy.thresholds, own])

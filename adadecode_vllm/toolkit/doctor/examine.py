@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.heads import Heads
 from adadecode_vllm.toolkit.doctor.finding import Finding
 from adadecode_vllm.toolkit.doctor.fit import (
-    HeadsFacts,
     check_fit,
     check_heads,
     failure,
@@ -67,9 +67,7 @@ def examine(model: str | None = None, heads: str | None = None) -> list[Finding]
     return findings
 
 
-def _of_heads(
-    heads: HeadsFacts, model: ModelFacts | None, device: Device
-) -> list[Finding]:
+def _of_heads(heads: Heads, model: ModelFacts | None, device: Device) -> list[Finding]:
     findings: list[Finding] = []
     if model is not None:
         findings += check_fit(heads, model)

@@ -4,13 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 from adadecode_vllm.errors import AdaDecodeError
-from adadecode_vllm.heads.config import ExitHeadsConfig, load_heads_config
+from adadecode_vllm.heads import Heads
 from adadecode_vllm.heads.files import heads_named
-from adadecode_vllm.heads.hub import resolve_heads
 from adadecode_vllm.toolkit.doctor.finding import Finding
 from adadecode_vllm.toolkit.doctor.model import ModelFacts
 
@@ -21,21 +19,6 @@ _NO_TORCH = Finding(
     "compared.",
     "Install it together with vLLM, and ask again.",
 )
-
-
-@dataclass(frozen=True)
-class HeadsFacts:
-    """Heads on this machine.
-
-    Attributes:
-        name: As the user gave it.
-        directory: Where they are.
-        config: Their description.
-    """
-
-    name: str
-    directory: Path
-    config: ExitHeadsConfig
 
 
 def look_up_heads(model: str) -> tuple[str | None, Finding]:
@@ -75,7 +58,7 @@ def look_up_heads(model: str) -> tuple[str | None, Finding]:
     return str(found.directory), Finding("registry", "ok", text)
 
 
-def read_heads(name: str) -> HeadsFacts:
+def read_heads(name: str) -> Heads:
     """Find heads and read their description.
 
     Args:
@@ -88,11 +71,12 @@ def read_heads(name: str) -> HeadsFacts:
         AdaDecodeError: They cannot be used.
     """
     with heads_named("HEADS"):
-        directory = resolve_heads(name)
-        return HeadsFacts(name, directory, load_heads_config(directory))
+        heads = Heads.find(name)
+        heads.check()
+        return heads
 
 
-def check_heads(heads: HeadsFacts) -> Finding:
+def check_heads(heads: Heads) -> Finding:
     """Describe heads, and say what they lack."""
     config = heads.config
     exits = ", ".join(map(str, config.exit_layers))
@@ -128,7 +112,7 @@ def check_heads(heads: HeadsFacts) -> Finding:
     )
 
 
-def check_fit(heads: HeadsFacts, model: ModelFacts) -> Iterator[Finding]:
+def check_fit(heads: Heads, model: ModelFacts) -> Iterator[Finding]:
     """Compare heads with a model: shapes, and the LM head's fingerprint.
 
     Args:
@@ -142,9 +126,7 @@ def check_fit(heads: HeadsFacts, model: ModelFacts) -> Iterator[Finding]:
         return
     try:
         with heads_named("HEADS"):
-            compared = check_heads_fit(
-                heads.config, model, str(model.directory), heads.name
-            )
+            compared = check_heads_fit(heads, model, str(model.directory))
     except AdaDecodeError as error:
         yield failure("fit", error)
         return
@@ -160,7 +142,7 @@ def check_fit(heads: HeadsFacts, model: ModelFacts) -> Iterator[Finding]:
         )
 
 
-def identity_exits(heads: HeadsFacts) -> list[int]:
+def identity_exits(heads: Heads) -> list[int]:
     """The exits whose T is the identity, which takes no memory; reads all weights.
 
     Args:
@@ -173,13 +155,11 @@ def identity_exits(heads: HeadsFacts) -> list[int]:
         AdaDecodeError: The weights cannot be read, or hold NaN or infinity.
     """
     try:
-        from adadecode_vllm.heads.io import load_exit_memory, load_exit_weights
         from adadecode_vllm.heads.module import is_identity
     except ImportError:
         return []
     with heads_named("HEADS"):
-        weights = load_exit_weights(heads.directory, heads.config)
-        load_exit_memory(heads.directory, heads.config)  # refuses what is damaged
+        weights = heads.tensors.weights  # refuses what is damaged
     return [layer for layer, weight in weights.items() if is_identity(weight)]
 
 

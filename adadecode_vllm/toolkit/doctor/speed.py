@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.heads import Heads
 from adadecode_vllm.heads.files import CARD_FILE
 from adadecode_vllm.toolkit.doctor.finding import Finding
-from adadecode_vllm.toolkit.doctor.fit import HeadsFacts
 from adadecode_vllm.toolkit.evaluation.output import EVALUATION_FILE
 from adadecode_vllm.toolkit.publishing.card import predicted_best
 from adadecode_vllm.toolkit.report import parse_evaluation, parse_history
@@ -28,7 +28,7 @@ _LARGER_BATCHES = (
 _COST = 'For larger batches set "policy": "cost", which drafts only where it pays.'
 
 
-def expected_speed(heads: HeadsFacts, identities: list[int]) -> Finding:
+def expected_speed(heads: Heads, identities: list[int]) -> Finding:
     """Say what speedup the heads' evaluation predicts.
 
     Args:
@@ -80,7 +80,7 @@ def expected_speed(heads: HeadsFacts, identities: list[int]) -> Finding:
     )
 
 
-def _evaluated(heads: HeadsFacts) -> tuple[Best, str | None, str] | None:
+def _evaluated(heads: Heads) -> tuple[Best, str | None, str] | None:
     """The best setting, its gate if that is known, and where it is written."""
     path = heads.directory / _EVALUATION
     with suppress(OSError, ValueError, RecursionError, AdaDecodeError):
@@ -97,7 +97,7 @@ def _evaluated(heads: HeadsFacts) -> tuple[Best, str | None, str] | None:
     return None
 
 
-def _unknown(heads: HeadsFacts, identities: list[int]) -> Finding:
+def _unknown(heads: Heads, identities: list[int]) -> Finding:
     """Nothing was evaluated; perhaps the training measured agreement."""
     text = "Unknown: these heads were not evaluated."
     remedy = "Run `adadecode eval MODEL HEADS --data HELDOUT` on text like yours."
@@ -115,7 +115,7 @@ def _unknown(heads: HeadsFacts, identities: list[int]) -> Finding:
     )
 
 
-def _agreement(heads: HeadsFacts) -> dict[int, float]:
+def _agreement(heads: Heads) -> dict[int, float]:
     """Agreement after the last epoch, by exit layer; empty if it is not known."""
     path = heads.directory / RUN_DIRECTORY / HISTORY_FILE
     with suppress(OSError, ValueError, RecursionError, AdaDecodeError):

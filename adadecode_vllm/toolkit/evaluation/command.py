@@ -85,7 +85,7 @@ def eval_command(
     output = output or heads / "evaluation"
     check_evaluation_output(output, plots=plots)
     with heads_named("HEADS"):
-        load_heads_config(heads)
+        config = load_heads_config(heads)
     history = _read_json(heads / "run" / "history.json")
     training = _read_yaml(heads / "run" / "run.yaml")
     if plots:
@@ -119,7 +119,6 @@ def eval_command(
     written = [write_evaluation(output, report)]
     if plots:
         written += write_report(output, report, history)
-    config = load_heads_config(heads)
     written.append(write_card(heads, config, training=training, evaluation=report))
     _print(report)
     typer.echo(f"Wrote {', '.join(str(path) for path in written)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,7 @@ import torch
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.heads.config import ExitHeadsConfig, load_heads_config
 from adadecode_vllm.heads.fingerprint import check_fingerprint
-from adadecode_vllm.heads.io import (
-    load_draft_token_ids,
-    load_exit_memory,
-    load_exit_weights,
-)
+from adadecode_vllm.heads.io import HeadsTensors, load_tensors
 from adadecode_vllm.heads.module import is_identity
 from adadecode_vllm.toolkit.evaluation.answers import known_answers
 from adadecode_vllm.toolkit.evaluation.cost import CostModel
@@ -64,7 +60,7 @@ class SimulationGrid:
 
 def load_heads_for(
     teacher: Teacher, directory: Path
-) -> tuple[ExitHeadsConfig, dict[int, torch.Tensor], dict[int, torch.Tensor] | None]:
+) -> tuple[ExitHeadsConfig, HeadsTensors]:
     """Load heads and check that they are the model's.
 
     Args:
@@ -72,8 +68,8 @@ def load_heads_for(
         directory: The heads directory.
 
     Returns:
-        Configuration, T by exit and U by exit, None without memory; the matrices on
-        the model's device in its dtype.
+        The configuration, and the tensors, of which the matrices are on the model's
+        device in its dtype.
 
     Raises:
         AdaDecodeError: If they cannot be read or belong to another model.
@@ -95,11 +91,11 @@ def load_heads_for(
     def placed(matrices: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
         return {k: m.to(teacher.device, teacher.dtype) for k, m in matrices.items()}
 
-    memory = load_exit_memory(directory, config)
-    return (
-        config,
-        placed(load_exit_weights(directory, config)),
-        None if memory is None else placed(memory),
+    tensors = load_tensors(directory, config)
+    return config, replace(
+        tensors,
+        weights=placed(tensors.weights),
+        memory=tensors.memory and placed(tensors.memory),
     )
 
 
@@ -133,16 +129,16 @@ def evaluate_heads(
     Raises:
         AdaDecodeError: If something of the user's cannot be used.
     """
-    config, weights, memory = load_heads_for(teacher, directory)
+    config, tensors = load_heads_for(teacher, directory)
+    weights, memory = tensors.weights, tensors.memory
     texts = load_texts(data, teacher, max_length)
     live = LiveStates(
         teacher, texts, [*config.exit_layers, teacher.num_layers], pass_tokens
     )
     meter = meter or Meter(shown=False)
     meter.start("measuring", "texts", len(texts))
-    draft_token_ids = None
-    if config.default_draft_vocabulary:
-        draft_token_ids = load_draft_token_ids(directory, config)
+    few = config.default_draft_vocabulary > 0
+    draft_token_ids = tensors.draft_token_ids if few else None
     measures = measure(
         weights,
         live,
@@ -215,10 +211,7 @@ def gate_log_odds(
     Raises:
         AdaDecodeError: If the heads are not calibrated and the gate needs it.
     """
-    thresholds = [threshold] * len(config.exit_layers)
-    if gate == "acceptance":
-        thresholds = config.acceptance_thresholds(threshold)
-    return [_log_odds(t) for t in thresholds]
+    return [_log_odds(t) for t in config.thresholds(gate, threshold)]
 
 
 def guess_log_odds(config: ExitHeadsConfig) -> float:

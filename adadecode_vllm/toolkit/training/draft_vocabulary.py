@@ -20,7 +20,7 @@ from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.files import write_whole
 from adadecode_vllm.heads.config import load_heads_config
 from adadecode_vllm.heads.files import CARD_FILE
-from adadecode_vllm.heads.io import load_exit_memory, load_exit_weights, save_heads
+from adadecode_vllm.heads.io import load_tensors, save_heads
 from adadecode_vllm.toolkit.data.info import data_error
 from adadecode_vllm.toolkit.data.shards import DataRow, load_dataset_info, read_rows
 from adadecode_vllm.toolkit.publishing.card import name_draft_vocabulary
@@ -126,13 +126,12 @@ def add_draft_vocabulary(
         OSError: The files cannot be written.
     """
     config = load_heads_config(heads)
-    weights = load_exit_weights(heads, config)
-    memory = load_exit_memory(heads, config)
+    tensors = load_tensors(heads, config)
     token_ids = rank_tokens(counts, size or MAX_TOKENS)
     config = config.model_copy(
         update={"draft_vocabulary": len(token_ids), "library_version": __version__}
     )
-    save_heads(heads, weights, config, token_ids, memory)
+    save_heads(heads, tensors.weights, config, token_ids, tensors.memory)
     card = heads / CARD_FILE
     # A linked card may be anybody's file: it is neither copied nor changed.
     if card.is_file() and not card.is_symlink():

@@ -5,18 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from adadecode_vllm.config import engine_config
-from adadecode_vllm.engine import served_heads
-from adadecode_vllm.engine.served_heads import ServedHeads, load_served_heads
 from tests.fake_hub import Hub, publish, serve_hub, use_cache
-from tests.start_up import create
+from tests.start_up import create, load_in_worker
 
 NAME = "ann/heads"
 
@@ -26,24 +19,6 @@ def hub(monkeypatch: pytest.MonkeyPatch, heads: Path) -> Iterator[Hub]:
     with serve_hub(monkeypatch) as hub:
         publish(hub, heads)
         yield hub
-
-
-@pytest.fixture(autouse=True)
-def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(served_heads, "get_tensor_model_parallel_world_size", lambda: 1)
-
-
-def load_in_worker(vllm_config: Any, model: Path) -> ServedHeads:
-    """What a worker makes of the configuration that it was sent."""
-    config = engine_config(vllm_config)
-    assert config is not None
-    weights = load_file(model / "model.safetensors")
-    decoder: Any = SimpleNamespace(
-        lm_head=SimpleNamespace(weight=weights["lm_head.weight"]),
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-    )
-    return load_served_heads(config, decoder, str(model))
 
 
 def test_a_worker_with_a_cache_of_its_own(
