@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -339,10 +340,17 @@ def test_an_own_cache_that_does_not_fit_is_written_anew(
     output = tmp_path / "out"
     with pytest.raises(Killed):
         train(teacher, other, output, kill_at=1)
-    (output / "run" / "cache" / "states-00000.bin").write_bytes(b"")
+    cache = output / "run" / "cache"
+    (cache / "states.bin").write_bytes(b"")
     with pytest.raises(Killed):
         train(teacher, other, output, kill_at=1)
-    (output / "run" / "cache" / "manifest.json").write_text("{")
+    values = json.loads((cache / "manifest.json").read_text())
+    (cache / "manifest.json").write_text(json.dumps(values | {"shard_tokens": 4}))
+    (cache / "states-00000.bin").write_bytes(b"an earlier version's")
+    with pytest.raises(Killed):
+        train(teacher, other, output, kill_at=1)
+    assert not (cache / "states-00000.bin").exists()
+    (cache / "manifest.json").write_text("{")
     train(teacher, data, output)
 
 
@@ -363,15 +371,14 @@ def test_states_follow_no_link(
 ) -> None:
     precious = tmp_path / "precious"
     precious.write_text("mine")
-    directory = tmp_path / "cache"
-    free = cache_module.shutil.disk_usage
+    begin = cache_module.begin
 
-    def plant(path: Path) -> Any:
+    def plant(directory: Path, manifest: Any) -> None:
         """Somebody else puts a link there just before the file is made."""
-        (directory / "states-00000.bin").symlink_to(precious)
-        return free(path)
+        begin(directory, manifest)
+        (directory / "states.bin").symlink_to(precious)
 
-    monkeypatch.setattr(cache_module.shutil, "disk_usage", plant)
+    monkeypatch.setattr(cache_module, "begin", plant)
     with pytest.raises(AdaDecodeError, match=r"--cache-dir .*writing failed"):
         train(teacher, data, tmp_path / "out", cache_directory=tmp_path / "cache")
     assert precious.read_text() == "mine"

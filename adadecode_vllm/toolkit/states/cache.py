@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -25,20 +24,18 @@ from adadecode_vllm.toolkit.states.state_files import (
     Manifest,
     UnfitCacheError,
     begin,
-    check_shards,
+    check_states,
     clear,
     end_of,
+    map_states,
     one_writer,
     read_index,
     read_manifest,
-    shard_path,
 )
 from adadecode_vllm.toolkit.states.teacher import Teacher, split_by_tokens
 from adadecode_vllm.toolkit.states.texts import Text, texts_fingerprint
 
 logger = logging.getLogger(__name__)
-
-SHARD_BYTES = 1 << 30
 
 
 class StateSource(Protocol):
@@ -126,7 +123,7 @@ class LiveStates:
 
 
 class CachedStates:
-    """States of some texts in memory-mapped shards, (tokens, layers, d) each."""
+    """States of some texts in a memory-mapped file."""
 
     def __init__(
         self,
@@ -135,7 +132,7 @@ class CachedStates:
         entries: Sequence[Entry],
         device: torch.device,
     ) -> None:
-        """Map the shards, which hold what the entries say.
+        """Map the file, which holds what the entries say.
 
         Args:
             directory: The cache.
@@ -146,20 +143,7 @@ class CachedStates:
         self.layers = manifest.layers
         self.device = device
         self._entries = entries
-        self._shard_tokens = manifest.shard_tokens
-        dtype = getattr(torch, manifest.dtype)
-        total = end_of(entries)
-        self._shards = []
-        for number, first in enumerate(range(0, total, manifest.shard_tokens)):
-            tokens = min(manifest.shard_tokens, total - first)
-            shape = (tokens, len(self.layers), manifest.hidden_size)
-            flat = torch.from_file(
-                str(shard_path(directory, number)),
-                shared=False,
-                size=math.prod(shape),
-                dtype=dtype,
-            )
-            self._shards.append(flat.view(shape))
+        self._rows = map_states(directory, manifest, end_of(entries))
 
     def __len__(self) -> int:
         """Number of sequences."""
@@ -171,16 +155,8 @@ class CachedStates:
 
     def states(self, indices: Sequence[int]) -> torch.Tensor:
         """Read states; see the protocol."""
-        parts = []
-        for index in indices:
-            entry = self._entries[index]
-            first, last = entry.first, entry.first + entry.tokens
-            while first < last:
-                number, within = divmod(first, self._shard_tokens)
-                shard = self._shards[number]
-                count = min(last - first, self._shard_tokens - within)
-                parts.append(shard[within : within + count])
-                first += count
+        entries = [self._entries[index] for index in indices]
+        parts = [self._rows[e.first : e.first + e.tokens] for e in entries]
         return torch.cat(parts).transpose(0, 1).to(self.device)
 
 
@@ -269,7 +245,7 @@ def _open(
         )
     else:
         entries, _ = read_index(directory)
-        check_shards(directory, manifest, end_of(entries.values()))
+        check_states(directory, manifest, end_of(entries.values()))
     keys = [_text_key(text) for text in live.texts]
     wanted = {key: index for index, key in enumerate(keys)}
     if wanted.keys() - entries.keys():
@@ -292,15 +268,12 @@ def _open(
 
 
 def _manifest_of(teacher: Teacher, key: str, layers: Sequence[int]) -> Manifest:
-    manifest = Manifest(
+    return Manifest(
         key=key,
         layers=list(layers),
         hidden_size=teacher.hidden_size,
         dtype=str(teacher.dtype).removeprefix("torch."),
-        shard_tokens=1,
     )
-    tokens = max(1, SHARD_BYTES // manifest.row_bytes)
-    return manifest.model_copy(update={"shard_tokens": tokens})
 
 
 def _check_room(

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The files of a cache of states.
 
-``manifest.json`` says what all states have in common and is written first; shards hold
-the states one after the other; ``index.jsonl`` has a line for every text whose states
-are on the disk. Files only grow, so that whatever was finished stays.
+``manifest.json`` says what all states have in common and is written first;
+``states.bin`` holds the states one after the other, (tokens, layers, d);
+``index.jsonl`` has a line for every text whose states are on the disk. Files only grow,
+so that whatever was finished stays.
 """
 
 from __future__ import annotations
 
 import fcntl
+import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -23,7 +26,14 @@ from adadecode_vllm.files import without_temporary, write_whole
 
 MANIFEST = "manifest.json"
 INDEX = "index.jsonl"
-_SHARD_NAME = re.compile(r"states-(\d{5,})\.bin")
+STATES = "states.bin"
+# Earlier versions kept the states in several files.
+_EARLIER_STATES = re.compile(r"states-\d{5,}\.bin")
+_EARLIER_KEY = "shard_tokens"
+
+
+# Never through a link that somebody put there.
+_APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
 
 
 class UnfitCacheError(AdaDecodeError):
@@ -38,7 +48,6 @@ class Manifest(BaseModel):
         layers: Layer counts.
         hidden_size: d.
         dtype: Name of the torch dtype.
-        shard_tokens: Tokens in every shard but the last.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -47,7 +56,6 @@ class Manifest(BaseModel):
     layers: list[int]
     hidden_size: int
     dtype: str
-    shard_tokens: int
 
     @property
     def row_bytes(self) -> int:
@@ -77,24 +85,28 @@ def end_of(entries: Iterable[Entry]) -> int:
     return max((entry.first + entry.tokens for entry in entries), default=0)
 
 
-def shard_path(directory: Path, number: int) -> Path:
-    """File of a shard."""
-    return directory / f"states-{number:05d}.bin"
-
-
 def read_manifest(directory: Path) -> Manifest | None:
     """Read the manifest; None where there is none yet.
 
     Raises:
-        UnfitCacheError: If it cannot be read.
+        UnfitCacheError: If it cannot be read, or an earlier version wrote it.
     """
     path = directory / MANIFEST
     if not path.exists():
         return None
     try:
-        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
+        earlier = isinstance(values, dict) and _EARLIER_KEY in values
+        manifest = None if earlier else Manifest.model_validate(values)
     except ValueError as error:
         raise _unreadable(directory, MANIFEST, error) from error
+    if manifest is None:
+        raise UnfitCacheError(
+            f"--cache-dir {directory}: an earlier version wrote these states, in files "
+            "that this one does not read; delete the directory, or give another, to "
+            "compute them anew"
+        )
+    return manifest
 
 
 def read_index(directory: Path) -> tuple[dict[str, Entry], int]:
@@ -119,20 +131,41 @@ def read_index(directory: Path) -> tuple[dict[str, Entry], int]:
     return {entry.text: entry for entry in entries}, len(whole)
 
 
-def check_shards(directory: Path, manifest: Manifest, tokens: int) -> None:
-    """See whether the shards hold so many tokens.
+def check_states(directory: Path, manifest: Manifest, tokens: int) -> None:
+    """See whether there are the states of so many tokens.
 
     Raises:
-        UnfitCacheError: If one is missing or too short.
+        UnfitCacheError: If their file is missing or too short.
     """
-    for number, first in enumerate(range(0, tokens, manifest.shard_tokens)):
-        wanted = min(manifest.shard_tokens, tokens - first) * manifest.row_bytes
-        path = shard_path(directory, number)
-        if not path.is_file() or path.stat().st_size < wanted:
-            raise UnfitCacheError(
-                f"--cache-dir {directory}: {path.name} is missing or damaged; delete "
-                "the directory to compute it anew"
-            )
+    path = directory / STATES
+    wanted = tokens * manifest.row_bytes
+    if wanted and not (path.is_file() and path.stat().st_size >= wanted):
+        raise UnfitCacheError(
+            f"--cache-dir {directory}: {STATES} is missing or damaged; delete the "
+            "directory to compute it anew"
+        )
+
+
+def map_states(directory: Path, manifest: Manifest, tokens: int) -> torch.Tensor:
+    """Map the states of the first tokens into memory.
+
+    Args:
+        directory: The cache, which :func:`check_states` looked at.
+        manifest: Its manifest.
+        tokens: Their number.
+
+    Returns:
+        (tokens, layers, d), of which nothing is read until it is used.
+    """
+    shape = (tokens, len(manifest.layers), manifest.hidden_size)
+    dtype = getattr(torch, manifest.dtype)
+    if not tokens:
+        return torch.empty(shape, dtype=dtype)
+    # Not numpy's memmap, which has no bfloat16.
+    flat = torch.from_file(
+        str(directory / STATES), shared=False, size=math.prod(shape), dtype=dtype
+    )
+    return flat.view(shape)
 
 
 def begin(directory: Path, manifest: Manifest) -> None:
@@ -167,26 +200,13 @@ class Writer:
 
     def __init__(self, directory: Path, manifest: Manifest, index: int) -> None:
         """Take over an index that is open and locked; see `one_writer`."""
-        self._directory = directory
-        self._shard_tokens = manifest.shard_tokens
         self._index = index
         self.entries, whole = read_index(directory)
         # What is behind the last whole line was never finished.
         os.ftruncate(index, whole)
         self._end = end_of(self.entries.values())
-        self._number, within = divmod(self._end, manifest.shard_tokens)
-        self._room = manifest.shard_tokens - within
-        self._file: int | None = None
-        for path in directory.iterdir():
-            found = _SHARD_NAME.fullmatch(path.name)
-            if found and int(found[1]) >= self._number + (within > 0):
-                path.unlink()
-        if within:
-            flags = os.O_WRONLY | os.O_NOFOLLOW
-            self._file = os.open(shard_path(directory, self._number), flags)
-            size = within * manifest.row_bytes
-            os.ftruncate(self._file, size)
-            os.lseek(self._file, size, os.SEEK_SET)
+        self._states = os.open(directory / STATES, _APPEND, 0o666)
+        os.ftruncate(self._states, self._end * manifest.row_bytes)
 
     def add(self, texts: Iterable[tuple[str, int]], states: torch.Tensor) -> None:
         """Append some texts.
@@ -195,40 +215,22 @@ class Writer:
             texts: Hash and number of states of each.
             states: (n, layers, d), of all of them.
         """
-        while len(states):
-            if self._file is None:
-                path = shard_path(self._directory, self._number)
-                # Never through a link that somebody put there.
-                self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-            part = states[: self._room].contiguous()
-            _write(self._file, part.view(torch.uint8).flatten().numpy().tobytes())
-            states = states[self._room :]
-            self._room -= len(part)
-            if not self._room:
-                self._flush()
-                self.close()
-                self._number += 1
-                self._room = self._shard_tokens
-        self._flush()
+        _write(
+            self._states, states.contiguous().view(torch.uint8).flatten().numpy().data
+        )
+        os.fsync(self._states)  # before the index names them
         lines = b""
         for text, tokens in texts:
             entry = Entry(text=text, first=self._end, tokens=tokens)
             self.entries[text] = entry
             self._end += tokens
             lines += entry.model_dump_json().encode() + b"\n"
-        _write(self._index, lines)
+        _write(self._index, memoryview(lines))
         os.fsync(self._index)
 
     def close(self) -> None:
-        """Close the shard."""
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
-
-    def _flush(self) -> None:
-        """Have the states on the disk before the index names them."""
-        if self._file is not None:
-            os.fsync(self._file)
+        """Close the states' file."""
+        os.close(self._states)
 
 
 @contextmanager
@@ -238,9 +240,7 @@ def one_writer(directory: Path, manifest: Manifest) -> Iterator[Writer]:
     Raises:
         AdaDecodeError: If another one has.
     """
-    # Never through a link that somebody put there.
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
-    index = os.open(directory / INDEX, flags, 0o666)
+    index = os.open(directory / INDEX, _APPEND, 0o666)
     try:
         try:
             fcntl.flock(index, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -258,10 +258,9 @@ def one_writer(directory: Path, manifest: Manifest) -> Iterator[Writer]:
         os.close(index)
 
 
-def _write(file: int, data: bytes) -> None:
-    left = memoryview(data)
-    while left:
-        left = left[os.write(file, left) :]
+def _write(file: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(file, data) :]
 
 
 def _unreadable(directory: Path, name: str, error: ValueError) -> UnfitCacheError:
@@ -273,4 +272,5 @@ def _unreadable(directory: Path, name: str, error: ValueError) -> UnfitCacheErro
 
 def _is_ours(path: Path) -> bool:
     name = without_temporary(path.name)
-    return name in (MANIFEST, INDEX) or _SHARD_NAME.fullmatch(name) is not None
+    known = name in (MANIFEST, INDEX, STATES)
+    return known or _EARLIER_STATES.fullmatch(name) is not None
