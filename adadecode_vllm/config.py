@@ -37,8 +37,8 @@ OF_THRESHOLDS = frozenset(
 )
 """Options that mean something where thresholds decide; giving one chooses that."""
 
-_SHOWN_CHARACTERS = 200
-_SHOWN_MISTAKES = 5
+_MAX_CHARACTERS = 200
+_MAX_MISTAKES = 5
 
 
 class AdaDecodeConfig(BaseModel):
@@ -136,7 +136,7 @@ class AdaDecodeConfig(BaseModel):
     @classmethod
     def _increasing(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
         if value is not None and list(value) != sorted(set(value)):
-            raise ValueError(f"{shown(list(value))} is not strictly increasing")
+            raise ValueError(f"{format_value(list(value))} is not strictly increasing")
         return value
 
 
@@ -157,7 +157,7 @@ def parse_config(options: Any) -> AdaDecodeConfig:
     if not isinstance(options, Mapping):
         raise AdaDecodeError(
             "--adadecode-config: expected an object with options, got "
-            f'{shown(options)}. Write for example {{"threshold": 0.8}}.'
+            f'{format_value(options)}. Write for example {{"threshold": 0.8}}.'
         )
     return validated(AdaDecodeConfig, options, _sentence, _unknown)
 
@@ -210,7 +210,7 @@ def validated(
     return found
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A user's value for a sentence: in one line, printable, and not long.
 
     Args:
@@ -226,15 +226,15 @@ def shown(value: Any) -> str:
         return f"{type(value).__name__} too large to be shown"
 
 
-def shown_bare(text: str) -> str:
+def format_text(text: str) -> str:
     """The same of a text, without quotes."""
     return _cut(repr(text)[1:-1])
 
 
 def _cut(text: str) -> str:
-    if len(text) <= _SHOWN_CHARACTERS:
+    if len(text) <= _MAX_CHARACTERS:
         return text
-    return f"{text[:_SHOWN_CHARACTERS]}..."
+    return f"{text[:_MAX_CHARACTERS]}..."
 
 
 def in_one_line(sentences: Iterable[str]) -> str:
@@ -247,17 +247,17 @@ def in_one_line(sentences: Iterable[str]) -> str:
         The message.
     """
     found = list(sentences)
-    more = len(found) - _SHOWN_MISTAKES
+    more = len(found) - _MAX_MISTAKES
     if more > 0:
-        found[_SHOWN_MISTAKES:] = [f"Further mistakes: {more}."]
+        found[_MAX_MISTAKES:] = [f"Further mistakes: {more}."]
     return " ".join(found)
 
 
 def _unknown(name: Any) -> str:
     known = ", ".join(AdaDecodeConfig.model_fields)
     return (
-        f"--adadecode-config: unknown option {shown(name)}. Options are {known}; "
-        "remove or correct it."
+        f"--adadecode-config: unknown option {format_value(name)}. Options are "
+        f"{known}; remove or correct it."
     )
 
 
@@ -274,7 +274,7 @@ def _sentence(detail: Any) -> str:
     field = AdaDecodeConfig.model_fields.get(option)
     meaning = f" ({(field.description or '').rstrip('.')})" if field is not None else ""
     return (
-        f"--adadecode-config: {name} = {shown(detail.get('input'))} is refused: "
+        f"--adadecode-config: {name} = {format_value(detail.get('input'))} is refused: "
         f"{reason}. Give a valid {option}{meaning}."
     )
 

@@ -68,7 +68,7 @@ def writing_together(paths: Sequence[Path]) -> Iterator[list[Path]]:
             _swap(temporary, paths)
 
 
-def write_whole(path: Path, content: bytes) -> Path:
+def atomic_write(path: Path, content: bytes) -> Path:
     """Write a file under a temporary name, then rename it.
 
     Args:

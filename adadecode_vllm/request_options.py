@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from adadecode_vllm.config import (
     AdaDecodeConfig,
     Ngram,
-    shown,
-    shown_bare,
+    format_text,
+    format_value,
     validated,
 )
 from adadecode_vllm.errors import AdaDecodeError
@@ -107,9 +107,9 @@ def parse_request_options(
     cap = found.max_early_predictions
     if cap is not None and cap > config.max_early_predictions:
         raise AdaDecodeError(
-            f"{PREFIX}max_early_predictions = {shown(cap)} is refused: this engine "
-            f"reserves room for {config.max_early_predictions}. Ask for at most that, "
-            "or start it with more in --adadecode-config."
+            f"{PREFIX}max_early_predictions = {format_value(cap)} is refused: this "
+            f"engine reserves room for {config.max_early_predictions}. Ask for at most "
+            "that, or start it with more in --adadecode-config."
         )
     return found
 
@@ -187,14 +187,14 @@ def most_early_predictions(
     own = options_of(params, config)
     if not own.may_draft(early=True, ngram=config.ngram != "off"):
         return 0
-    asked = own.max_early_predictions
-    return config.max_early_predictions if asked is None else asked
+    own_cap = own.max_early_predictions
+    return config.max_early_predictions if own_cap is None else own_cap
 
 
 def _unknown(name: str) -> str:
     known = ", ".join(PREFIX + field for field in RequestOptions.model_fields)
     return (
-        f"{shown_bare(PREFIX + name)}: unknown option. A request may give {known}; "
+        f"{format_text(PREFIX + name)}: unknown option. A request may give {known}; "
         "remove or correct it."
     )
 
@@ -203,6 +203,6 @@ def _sentence(detail: Any) -> str:
     name = str(detail["loc"][0])
     meaning = (RequestOptions.model_fields[name].description or "").rstrip(".")
     return (
-        f"{PREFIX}{name} = {shown(detail.get('input'))} is refused: {detail['msg']}. "
-        f"Give a valid value ({meaning}), or leave it out."
+        f"{PREFIX}{name} = {format_value(detail.get('input'))} is refused: "
+        f"{detail['msg']}. Give a valid value ({meaning}), or leave it out."
     )

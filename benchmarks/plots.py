@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from adadecode_vllm.files import write_whole
+from adadecode_vllm.files import atomic_write
 from adadecode_vllm.toolkit.plotting import (
     COLOURS,
     GREY,
@@ -57,7 +57,7 @@ def draw_comparison(
     figures = comparison_figures(results)
     directory.mkdir(parents=True, exist_ok=True)
     return [
-        write_whole(directory / f"{name}.png", to_png(figure))
+        atomic_write(directory / f"{name}.png", to_png(figure))
         for name, figure in figures.items()
     ]
 

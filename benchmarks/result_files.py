@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from adadecode_vllm.errors import AdaDecodeError
-from adadecode_vllm.files import write_whole
+from adadecode_vllm.files import atomic_write
 from adadecode_vllm.toolkit.provenance import git_commit, package_versions
 from benchmarks.arms import EngineSettings
 from benchmarks.workloads import Workload
@@ -83,7 +83,7 @@ def cpu_name() -> str:
 def write_results(path: Path, results: dict[str, Any]) -> None:
     """Write a result file whole, so that a killed run leaves the last one readable."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, (json.dumps(results, indent=1) + "\n").encode())
+    atomic_write(path, (json.dumps(results, indent=1) + "\n").encode())
 
 
 def read_results(paths: Sequence[Path]) -> list[dict[str, Any]]:

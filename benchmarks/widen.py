@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from adadecode_vllm.errors import AdaDecodeError
-from adadecode_vllm.files import write_whole
+from adadecode_vllm.files import atomic_write
 from adadecode_vllm.heads import (
     ExitHeadsConfig,
     load_draft_token_ids,
@@ -309,7 +309,7 @@ def _write_provenance(directory: Path, record: dict[str, Any]) -> None:
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    write_whole(path, (json.dumps(values, indent=2) + "\n").encode())
+    atomic_write(path, (json.dumps(values, indent=2) + "\n").encode())
 
 
 def main(

@@ -129,7 +129,7 @@ def _wrap_create(original: Any) -> Any:
             with arguments.prepared(self, config):
                 vllm_config = original(self, *args, **kwargs)
             refusals.check_engine(vllm_config, config, heads)
-            arguments.schedule_ahead(vllm_config, self.async_scheduling)
+            arguments.enable_async_scheduling(vllm_config, self.async_scheduling)
         except AdaDecodeError as error:
             # In the `vllm` command a user's mistake ends with a sentence.
             if Path(sys.argv[0]).name == "vllm":

@@ -15,7 +15,7 @@ from vllm.config import VllmConfig
 
 from adadecode_vllm.config import AdaDecodeConfig
 from adadecode_vllm.engine.device_timer import DeviceTimer
-from adadecode_vllm.engine.gate import Gate
+from adadecode_vllm.engine.exit_scorer import ExitScorer
 from adadecode_vllm.engine.ngram import NgramTail
 from adadecode_vllm.engine.segments import build_segments, find_decoder
 from adadecode_vllm.engine.served_heads import load_served_heads
@@ -81,8 +81,10 @@ class AdaDecode:
         decoder = find_decoder(model)
         heads = load_served_heads(config, decoder, vllm_config.model_config.model)
         segments = build_segments(decoder, config.exit_layers, vllm_config)
-        gate = Gate(decoder, heads.exits, config.exit_layers, heads.draft_token_ids)
-        self.model = SplitModel(decoder, segments, gate, vllm_config)
+        scorer = ExitScorer(
+            decoder, heads.exits, config.exit_layers, heads.draft_token_ids
+        )
+        self.model = SplitModel(decoder, segments, scorer, vllm_config)
         self.settings = Settings(config, heads.config)
         self.stats = Stats(config.exit_layers, len(decoder.layers))
         self.ledger = Ledger()
@@ -93,7 +95,7 @@ class AdaDecode:
             decoder.hidden_size,
             decoder.dtype,
             decoder.device,
-            with_memory=gate.has_memory,
+            with_memory=scorer.has_memory,
         )
         self._max_model_len = vllm_config.model_config.max_model_len
         # Compiled before anything is served where the engine asks for it.
@@ -115,9 +117,9 @@ class AdaDecode:
         self._resumer = Resumer(self.executor, self.states, self.stats)
 
     @property
-    def gate(self) -> Gate:
+    def gate(self) -> ExitScorer:
         """The exit heads over the model's LM head."""
-        return self.model.gate
+        return self.model.scorer
 
     @property
     def policy(self) -> ThresholdPolicy:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from adadecode_vllm.config import (
     CONFIG_KEY,
     AdaDecodeConfig,
+    format_text,
+    format_value,
     parse_config,
-    shown,
-    shown_bare,
 )
 from adadecode_vllm.errors import AdaDecodeError
 
@@ -90,8 +90,8 @@ def options_from_flags(args: argparse.Namespace) -> dict[str, Any] | None:
     if heads is not None:
         if options.get("heads", heads) != heads:
             raise AdaDecodeError(
-                f"--adadecode-heads: {shown(heads)} contradicts heads = "
-                f"{shown(options['heads'])} in --adadecode-config. Give it once."
+                f"--adadecode-heads: {format_value(heads)} contradicts heads = "
+                f"{format_value(options['heads'])} in --adadecode-config. Give it once."
             )
         options["heads"] = heads
     return options
@@ -116,15 +116,15 @@ def merge_into_additional_config(
     present = merged.get(CONFIG_KEY, {})
     if not isinstance(present, dict):
         raise AdaDecodeError(
-            f"--additional-config: {CONFIG_KEY} = {shown(present)} is not an object "
-            "with options. Give one, or remove it."
+            f"--additional-config: {CONFIG_KEY} = {format_value(present)} is not an "
+            "object with options. Give one, or remove it."
         )
     for name in present.keys() & options.keys():
         if present[name] != options[name]:
+            given, other = format_value(options[name]), format_value(present[name])
             raise AdaDecodeError(
-                f"--adadecode-config: {shown_bare(name)} = {shown(options[name])} "
-                f"contradicts {shown(present[name])} in --additional-config. Give it "
-                "once."
+                f"--adadecode-config: {format_text(name)} = {given} contradicts "
+                f"{other} in --additional-config. Give it once."
             )
     merged[CONFIG_KEY] = {**present, **options}
     return merged
@@ -180,7 +180,7 @@ def prepared(args: EngineArgs, config: AdaDecodeConfig) -> Iterator[None]:
         "worker_cls": CPU_WORKER if current_platform.is_cpu() else CUDA_WORKER,
     }
     if v2 and args.async_scheduling is not False:
-        # vLLM lets no custom_class method ask for it; see `schedule_ahead`.
+        # vLLM lets no custom_class method ask for it; see `enable_async_scheduling`.
         ours["async_scheduling"] = None
     theirs = {name: getattr(args, name) for name in ours}
     for name, value in ours.items():
@@ -204,7 +204,7 @@ def expects_v2() -> bool:
     return current_platform.is_cuda() or bool(envs.VLLM_USE_V2_MODEL_RUNNER)
 
 
-def schedule_ahead(vllm_config: VllmConfig, asked: bool | None) -> None:
+def enable_async_scheduling(vllm_config: VllmConfig, requested: bool | None) -> None:
     """Let Model Runner V2 schedule a step while the last one still runs.
 
     That is vLLM's default. Version 0.32 switches it off for any method that it does not
@@ -213,11 +213,11 @@ def schedule_ahead(vllm_config: VllmConfig, asked: bool | None) -> None:
 
     Args:
         vllm_config: The engine's configuration, changed in place.
-        asked: The user's ``async_scheduling``; False leaves it off.
+        requested: The user's ``async_scheduling``; False leaves it off.
     """
     from vllm.v1.executor.abstract import Executor
 
-    if asked is False or not vllm_config.use_v2_model_runner:
+    if requested is False or not vllm_config.use_v2_model_runner:
         return
     if Executor.get_class(vllm_config).supports_async_scheduling():
         vllm_config.scheduler_config.async_scheduling = True
@@ -230,12 +230,12 @@ def _parse_json(text: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         # Not only of syntax: integers of thousands of digits, very deep nesting.
         raise AdaDecodeError(
-            f"--adadecode-config: {shown(text)} is not JSON ({error}). Write for "
-            'example \'{"threshold": 0.8, "max_early_predictions": 4}\'.'
+            f"--adadecode-config: {format_value(text)} is not JSON ({error}). Write "
+            'for example \'{"threshold": 0.8, "max_early_predictions": 4}\'.'
         ) from None
     if not isinstance(options, dict):
         raise AdaDecodeError(
-            f"--adadecode-config: expected a JSON object, got {shown_bare(text)}. "
+            f"--adadecode-config: expected a JSON object, got {format_text(text)}. "
             "Write for example '{\"threshold\": 0.8}'."
         )
     return options

@@ -99,15 +99,15 @@ def _check_runner(args: EngineArgs) -> None:
     from vllm.platforms import current_platform
     from vllm.triton_utils import HAS_TRITON
 
-    asked = envs.VLLM_USE_V2_MODEL_RUNNER
-    if current_platform.is_cuda() and asked is False:
+    requested = envs.VLLM_USE_V2_MODEL_RUNNER
+    if current_platform.is_cuda() and requested is False:
         raise _refusal(
             "VLLM_USE_V2_MODEL_RUNNER=0",
             "on CUDA it works in Model Runner V2, vLLM's default there",
             "Unset the variable",
         )
     # vLLM would refuse it itself, with another remedy.
-    if asked and not HAS_TRITON:
+    if requested and not HAS_TRITON:
         raise _refusal(
             "VLLM_USE_V2_MODEL_RUNNER=1",
             "Model Runner V2 needs Triton, which has no backend for this machine",

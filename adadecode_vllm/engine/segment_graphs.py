@@ -128,9 +128,11 @@ class Steps:
                 return
             buffers.pending.write(states, hidden, residual)
         if kind.gated:
-            self._ask(kind.segment + model.exits_at_embedding, tokens, hidden, residual)
+            self._score_exit(
+                kind.segment + model.exits_at_embedding, tokens, hidden, residual
+            )
 
-    def _ask(
+    def _score_exit(
         self,
         exit_index: int,
         tokens: int,
@@ -141,7 +143,7 @@ class Steps:
         buffers = self.buffers
         pending = buffers.pending
         states = buffers.states[:tokens]
-        token, confidence, output = self.model.gate(
+        token, confidence, output = self.model.scorer(
             exit_index, hidden, residual, pending.read_memory(states)
         )
         buffers.answers[:tokens, 0] = token

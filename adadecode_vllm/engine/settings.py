@@ -55,7 +55,7 @@ class Settings:
             heads: The heads' description.
         """
         self._heads = heads
-        self._room = config.max_early_predictions
+        self._max_draft_tokens = config.max_early_predictions
         self._options: dict[str, RequestOptions] = {}
         self._plain: set[str] = set()
         self._apply(config)
@@ -84,11 +84,12 @@ class Settings:
                 "engine. Set it in --adadecode-config."
             )
         config = parse_config({**self._config.model_dump(), **options})
-        if config.max_early_predictions > self._room:
+        if config.max_early_predictions > self._max_draft_tokens:
             raise AdaDecodeError(
                 f"adadecode_configure: max_early_predictions = "
                 f"{config.max_early_predictions} is refused: this engine reserved room "
-                f"for {self._room}. Start it with more in --adadecode-config."
+                f"for {self._max_draft_tokens}. Start it with more in "
+                "--adadecode-config."
             )
         self._apply(config)
 
@@ -149,8 +150,8 @@ class Settings:
     def _cap(self, own: RequestOptions, cap: int) -> int:
         if not own.may_draft(early=self.policy.can_predict, ngram=self._ngram):
             return 0
-        asked = own.max_early_predictions
-        return cap if asked is None else min(cap, asked)
+        own_cap = own.max_early_predictions
+        return cap if own_cap is None else min(cap, own_cap)
 
     def lookups(
         self, options: Sequence[RequestOptions] | None, requests: int

@@ -10,7 +10,7 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 
-from adadecode_vllm.engine.gate import Gate
+from adadecode_vllm.engine.exit_scorer import ExitScorer
 from adadecode_vllm.engine.piecewise import PiecewiseInputs
 from adadecode_vllm.engine.segments import Decoder
 
@@ -22,14 +22,14 @@ class SplitModel:
         decoder: The model's parts.
         segments: The segments, each with at least one layer.
         exits_at_embedding: 1 where the first exit reads the embedding, else 0.
-        gate: The exit heads over the LM head; see :meth:`Gate.forward`.
+        scorer: The exit heads over the LM head; see :meth:`ExitScorer.forward`.
     """
 
     def __init__(
         self,
         decoder: Decoder,
         segments: Sequence[nn.Module],
-        gate: Gate,
+        scorer: ExitScorer,
         vllm_config: VllmConfig,
     ) -> None:
         """Put the parts together.
@@ -37,14 +37,14 @@ class SplitModel:
         Args:
             decoder: The model's parts.
             segments: The segments.
-            gate: The exit heads over the LM head, of as many exits as there are ends of
-                segments before the last, or of one more, which reads the embedding.
+            scorer: The exit heads over the LM head, of as many exits as there are ends
+                of segments before the last, or of one more, which reads the embedding.
             vllm_config: The engine's configuration.
         """
         self.decoder = decoder
         self.segments = list(segments)
-        self.gate = gate
-        self.exits_at_embedding = gate.num_exits - (len(segments) - 1)
+        self.scorer = scorer
+        self.exits_at_embedding = scorer.num_exits - (len(segments) - 1)
         self.vllm_config = vllm_config
 
     @property

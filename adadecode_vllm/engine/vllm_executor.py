@@ -139,7 +139,7 @@ class VllmExecutor:
         memory: torch.Tensor | None,
     ) -> ExitAnswer:
         """Ask an exit head; see the protocol."""
-        token, confidence, output = self.model.gate(
+        token, confidence, output = self.model.scorer(
             exit_index, hidden, residual, memory
         )
         # float64 holds every token id; one copy to the host instead of two.

@@ -122,8 +122,8 @@ def estimated_ratio(counted: Counted) -> float | None:
         return None
     early = sum(exit_["early_predictions"] for exit_ in counted.per_exit.values())
     drafting, verifying = totals["drafting_seconds"], totals["verifying_seconds"]
-    ordinary = verifying + drafting / (early / forwards + 1)
-    share = ordinary / (verifying + drafting) if verifying + drafting else 1.0
+    baseline = verifying + drafting / (early / forwards + 1)
+    share = baseline / (verifying + drafting) if verifying + drafting else 1.0
     return totals["generated_tokens"] / forwards * share
 
 

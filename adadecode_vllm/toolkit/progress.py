@@ -65,15 +65,15 @@ class Meter:
         note: What else is to be said of the task.
     """
 
-    def __init__(self, shown: bool = True) -> None:
+    def __init__(self, visible: bool = True) -> None:
         """Show nothing yet.
 
         Args:
-            shown: False for a meter that says nothing, as in the other processes of
+            visible: False for a meter that says nothing, as in the other processes of
                 a training.
         """
         self.note = ""
-        self._shown = shown
+        self._visible = visible
         self._task: _Task | None = None
         self._bar: Any = None
         self._lines: threading.Thread | None = None
@@ -109,7 +109,7 @@ class Meter:
         self._finish()
         self.note = ""
         self._task = _Task(what, unit, total, done, describe)
-        if self._shown and not sys.stderr.isatty() and self._lines is None:
+        if self._visible and not sys.stderr.isatty() and self._lines is None:
             self._lines = threading.Thread(target=self._write_lines, daemon=True)
             self._lines.start()
 
@@ -118,7 +118,7 @@ class Meter:
         task = self._task
         assert task is not None, "a task has been started"
         task.advance(count)
-        if self._shown and sys.stderr.isatty():
+        if self._visible and sys.stderr.isatty():
             # Not earlier: what the task starts with may write a log of its own.
             if self._bar is None:
                 self._bar = _make_bar(task, lambda: self._described(task))

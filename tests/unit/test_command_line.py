@@ -24,9 +24,9 @@ from adadecode_vllm.engine.arguments import (
     PROPOSER,
     SCHEDULER,
     SPECULATOR,
+    enable_async_scheduling,
     prepared,
     requested_config,
-    schedule_ahead,
 )
 from adadecode_vllm.errors import AdaDecodeError
 
@@ -226,7 +226,7 @@ def test_cuda_engines_get_model_runner_v2(
     monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
     args = from_cli(cli, "--plugin", "adadecode", "--adadecode-heads", "H")
-    # vLLM would refuse True; `schedule_ahead` switches it on afterwards.
+    # vLLM would refuse True; `enable_async_scheduling` switches it on afterwards.
     for asked, prepares in ((True, None), (None, None), (False, False)):
         args.async_scheduling = asked
         with prepared(args, parse_config({"heads": "H"})):
@@ -251,7 +251,7 @@ def test_model_runner_v2_schedules_ahead(
         ),
         scheduler_config=SimpleNamespace(async_scheduling=False, scheduler_cls="S"),
     )
-    schedule_ahead(config, asked)
+    enable_async_scheduling(config, asked)
     ahead = able and asked is not False
     assert config.scheduler_config.async_scheduling is ahead
     assert config.scheduler_config.scheduler_cls == (ASYNC_SCHEDULER if ahead else "S")
@@ -260,5 +260,5 @@ def test_model_runner_v2_schedules_ahead(
 def test_model_runner_v1_does_not_schedule_ahead() -> None:
     scheduler = SimpleNamespace(async_scheduling=False)
     config: Any = SimpleNamespace(use_v2_model_runner=False, scheduler_config=scheduler)
-    schedule_ahead(config, None)
+    enable_async_scheduling(config, None)
     assert scheduler.async_scheduling is False

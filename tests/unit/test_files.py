@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 
 from adadecode_vllm.files import (
+    atomic_write,
     free_name,
     remove_left_overs,
     without_temporary,
-    write_whole,
     writing,
     writing_together,
 )
@@ -68,7 +68,7 @@ def test_a_name_that_exists_is_not_opened(
     precious.write_text("mine")
     (tmp_path / f"a.tmp-{os.getpid()}-{'0' * 16}").symlink_to(precious)
     with pytest.raises(FileExistsError):
-        write_whole(tmp_path / "a", b"new")
+        atomic_write(tmp_path / "a", b"new")
     assert precious.read_text() == "mine"
 
 
@@ -77,7 +77,7 @@ def test_permissions_are_those_of_any_new_file(tmp_path: Path, mask: int) -> Non
     before = os.umask(mask)
     try:
         (tmp_path / "ordinary").write_text("")
-        write_whole(tmp_path / "ours", b"")
+        atomic_write(tmp_path / "ours", b"")
         with writing(tmp_path / "tensors") as temporary:
             save_file({"a": torch.zeros(1)}, temporary)
     finally:

@@ -78,7 +78,7 @@ def test_ordinary_decoding_costs_its_steps(head_share: float, expected: float) -
     counters.segments_run = [6, 6, 6]
     counters.forwards = counters.generated_tokens = 6
     cost = CostModel(head_share, 0.0)
-    assert cost.ordinary_steps(counters) == pytest.approx(expected)
+    assert cost.baseline_steps(counters) == pytest.approx(expected)
     assert cost.speedup(counters) == pytest.approx(1)
 
 

@@ -45,7 +45,7 @@ class VllmWorker:
         # With what a worker uses of it, but no model.
         self.adadecode = AdaDecode.__new__(AdaDecode)
         self.adadecode.ledger = Ledger()
-        self.adadecode.model = SimpleNamespace(gate=Gate(self.lm_head))  # type: ignore[assignment]
+        self.adadecode.model = SimpleNamespace(scorer=Gate(self.lm_head))  # type: ignore[assignment]
         self.adadecode.counters = lambda: np.array([1.0, 2.0])  # type: ignore[method-assign]
         self.model_runner = SimpleNamespace(adadecode=self.adadecode)
         self.output = output

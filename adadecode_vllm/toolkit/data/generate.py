@@ -23,7 +23,7 @@ from adadecode_vllm.errors import AdaDecodeError
 
 logger = logging.getLogger(__name__)
 
-_TELL_SECONDS = 5.0
+_PROGRESS_SECONDS = 5.0
 _OWN_FLAGS = {
     "model": "--model",
     "dtype": "--dtype",
@@ -195,7 +195,7 @@ class Generator:
         row_of = {
             name.partition("-")[0]: row for name, row in zip(ids, prompts, strict=True)
         }
-        told = time.monotonic()
+        reported = time.monotonic()
         while engine.has_unfinished_requests():
             for output in engine.step():
                 if not (isinstance(output, RequestOutput) and output.finished):
@@ -204,11 +204,11 @@ class Generator:
                 if output.prompt_token_ids != prompts[row]:
                     raise RuntimeError("vLLM changed the token ids of a prompt")
                 yield Answer(shard, row, list(output.outputs[0].token_ids), began)
-            if time.monotonic() - told > _TELL_SECONDS:
+            if time.monotonic() - reported > _PROGRESS_SECONDS:
                 states = engine.output_processor.request_states.values()
                 counters = [state.detokenizer for state in states]
                 on_tokens(sum(c.num_output_tokens() for c in counters if c))
-                told = time.monotonic()
+                reported = time.monotonic()
 
     def close(self) -> None:
         """Stop the engine and free its memory."""

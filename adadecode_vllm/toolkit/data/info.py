@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from adadecode_vllm.errors import AdaDecodeError
-from adadecode_vllm.files import write_whole
+from adadecode_vllm.files import atomic_write
 
 INFO_FILE: Final = "dataset.json"
 FORMAT_VERSION: Final = 1
@@ -127,7 +127,7 @@ def write_info(directory: Path, info: DatasetInfo) -> None:
         OSError: The file cannot be written.
     """
     text = info.model_dump_json(indent=2) + "\n"
-    write_whole(directory / INFO_FILE, text.encode())
+    atomic_write(directory / INFO_FILE, text.encode())
 
 
 def _parse(directory: Path, values: Mapping[str, Any], flag: str) -> DatasetInfo:

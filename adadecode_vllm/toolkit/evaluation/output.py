@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adadecode_vllm.errors import AdaDecodeError
-from adadecode_vllm.files import write_whole
+from adadecode_vllm.files import atomic_write
 from adadecode_vllm.toolkit.report import parse_evaluation
 from adadecode_vllm.toolkit.report.write import REPORT_FILES
 
@@ -57,7 +57,7 @@ def write_evaluation(output: Path, report: Mapping[str, Any]) -> Path:
     """
     output.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, indent=1) + "\n"
-    return write_whole(output / EVALUATION_FILE, text.encode())
+    return atomic_write(output / EVALUATION_FILE, text.encode())
 
 
 def _is_evaluation(path: Path) -> bool:

@@ -135,7 +135,7 @@ def evaluate_heads(
     live = LiveStates(
         teacher, texts, [*config.exit_layers, teacher.num_layers], pass_tokens
     )
-    meter = meter or Meter(shown=False)
+    meter = meter or Meter(visible=False)
     meter.start("measuring", "texts", len(texts))
     few = config.default_draft_vocabulary > 0
     draft_token_ids = tensors.draft_token_ids if few else None

@@ -80,14 +80,14 @@ class Answer:
             exits `drafted_by` made, and may leave the answer.
         stops: Tokens that end the text.
         max_tokens: Most tokens the request may generate.
-        room: Most tokens that the model's length allows after the prompt.
+        length_limit: Most tokens that the model's length allows after the prompt.
     """
 
     tokens: Sequence[int]
     gates: Callable[[tuple[int, ...], tuple[int, ...], int], Gate]
     stops: Collection[int]
     max_tokens: int
-    room: int = 1 << 30
+    length_limit: int = 1 << 30
 
 
 def simulate(
@@ -113,7 +113,7 @@ def simulate(
         limit = min(
             max_early_predictions,
             answer.max_tokens - done - 1,
-            answer.room - done - 1,
+            answer.length_limit - done - 1,
         )
         # As in method.drafting: levels of the window's tokens, newest last.
         drafts: list[int] = []

@@ -13,7 +13,7 @@ from os import PathLike
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Final
 
-from adadecode_vllm.files import free_name, write_whole
+from adadecode_vllm.files import atomic_write, free_name
 from adadecode_vllm.heads.config import ExitHeadsConfig
 from adadecode_vllm.heads.files import CARD_FILE
 from adadecode_vllm.heads.hub import LIBRARY, is_hub_id
@@ -109,7 +109,7 @@ def replace_card(directory: str | PathLike[str], card: str) -> Path:
         old = free_name(path.with_name(f"{CARD_FILE}.old"))
         logger.warning("%s is not a card as it was written here; kept as %s", path, old)
         path.rename(old)
-    return write_whole(path, card.encode())
+    return atomic_write(path, card.encode())
 
 
 def render_card(
@@ -141,7 +141,7 @@ def render_card(
     figures = None if evaluation is None else parse_evaluation(evaluation)
     held_out = _held_out(training.get("held_out"))
     elsewhere = (*_ELSEWHERE, "held_out") if held_out else _ELSEWHERE
-    shown = {key: value for key, value in training.items() if key not in elsewhere}
+    listed = {key: value for key, value in training.items() if key not in elsewhere}
     *others, last = (str(layer) for layer in config.exit_layers)
     card = ModelCard.from_template(
         _metadata(config, training),
@@ -153,7 +153,7 @@ def render_card(
         training=training,
         command=_command(training.get("argv")),
         held_out=held_out,
-        settings=[(name, _public(value)) for name, value in _flatten(shown)],
+        settings=[(name, _public(value)) for name, value in _flatten(listed)],
         **_figures(figures),
         **_FORMATS,
     )

@@ -6,7 +6,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from adadecode_vllm.files import write_whole
+from adadecode_vllm.files import atomic_write
 from adadecode_vllm.toolkit.report.html import render_page
 from adadecode_vllm.toolkit.report.plots import draw_plots
 from adadecode_vllm.toolkit.report.schema import parse_evaluation, parse_history
@@ -50,5 +50,5 @@ def write_report(
     page = render_page(figures, training, plots)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    written = [write_whole(directory / f"{plot.name}.png", plot.png) for plot in plots]
-    return [*written, write_whole(directory / PAGE_FILE, page.encode())]
+    written = [atomic_write(directory / f"{plot.name}.png", plot.png) for plot in plots]
+    return [*written, atomic_write(directory / PAGE_FILE, page.encode())]

@@ -253,7 +253,7 @@ def _open(
             # Another run may have added to it until now.
             entries = writer.entries
             missing = [i for key, i in wanted.items() if key not in entries]
-            _check_room(directory, teacher, live, missing)
+            _check_disk_space(directory, teacher, live, missing)
             progress(_used(live.texts) - _used(live.texts[i] for i in missing))
             lengths = [len(live.texts[i].token_ids) for i in missing]
             for group in split_by_tokens(lengths, live.pass_tokens):
@@ -276,7 +276,7 @@ def _manifest_of(teacher: Teacher, key: str, layers: Sequence[int]) -> Manifest:
     )
 
 
-def _check_room(
+def _check_disk_space(
     directory: Path, teacher: Teacher, live: LiveStates, missing: Sequence[int]
 ) -> None:
     size = cache_bytes(teacher, (live.texts[i] for i in missing), live.layers)

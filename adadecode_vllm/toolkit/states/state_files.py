@@ -22,7 +22,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from adadecode_vllm.errors import AdaDecodeError
-from adadecode_vllm.files import without_temporary, write_whole
+from adadecode_vllm.files import atomic_write, without_temporary
 
 MANIFEST = "manifest.json"
 INDEX = "index.jsonl"
@@ -176,7 +176,7 @@ def begin(directory: Path, manifest: Manifest) -> None:
     """
     directory.mkdir(parents=True, exist_ok=True)
     clear(directory)
-    write_whole(directory / MANIFEST, manifest.model_dump_json().encode())
+    atomic_write(directory / MANIFEST, manifest.model_dump_json().encode())
 
 
 def clear(directory: Path) -> None:

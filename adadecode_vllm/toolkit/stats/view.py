@@ -46,10 +46,10 @@ def view(
 
 
 def _options(total: Snapshot) -> str:
-    shown = ("threshold", "max_early_predictions", "gate", "disable_by_batch_size")
+    named = ("threshold", "max_early_predictions", "gate", "disable_by_batch_size")
     return ", ".join(
         f"{name} {total.counted.options[name]}"
-        for name in shown
+        for name in named
         if total.counted.options.get(name) not in (None, "None")
     )
 
@@ -67,13 +67,13 @@ def _exits(total: Snapshot) -> Table:
     ):
         table.add_column(heading, justify="right")
     for layer, counted in total.counted.per_exit.items():
-        predicted, asked = counted["early_predictions"], counted["gates"]
+        predicted, checks = counted["early_predictions"], counted["gates"]
         accepted, rejected = counted["accepted"], counted["rejected"]
         table.add_row(
             str(layer),
-            count(int(asked)),
+            count(int(checks)),
             count(int(predicted)),
-            percent(_ratio(predicted, asked)),
+            percent(_ratio(predicted, checks)),
             count(int(accepted)),
             count(int(rejected)),
             percent(_ratio(accepted, accepted + rejected)),

@@ -283,8 +283,8 @@ def _print_choices(choices: list[Any]) -> None:
     best_of_size: dict[int, Any] = {}
     for choice in choices:
         best_of_size.setdefault(len(choice.exit_layers), choice)
-    shown = [*choices[:8], *(c for c in best_of_size.values() if c not in choices[:8])]
-    for choice in shown:
+    listed = [*choices[:8], *(c for c in best_of_size.values() if c not in choices[:8])]
+    for choice in listed:
         table.add_row(
             ",".join(map(str, choice.exit_layers)),
             f"{choice.speedup:.2f}x",

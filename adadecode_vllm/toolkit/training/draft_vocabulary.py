@@ -17,7 +17,7 @@ import torch
 
 from adadecode_vllm import __version__
 from adadecode_vllm.errors import AdaDecodeError
-from adadecode_vllm.files import write_whole
+from adadecode_vllm.files import atomic_write
 from adadecode_vllm.heads.config import load_heads_config
 from adadecode_vllm.heads.files import CARD_FILE
 from adadecode_vllm.heads.io import load_tensors, save_heads
@@ -139,7 +139,7 @@ def add_draft_vocabulary(
             text = card.read_text(encoding="utf-8")
         except UnicodeDecodeError:  # not one that was written here
             return token_ids
-        write_whole(card, name_draft_vocabulary(text, config).encode())
+        atomic_write(card, name_draft_vocabulary(text, config).encode())
     return token_ids
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from adadecode_vllm.errors import AdaDecodeError
-from adadecode_vllm.files import write_whole, writing
+from adadecode_vllm.files import atomic_write, writing
 from adadecode_vllm.heads.config import (
     HeadsDtype,
     default_draft_vocabulary,
@@ -366,8 +366,8 @@ def _write_outputs(
     import yaml
 
     history = json.dumps(trainer.progress.history, indent=1) + "\n"
-    write_whole(directory / HISTORY_FILE, history.encode())
-    write_whole(directory / RUN_FILE, yaml.safe_dump(record, sort_keys=False).encode())
+    atomic_write(directory / HISTORY_FILE, history.encode())
+    atomic_write(directory / RUN_FILE, yaml.safe_dump(record, sort_keys=False).encode())
     if trainer.settings.head == "full":
         tensors = {f"exit_heads.{k}.weight": v.cpu() for k, v in weights.items()}
         with writing(directory / FULL_HEADS_FILE) as temporary:

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from adadecode_vllm.config import AdaDecodeConfig, parse_config
-from adadecode_vllm.engine import gate as gate_module
-from adadecode_vllm.engine.gate import DraftVocabulary, Gate
+from adadecode_vllm.engine import exit_scorer as scorer_module
+from adadecode_vllm.engine.exit_scorer import DraftVocabulary, ExitScorer
 from adadecode_vllm.engine.heads_fit import resolve_draft_vocabulary
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.heads import ExitHeads, ExitHeadsConfig
@@ -45,7 +45,9 @@ def decoder(**processor: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate_module, "get_tensor_model_parallel_world_size", lambda: 1)
+    monkeypatch.setattr(
+        scorer_module, "get_tensor_model_parallel_world_size", lambda: 1
+    )
 
 
 @pytest.fixture
@@ -78,7 +80,7 @@ def test_it_follows_an_lm_head_with_other_weights(
     copied: int,
 ) -> None:
     """However the rows are kept, and however many are copied at a time."""
-    monkeypatch.setattr(gate_module, "_COPIED_ROWS", copied)
+    monkeypatch.setattr(scorer_module, "_COPIED_ROWS", copied)
     if not packed:  # as on a GPU
         monkeypatch.setattr(
             "vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm",
@@ -106,13 +108,13 @@ def test_what_the_model_cannot_bring_back() -> None:
     heads = ExitHeads(
         {2: torch.randn(SIZE, SIZE), 3: torch.randn(SIZE, SIZE)}, torch.float32
     )
-    gate = Gate(parts, heads, [2, 3], torch.tensor([1, 5]))
-    assert sorted(gate.lasting()) == [
+    scorer = ExitScorer(parts, heads, [2, 3], torch.tensor([1, 5]))
+    assert sorted(scorer.lasting()) == [
         "_vocabulary.token_ids",
         "transforms.2.weight",
         "transforms.3.weight",
     ]
-    assert list(Gate(parts, heads, [2, 3]).lasting()) == [
+    assert list(ExitScorer(parts, heads, [2, 3]).lasting()) == [
         "transforms.2.weight",
         "transforms.3.weight",
     ]
@@ -123,8 +125,8 @@ def test_tokens_have_their_own_ids(states: tuple[torch.Tensor, torch.Tensor]) ->
     parts = decoder()
     heads = ExitHeads({2: torch.randn(SIZE, SIZE)}, torch.float32)
     chosen = torch.arange(VOCAB - 1, 4, -1)
-    whole = Gate(parts, heads, [2])(0, *states)
-    some = Gate(parts, heads, [2], chosen)(0, *states)
+    whole = ExitScorer(parts, heads, [2])(0, *states)
+    some = ExitScorer(parts, heads, [2], chosen)(0, *states)
     among = torch.isin(whole[0], chosen)
     assert 0 < among.sum() < len(among), "both cases are met"
     assert torch.equal(some[0][among], whole[0][among])

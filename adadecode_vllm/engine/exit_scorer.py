@@ -112,7 +112,7 @@ class DraftVocabulary(nn.Module):
         return logits if self._scale == 1.0 else logits * self._scale
 
 
-class Gate(nn.Module):
+class ExitScorer(nn.Module):
     """The exits' top tokens and their probabilities.
 
     Attributes:
@@ -126,7 +126,7 @@ class Gate(nn.Module):
         exit_layers: Sequence[int],
         draft_token_ids: torch.Tensor | None = None,
     ) -> None:
-        """Wire the gate.
+        """Wire the scorer.
 
         Args:
             decoder: The model's parts.
