@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from adadecode_vllm.files import write_whole
+from adadecode_vllm.files import atomic_write
 from adadecode_vllm.heads import (
     load_draft_token_ids,
     load_exit_memory,
@@ -94,7 +94,7 @@ def ship(source: Path, model: str, registry: Path, name: str) -> None:
     entries = json.loads(registry.read_text())["heads"] if registry.is_file() else []
     entries = [entry for entry in entries if entry.get("directory") != name]
     entries.append({"models": [model], "directory": name})
-    write_whole(registry, (json.dumps({"heads": entries}, indent=2) + "\n").encode())
+    atomic_write(registry, (json.dumps({"heads": entries}, indent=2) + "\n").encode())
     print(f"{directory}: exits {layers} for {model}")
 
 

@@ -13,7 +13,8 @@
 #
 #   ROWS_GSM8K, ROWS_MBPP, ROWS_XSUM   prompts of each kind (500, 500, 200)
 #   LAYERS                             exits (2,4,8,15)
-#   MEMORY=1                           heads that read the state of the token before, too
+#   MEMORY=1                           heads that read the state of the token before, too,
+#                                      and begin with least squares
 #   EPOCHS                             passes over the answers (6)
 set -euo pipefail
 if (($# < 4)); then
@@ -38,10 +39,16 @@ answer gsm8k "$gsm8k" "${ROWS_GSM8K:-500}"
 answer mbpp "$mbpp" "${ROWS_MBPP:-500}"
 answer xsum "$xsum" "${ROWS_XSUM:-200}"
 
+rate=2e-3
+memory=()
+if [[ -n ${MEMORY:-} ]]; then
+    rate=1e-3
+    memory=(--memory --start ridge)
+fi
 "${adadecode[@]}" train "$model" "$work/heads" --exit-layers "${LAYERS:-2,4,8,15}" \
     --data "$work/data/gsm8k" --data "$work/data/mbpp" --data "$work/data/xsum" \
-    --draft-vocabulary 4096 --heads-dtype bfloat16 --batch-size 16 --learning-rate 2e-3 \
-    --epochs "${EPOCHS:-6}" --cache-dir "$work/states" ${MEMORY:+--memory}
+    --draft-vocabulary 4096 --heads-dtype bfloat16 --batch-size 16 --learning-rate "$rate" \
+    --epochs "${EPOCHS:-6}" --cache-dir "$work/states" "${memory[@]}"
 
 if [[ -n $heads ]]; then
     mkdir -p "$heads"
