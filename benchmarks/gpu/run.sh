@@ -133,7 +133,7 @@ if wants speed; then
     widen_demo
     say "speed"
     # The heads' exits 2, 4 and 8 of 16 layers are 4, 8 and 16 of 32.
-    compare "$shape" ordinary,adadecode,submit-all:8,threshold-1,ngram 1,4,16,64 64
+    compare "$shape" ordinary,adadecode,paper,submit-all:8,threshold-1,ngram 1,4,16,64 64
 fi
 
 if wants real; then
