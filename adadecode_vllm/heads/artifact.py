@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adadecode_vllm.heads.config import ExitHeadsConfig, read_config, stored_tensors
+from adadecode_vllm.heads.config import ExitHeadsConfig, read_config
 from adadecode_vllm.heads.files import open_tensors
 from adadecode_vllm.heads.hub import pin_heads
 
@@ -57,7 +57,7 @@ class Heads:
         Raises:
             AdaDecodeError: It does not, or cannot be read.
         """
-        with open_tensors(self.directory, stored_tensors(self.config)):
+        with open_tensors(self.directory, self.config.stored_tensors):
             pass
 
     @cached_property

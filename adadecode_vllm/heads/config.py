@@ -22,6 +22,7 @@ from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.heads.files import (
     CONFIG_FILE,
     DRAFT_TOKENS,
+    StoredTensors,
     config_path,
     heads_error,
     memory_name,
@@ -210,6 +211,18 @@ class ExitHeadsConfig(BaseModel):
         return [(exit_.slope, exit_.intercept) for exit_ in chosen]
 
     @property
+    def stored_tensors(self) -> StoredTensors:
+        """What `model.safetensors` beside this configuration must hold."""
+        weight = (self.hidden_size, self.hidden_size), _SAFETENSORS_DTYPE[self.dtype]
+        names = [tensor_name, memory_name] if self.memory else [tensor_name]
+        stored: StoredTensors = {
+            name(layer): weight for layer in self.exit_layers for name in names
+        }
+        if self.draft_vocabulary is not None:
+            stored[DRAFT_TOKENS] = ((self.draft_vocabulary,), "I64")
+        return stored
+
+    @property
     def default_draft_vocabulary(self) -> int:
         """Tokens that gates look at unless told otherwise; 0 for all.
 
@@ -305,15 +318,12 @@ def load_heads_config(directory: str | PathLike[str]) -> ExitHeadsConfig:
             reason and the remedy.
     """
     config = read_config(directory)
-    with open_tensors(Path(directory), stored_tensors(config)):
+    with open_tensors(Path(directory), config.stored_tensors):
         return config
 
 
 def read_config(directory: str | PathLike[str]) -> ExitHeadsConfig:
-    """Read `config.json` of a heads directory, and nothing else.
-
-    Args:
-        directory: A local directory.
+    """Read `config.json` of a local heads directory, and nothing else.
 
     Returns:
         The configuration.
@@ -323,30 +333,6 @@ def read_config(directory: str | PathLike[str]) -> ExitHeadsConfig:
     """
     directory = Path(directory)
     return _parse(directory, _read_json(directory))
-
-
-def stored_tensors(
-    config: ExitHeadsConfig,
-) -> dict[str, tuple[tuple[int, ...], str]]:
-    """What `model.safetensors` beside a configuration must hold.
-
-    Args:
-        config: The configuration.
-
-    Returns:
-        By name, shape and dtype in safetensors' spelling.
-    """
-    weight = (
-        (config.hidden_size, config.hidden_size),
-        _SAFETENSORS_DTYPE[config.dtype],
-    )
-    names = [tensor_name, memory_name] if config.memory else [tensor_name]
-    stored: dict[str, tuple[tuple[int, ...], str]] = {
-        name(layer): weight for layer in config.exit_layers for name in names
-    }
-    if config.draft_vocabulary is not None:
-        stored[DRAFT_TOKENS] = ((config.draft_vocabulary,), "I64")
-    return stored
 
 
 def _read_json(directory: Path) -> dict[str, Any]:

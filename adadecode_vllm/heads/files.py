@@ -5,7 +5,7 @@ Heads are downloaded from strangers. Hence only safetensors are opened, never pi
 and no link may lead out of the directory. Nothing here imports torch.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,9 @@ CARD_FILE = "README.md"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 DRAFT_TOKENS = "draft_token_ids"  # the tensor with the draft vocabulary
+
+StoredTensors = dict[str, tuple[tuple[int, ...], str]]
+"""By name, shape and dtype of tensors, the dtype in safetensors' spelling (`F32`)."""
 
 _FLAG = "--adadecode-heads"
 _PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
@@ -122,7 +125,7 @@ def weights_path(directory: Path) -> Path:
 @contextmanager
 def open_tensors(
     directory: Path,
-    expected: Mapping[str, tuple[tuple[int, ...], str]],
+    expected: StoredTensors,
     framework: Literal["np", "pt"] = "np",
 ) -> Iterator[Any]:
     """Open `model.safetensors` and check its names, shapes and dtypes.
@@ -131,8 +134,7 @@ def open_tensors(
 
     Args:
         directory: The heads directory.
-        expected: Shape and dtype of every tensor, the dtype in safetensors' spelling
-            (`F32`).
+        expected: What it must hold.
         framework: Of the tensors, as safetensors calls it; `np` needs no torch.
 
     Yields:
@@ -163,9 +165,7 @@ def open_tensors(
         ) from error
 
 
-def _header_problem(
-    tensors: Any, expected: Mapping[str, tuple[tuple[int, ...], str]]
-) -> str | None:
+def _header_problem(tensors: Any, expected: StoredTensors) -> str | None:
     """Say how a file differs from what is expected of it; None where it does not."""
     names = set(tensors.keys())
     if missing := sorted(expected.keys() - names):

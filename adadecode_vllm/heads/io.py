@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from adadecode_vllm.files import writing_together
-from adadecode_vllm.heads.config import ExitHeadsConfig, stored_tensors
+from adadecode_vllm.heads.config import ExitHeadsConfig
 from adadecode_vllm.heads.files import (
     CONFIG_FILE,
     DRAFT_TOKENS,
@@ -218,7 +218,7 @@ def load_draft_token_ids(
 def _opened(
     directory: str | PathLike[str], config: ExitHeadsConfig
 ) -> AbstractContextManager[Any]:
-    return open_tensors(Path(directory), stored_tensors(config), "pt")
+    return open_tensors(Path(directory), config.stored_tensors, "pt")
 
 
 def _exits(
