@@ -47,7 +47,7 @@ def tokens_per_forward(run: Run) -> float:
 
 
 def early_predictions(run: Run) -> dict[str, Any] | None:
-    """Rate, acceptance and share of early predictions; None for other arms.
+    """Rate, acceptance and share of early predictions; None for other variants.
 
     Returns:
         ``rate``, early predictions per generated token; ``coverage``, the share of
@@ -92,7 +92,7 @@ def drafted_acceptance(run: Run) -> float | None:
 
 
 def time_split(run: Run) -> dict[str, float] | None:
-    """Seconds by part of the cycle; None for arms other than AdaDecode.
+    """Seconds by part of the cycle; None for variants other than AdaDecode.
 
     Returns:
         ``segments`` while drafting, ``gates``, ``draft bookkeeping``, ``verification``
@@ -108,8 +108,8 @@ def time_split(run: Run) -> dict[str, float] | None:
     if device := stats.get("device_seconds"):
         # Graphs hold segments and gates in one; the host does not wait for forwards.
         segments, gates = device.get("draft steps", [segments])[0], 0.0
-        ahead = device.get("steps ahead", [0.0])[0]
-        verifying = ahead + device.get("resumed forwards", [verifying])[0]
+        prefetching = device.get("steps ahead", [0.0])[0]
+        verifying = prefetching + device.get("resumed forwards", [verifying])[0]
     return {
         "segments": segments,
         "gates": gates,
@@ -142,12 +142,12 @@ def percentiles(runs: Sequence[Run], key: str) -> dict[str, float | None]:
     return {"p50": float(p50), "p99": float(p99)}
 
 
-def summarize(runs: Sequence[Run], reference: Sequence[Run]) -> dict[str, Any]:
+def summarize(runs: Sequence[Run], baseline: Sequence[Run]) -> dict[str, Any]:
     """Figures of one case.
 
     Args:
         runs: Its runs, in order; ``parity`` in each, if texts were compared.
-        reference: The reference's, run for run in the same turn.
+        baseline: The baseline's, run for run in the same repeat.
 
     Returns:
         The figures; ratios are taken pair by pair.
@@ -155,7 +155,7 @@ def summarize(runs: Sequence[Run], reference: Sequence[Run]) -> dict[str, Any]:
     speeds = [tokens_per_s(run) for run in runs]
     ratios = [
         speed / tokens_per_s(other)
-        for speed, other in zip(speeds, reference, strict=True)
+        for speed, other in zip(speeds, baseline, strict=True)
     ]
     parities = [run["parity"] for run in runs if run.get("parity")]
     figures: dict[str, Any] = {

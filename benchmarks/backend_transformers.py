@@ -9,17 +9,17 @@ from typing import Any
 
 import torch
 
-from benchmarks.arms import Arm, EngineSettings
+from benchmarks.variants import EngineSettings, Variant
 
 
 class TransformersBackend:
     """A model in Transformers, plain or drafting with its own first layers."""
 
-    def __init__(self, arm: Arm, settings: EngineSettings) -> None:
+    def __init__(self, variant: Variant, settings: EngineSettings) -> None:
         """Load the model.
 
         Args:
-            arm: ``transformers`` or ``transformers-early-exit``.
+            variant: ``transformers`` or ``transformers-early-exit``.
             settings: The comparison's settings.
         """
         from transformers import AutoModelForCausalLM
@@ -32,7 +32,7 @@ class TransformersBackend:
         )
         self._model: Any = model.to(device).eval()
         self._early_exit = None
-        if arm.kind == "transformers-early-exit":
+        if variant.kind == "transformers-early-exit":
             self._early_exit = load_heads_config(settings.heads).exit_layers[0]
         self._layers = self._model.config.num_hidden_layers
         self._forwards = 0
@@ -62,9 +62,9 @@ class TransformersBackend:
             top_logits: Not supported.
 
         Returns:
-            See :meth:`benchmarks.process.ArmProcess.generate`.
+            See :meth:`benchmarks.process.VariantProcess.generate`.
         """
-        assert not top_logits, "asked of the reference only, which is a vLLM engine"
+        assert not top_logits, "asked of the baseline only, which is a vLLM engine"
         if self._early_exit is not None and batch_size > 1:
             raise RuntimeError("assistant_early_exit generates for one request only")
         token_ids: list[list[int]] = []

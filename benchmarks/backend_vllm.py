@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from typing import Any
 
-from benchmarks.arms import Arm, EngineSettings, llm_arguments
+from benchmarks.variants import EngineSettings, Variant, llm_arguments
 
 _DRAFTS = "vllm:spec_decode_num_drafts"
 _DRAFT_TOKENS = "vllm:spec_decode_num_draft_tokens"
@@ -18,23 +18,23 @@ _ACCEPTED = "vllm:spec_decode_num_accepted_tokens"
 class VllmBackend:
     """One engine, kept loaded."""
 
-    def __init__(self, arm: Arm, settings: EngineSettings) -> None:
+    def __init__(self, variant: Variant, settings: EngineSettings) -> None:
         """Start the engine.
 
         Args:
-            arm: The arm.
+            variant: The variant.
             settings: The comparison's settings.
         """
         from vllm import LLM
 
-        self._counts = arm.predicts_early
-        self._llm = LLM(**llm_arguments(arm, settings))
+        self._counts = variant.predicts_early
+        self._llm = LLM(**llm_arguments(variant, settings))
         self._ids = count()
         if self._counts:
             self._llm.collective_rpc("adadecode_profile")
 
     def configure(self, **policy: Any) -> None:
-        """Change threshold or cap; a no-op for arms that do not predict early."""
+        """Change threshold or cap; a no-op for variants that do not predict early."""
         if self._counts:
             self._llm.collective_rpc("adadecode_configure", kwargs=policy)
 
@@ -57,7 +57,7 @@ class VllmBackend:
             top_logits: Also return the two best logits at every token.
 
         Returns:
-            See :meth:`benchmarks.process.ArmProcess.generate`.
+            See :meth:`benchmarks.process.VariantProcess.generate`.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -94,7 +94,7 @@ class VllmBackend:
     def stream(
         self, prompt: Sequence[int], output_tokens: int
     ) -> Iterator[dict[str, Any]]:
-        """Generate one text; see :meth:`benchmarks.process.ArmProcess.stream`."""
+        """Generate one text; see :meth:`benchmarks.process.VariantProcess.stream`."""
         return stream(
             self._llm, str(next(self._ids)), prompt, output_tokens, self._counts
         )
@@ -155,7 +155,7 @@ def stream(
         predicts_early: Whether it has AdaDecode.
 
     Yields:
-        See :meth:`benchmarks.process.ArmProcess.stream`.
+        See :meth:`benchmarks.process.VariantProcess.stream`.
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Serving speed of several ways of decoding, measured by vLLM's own client.
 
-One `vllm serve` per arm (--arms). All stay loaded side by side on this machine and take
-turns under the load of `vllm bench serve`, so ratios hold on a machine whose speed
-drifts. A finite request rate sends requests as they come; with the rate inf, a fixed
-number of requests is in flight (--max-concurrency). Engine arguments are those of vLLM
-and hold for all arms:
+One `vllm serve` per variant (--variants). All stay loaded side by side on this machine
+and take turns under the load of `vllm bench serve`, so ratios hold on a machine whose
+speed drifts. A finite request rate sends requests as they come; with the rate inf, a
+fixed number of requests is in flight (--max-concurrency). Engine arguments are those of
+vLLM and hold for all variants:
 
     python benchmarks/benchmark_serving.py --model MODEL --adadecode-heads HEADS \
         --dataset-name problems --num-prompts 64 --max-concurrency 1,16 \
@@ -32,17 +32,9 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from adadecode_vllm.errors import AdaDecodeError
-from benchmarks.arms import (
-    REFERENCE,
-    Arm,
-    EngineSettings,
-    obstacle,
-    parse_arms,
-    with_identity_heads,
-)
 from benchmarks.client import Client, Load
 from benchmarks.options import (
-    add_arms_option,
+    add_variants_option,
     make_parser,
     numbers,
     run_command,
@@ -50,13 +42,21 @@ from benchmarks.options import (
     settings_from,
     workload_from,
 )
-from benchmarks.process import ArmError
+from benchmarks.process import VariantError
 from benchmarks.result_files import empty_results, write_results
 from benchmarks.server import Server
 from benchmarks.serving_figures import compare_texts, serving_table, summarize
+from benchmarks.variants import (
+    BASELINE,
+    EngineSettings,
+    Variant,
+    parse_variants,
+    reason_to_skip,
+    with_identity_heads,
+)
 from benchmarks.workloads import Workload
 
-DEFAULT_ARMS = "ordinary,adadecode"
+DEFAULT_VARIANTS = "baseline,adadecode"
 DEFAULT_CONCURRENCY = "1,4,16,32"
 
 
@@ -67,7 +67,7 @@ def parse_loads(concurrency: str, request_rate: str) -> list[Load]:
         concurrency: For example ``1,4``.
         request_rate: For example ``inf,0.5``. ``inf`` stands for the concurrencies;
             at a finite rate their number is not limited, for a limit would change the
-            rate of the slower arm.
+            rate of the slower variant.
 
     Raises:
         AdaDecodeError: If a number is none, or not positive.
@@ -83,18 +83,18 @@ def parse_loads(concurrency: str, request_rate: str) -> list[Load]:
     return list(dict.fromkeys(loads))
 
 
-def serving_obstacle(arm: Arm, settings: EngineSettings) -> str | None:
-    """Why an arm cannot be served; the end of a sentence that begins with its name."""
-    if not arm.uses_vllm:
+def reason_not_to_serve(variant: Variant, settings: EngineSettings) -> str | None:
+    """Why a variant cannot be served: the end of a sentence that its name begins."""
+    if not variant.uses_vllm:
         return "has no server; benchmark_throughput.py measures it"
-    return obstacle(arm, settings, [1])
+    return reason_to_skip(variant, settings, [1])
 
 
 class ServingSession:
     """Running servers, and what was measured with them so far.
 
-    A context manager; the result file is written after every turn, so that a killed run
-    keeps what is finished.
+    A context manager; the result file is written after every repeat, so that a killed
+    run keeps what is finished.
 
     Attributes:
         results: Content of the result file.
@@ -102,7 +102,7 @@ class ServingSession:
 
     def __init__(
         self,
-        arms: Sequence[Arm],
+        variants: Sequence[Variant],
         settings: EngineSettings,
         workload: Workload,
         *,
@@ -113,7 +113,7 @@ class ServingSession:
         """Describe the comparison; servers start when the context is entered.
 
         Args:
-            arms: The arms, the reference among them.
+            variants: The variants, the baseline among them.
             settings: What they have in common.
             workload: The prompts.
             ignore_eos: Generate all tokens of every prompt.
@@ -121,14 +121,15 @@ class ServingSession:
             say: Called with lines about the progress.
 
         Raises:
-            AdaDecodeError: If the reference is not among the arms.
+            AdaDecodeError: If the baseline is not among the variants.
         """
-        if REFERENCE not in (arm.name for arm in arms):
+        if BASELINE not in (variant.name for variant in variants):
             raise AdaDecodeError(
-                f"--arms: {REFERENCE!r} is missing, and ratios are taken to it. Add it."
+                f"--variants: {BASELINE!r} is missing, and ratios are taken to it. Add "
+                "it."
             )
-        # In every turn the reference comes first.
-        self._arms = sorted(arms, key=lambda arm: arm.name != REFERENCE)
+        # In every repeat the baseline comes first.
+        self._variants = sorted(variants, key=lambda variant: variant.name != BASELINE)
         self._settings = settings
         self._workload = workload
         self._ignore_eos = ignore_eos
@@ -149,8 +150,8 @@ class ServingSession:
                 ignore_eos=self._ignore_eos,
             )
             # One after the other: on a GPU each takes stock of the memory it finds.
-            for arm in self._arms:
-                self._start(arm, stack)
+            for variant in self._variants:
+                self._start(variant, stack)
             self._stack = stack.pop_all()
         return self
 
@@ -163,77 +164,79 @@ class ServingSession:
         """End all servers."""
         self._stack.close()
 
-    def measure(self, load: Load, turns: int) -> None:
-        """Measure all servers in turn, turn after turn, under one load.
+    def measure(self, load: Load, repeats: int) -> None:
+        """Measure all servers in turn, repeat after repeat, under one load.
 
         A server that fails on the way is noted, and the rest goes on.
 
         Args:
             load: How requests arrive.
-            turns: Runs of each server.
+            repeats: Runs of each server.
 
         Raises:
-            ArmError: If the reference fails.
+            VariantError: If the baseline fails.
         """
-        runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in self._servers}
+        runs: dict[str, list[dict[str, Any]]] = {
+            variant: [] for variant in self._servers
+        }
         first = len(self.results["cases"])
-        for arm in list(self._servers):
-            self._attempt(arm, load, self._warm_up)
-        for turn in range(turns):
-            for arm in list(self._servers):
-                run = self._attempt(arm, load, self._run)
+        for variant in list(self._servers):
+            self._attempt(variant, load, self._warm_up)
+        for repeat in range(repeats):
+            for variant in list(self._servers):
+                run = self._attempt(variant, load, self._run)
                 if run is None:
                     continue
-                if arm != REFERENCE:
-                    expected = runs[REFERENCE][-1]["texts"]
+                if variant != BASELINE:
+                    expected = runs[BASELINE][-1]["texts"]
                     run["parity"] = compare_texts(expected, run["texts"])
-                runs[arm].append(run)
+                runs[variant].append(run)
                 self._say(
-                    f"[{turn + 1}/{turns}] {load.label}, {arm}: "
+                    f"[{repeat + 1}/{repeats}] {load.label}, {variant}: "
                     f"{run['tokens_per_s']:.2f} tok/s"
                 )
             self.results["cases"][first:] = [
-                self._entry(arm, load, found, runs[REFERENCE])
-                for arm, found in runs.items()
+                self._entry(variant, load, found, runs[BASELINE])
+                for variant, found in runs.items()
                 if found
             ]
             self._save()
 
-    def _start(self, arm: Arm, stack: ExitStack) -> None:
-        reason = serving_obstacle(arm, self._settings)
+    def _start(self, variant: Variant, stack: ExitStack) -> None:
+        reason = reason_not_to_serve(variant, self._settings)
         if reason is not None:
-            self._drop(arm.name, "skipped", reason)
+            self._drop(variant.name, "skipped", reason)
             return
         settings = self._settings
-        if arm.kind == "t-identity":
+        if variant.kind == "t-identity":
             settings = with_identity_heads(settings, self._directory / "heads")
-        self._say(f"starting {arm.name}")
+        self._say(f"starting {variant.name}")
         try:
-            server = stack.enter_context(Server(arm, settings))
-        except ArmError as error:
-            if arm.name == REFERENCE:
+            server = stack.enter_context(Server(variant, settings))
+        except VariantError as error:
+            if variant.name == BASELINE:
                 raise
-            self._drop(arm.name, "failed", str(error))
+            self._drop(variant.name, "failed", str(error))
             return
-        self._servers[arm.name] = server
-        self.results["arms"][arm.name] = {
+        self._servers[variant.name] = server
+        self.results["variants"][variant.name] = {
             "status": "ran",
             "start_up_seconds": server.start_up_seconds,
         }
 
-    def _arm(self, name: str) -> Arm:
-        return next(arm for arm in self._arms if arm.name == name)
+    def _variant(self, name: str) -> Variant:
+        return next(variant for variant in self._variants if variant.name == name)
 
     def _attempt(
-        self, arm: str, load: Load, action: Callable[[Server, Load], Any]
+        self, variant: str, load: Load, action: Callable[[Server, Load], Any]
     ) -> Any:
         """Do something with a server; None if it failed, which is noted."""
         try:
-            return action(self._servers[arm], load)
-        except ArmError as error:
-            if arm == REFERENCE:
+            return action(self._servers[variant], load)
+        except VariantError as error:
+            if variant == BASELINE:
                 raise
-            self._drop(arm, "failed", str(error))
+            self._drop(variant, "failed", str(error))
             return None
 
     def _warm_up(self, server: Server, load: Load) -> None:
@@ -246,29 +249,29 @@ class ServingSession:
         server.check()
         if not run["completed"] or not run["tokens"]:
             errors = run["errors"] or ["no token was generated"]
-            raise ArmError(f"no request of {load.label} succeeded: {errors[0]}")
+            raise VariantError(f"no request of {load.label} succeeded: {errors[0]}")
         return run
 
-    def _drop(self, arm: str, status: str, reason: str) -> None:
-        self._say(f"{arm} {status}: {reason}")
-        self._servers.pop(arm, None)
-        self.results["arms"][arm] = {"status": status, "reason": reason}
+    def _drop(self, variant: str, status: str, reason: str) -> None:
+        self._say(f"{variant} {status}: {reason}")
+        self._servers.pop(variant, None)
+        self.results["variants"][variant] = {"status": status, "reason": reason}
         self._save()
 
     def _entry(
         self,
-        arm: str,
+        variant: str,
         load: Load,
         runs: list[dict[str, Any]],
         base: list[dict[str, Any]],
     ) -> dict[str, Any]:
-        early = self._arm(arm).predicts_early
+        early = self._variant(variant).predicts_early
         return {
-            "arm": arm,
-            "label": arm,
+            "variant": variant,
+            "label": variant,
             "concurrency": load.concurrency,
             "request_rate": load.request_rate,
-            # An arm that failed on the way has fewer turns than the reference.
+            # A variant that failed on the way has fewer repeats than the baseline.
             "figures": summarize(runs, base[: len(runs)], predicts_early=early),
             "runs": [
                 {key: value for key, value in run.items() if key != "texts"}
@@ -293,7 +296,7 @@ def main(arguments: Sequence[str] | None) -> None:
             "--batch-sizes: a server makes its batches itself. Say with "
             "--max-concurrency how many requests are in flight."
         )
-    arms = parse_arms(args.arms)
+    variants = parse_variants(args.variants)
     loads = parse_loads(args.max_concurrency, args.request_rate)
     if args.repeats < 1:
         raise AdaDecodeError(
@@ -306,7 +309,7 @@ def main(arguments: Sequence[str] | None) -> None:
     before = signal.signal(signal.SIGTERM, _exit)
     try:
         with ServingSession(
-            arms,
+            variants,
             settings,
             workload,
             ignore_eos=args.ignore_eos,
@@ -336,7 +339,7 @@ def check_prompts(prompts: int, loads: Sequence[Load]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__ or "")
-    add_arms_option(parser, DEFAULT_ARMS)
+    add_variants_option(parser, DEFAULT_VARIANTS)
     parser.add_argument(
         "--max-concurrency",
         default=DEFAULT_CONCURRENCY,

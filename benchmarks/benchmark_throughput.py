@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Decoding speed of several ways of decoding, side by side in one run.
 
-Ordinary vLLM at its defaults, AdaDecode and others (--arms) stay loaded together and
+Plain vLLM at its defaults, AdaDecode and others (--variants) stay loaded together and
 take turns, so ratios hold on a machine whose speed drifts. Engine arguments are those
-of vLLM and hold for all arms:
+of vLLM and hold for all variants:
 
     python benchmarks/benchmark_throughput.py --model MODEL --adadecode-heads HEADS \
         --dataset-name problems --num-prompts 8 --batch-sizes 1,8 --output-json out.json
@@ -19,9 +19,8 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.arms import parse_arms
 from benchmarks.options import (
-    add_arms_option,
+    add_variants_option,
     batch_sizes_from,
     make_parser,
     run_command,
@@ -32,14 +31,15 @@ from benchmarks.options import (
 from benchmarks.quality import make_grade
 from benchmarks.session import Case, Session
 from benchmarks.tables import results_table
+from benchmarks.variants import parse_variants
 
-DEFAULT_ARMS = "ordinary,adadecode,single-exit,t-identity,ngram"
+DEFAULT_VARIANTS = "baseline,adadecode,single-exit,t-identity,ngram"
 
 
 def main(arguments: Sequence[str] | None) -> None:
     """Measure and print the table."""
     parser = make_parser(__doc__ or "")
-    add_arms_option(parser, DEFAULT_ARMS)
+    add_variants_option(parser, DEFAULT_VARIANTS)
     parser.add_argument("--plots", type=Path, help="Directory for PNG files")
     parser.add_argument(
         "--engine-logs", type=Path, help="Directory that keeps each engine's log"
@@ -47,10 +47,11 @@ def main(arguments: Sequence[str] | None) -> None:
     parser.add_argument(
         "--quality",
         action="store_true",
-        help="Judge the answers of every arm: GSM8K's exact match, HumanEval's pass@1",
+        help="Judge the answers of every variant: GSM8K's exact match, HumanEval's "
+        "pass@1",
     )
     args = parser.parse_args(arguments)
-    arms = parse_arms(args.arms)
+    variants = parse_variants(args.variants)
     settings = settings_from(args)
     batch_sizes = batch_sizes_from(args)
     workload = workload_from(args, settings, max(batch_sizes))
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str] | None) -> None:
         else None
     )
     with Session(
-        arms,
+        variants,
         settings,
         workload,
         batch_sizes=batch_sizes,
@@ -72,7 +73,9 @@ def main(arguments: Sequence[str] | None) -> None:
         grade=grade,
         say=say,
     ) as session:
-        cases = [Case(arm.name, size) for size in batch_sizes for arm in arms]
+        cases = [
+            Case(variant.name, size) for size in batch_sizes for variant in variants
+        ]
         session.measure(cases, args.repeats, args.side_by_side)
     if args.plots is not None:
         from benchmarks.plots import draw_comparison

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arms import EngineSettings
+from benchmarks.variants import EngineSettings
 from benchmarks.workloads import Workload
 
 WARM_UP_TOKENS = 16
@@ -33,7 +33,7 @@ class Load:
     Attributes:
         concurrency: Requests in flight; None for no limit.
         request_rate: Requests per second, at random moments that are the same for all
-            arms; None for all at once, as far as the concurrency allows.
+            variants; None for all at once, as far as the concurrency allows.
     """
 
     concurrency: int | None = None

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from adadecode_vllm.errors import AdaDecodeError
-from benchmarks.arms import ARMS, EngineSettings
+from benchmarks.variants import VARIANTS, EngineSettings
 from benchmarks.workloads import WORKLOADS, Workload, load_workload
 
-# Set for each arm, or by an option of the benchmarks.
+# Set for each variant, or by an option of the benchmarks.
 _OURS = {"model", "dtype", "additional_config", "kv_cache_memory_bytes"}
 
 
@@ -51,7 +51,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     group.add_argument("--dataset-path", type=Path, help="Published files, or your own")
     group.add_argument("--num-prompts", type=int, help="Default: the data set's own")
     group.add_argument("--output-len", type=int, help="Most new tokens of a request")
-    group.add_argument("--repeats", type=int, default=3, help="Turns of all arms")
+    group.add_argument("--repeats", type=int, default=3, help="Repeats of all variants")
     group.add_argument(
         "--batch-sizes", default="1", help="Requests at a time, comma-separated"
     )
@@ -67,7 +67,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         default=1,
         help="Engines to start at a time; more where there are cores and memory for it",
     )
-    group.add_argument("--draft-model", help="Directory, for the arm draft-model")
+    group.add_argument("--draft-model", help="Directory, for the variant draft-model")
     group.add_argument(
         "--kv-cache-gib", type=float, default=1.0, help="KV cache of each engine"
     )
@@ -77,29 +77,29 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     group.add_argument(
         "--side-by-side",
         type=int,
-        help="Most arms to load at a time beside ordinary vLLM; default: all",
+        help="Most variants to load at a time beside ordinary vLLM; default: all",
     )
     group.add_argument(
-        "--output-json", type=Path, help="Result file; written after every turn"
+        "--output-json", type=Path, help="Result file; written after every repeat"
     )
     EngineArgs.add_cli_args(parser)
-    # Each benchmark says itself which arms use the plugin.
+    # Each benchmark says itself which variants use the plugin.
     parser.set_defaults(plugin="adadecode")
     return parser
 
 
-def add_arms_option(parser: argparse.ArgumentParser, default: str) -> None:
-    """Add ``--arms``."""
+def add_variants_option(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add ``--variants``."""
     parser.add_argument(
-        "--arms",
+        "--variants",
         default=default,
         help="Comma-separated; "
-        + "; ".join(f"{name}: {text}" for name, text in ARMS.items()),
+        + "; ".join(f"{name}: {text}" for name, text in VARIANTS.items()),
     )
 
 
 def settings_from(args: argparse.Namespace) -> EngineSettings:
-    """What all arms have in common.
+    """What all variants have in common.
 
     Args:
         args: Parsed arguments.
@@ -115,8 +115,8 @@ def settings_from(args: argparse.Namespace) -> EngineSettings:
     options = options_from_flags(args) or {}
     if args.additional_config:
         raise AdaDecodeError(
-            "--additional-config: it is written for each arm by the benchmark. Give "
-            "--adadecode-heads and --adadecode-config."
+            "--additional-config: it is written for each variant by the benchmark. "
+            "Give --adadecode-heads and --adadecode-config."
         )
     config = parse_config(options)
     given = EngineArgs.from_cli_args(args)
@@ -203,7 +203,7 @@ def workload_from(
 
 def run_command(main: Callable[[Sequence[str] | None], None]) -> None:
     """Run a command; a user's mistake ends with a sentence and exit code 2."""
-    from benchmarks.process import ArmError
+    from benchmarks.process import VariantError
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
@@ -211,7 +211,7 @@ def run_command(main: Callable[[Sequence[str] | None], None]) -> None:
     except AdaDecodeError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from None
-    except ArmError as error:
+    except VariantError as error:
         sys.stderr.write(f"error: ordinary vLLM failed: {error}\n")
         raise SystemExit(1) from None
 
@@ -223,7 +223,7 @@ def say(line: str) -> None:
 
 
 def _plain(name: str, value: Any) -> Any:
-    """A value that can cross to the arm's process."""
+    """A value that can cross to the variant's process."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     try:

@@ -2,8 +2,8 @@
 """Whether two runs gave the same text, and where a difference is a tie.
 
 In bfloat16 the same layers round differently for one row and for several, so a text may
-part from the reference's where the model itself cannot tell two tokens apart. The rule
-(I6 in docs/design.md): a divergence is a tie where the reference's two best logits lie
+part from the baseline's where the model itself cannot tell two tokens apart. The rule
+(I6 in docs/design.md): a divergence is a tie where the baseline's two best logits lie
 within 2 bfloat16 ULP of each other and are the two tokens in question. In float32 there
 are no ties: every divergence is an error.
 """
@@ -24,7 +24,7 @@ TopLogits = Sequence[Sequence[Sequence[float]]]
 
 @dataclass(frozen=True)
 class Parity:
-    """The comparison of some texts with the reference's.
+    """The comparison of some texts with the baseline's.
 
     Attributes:
         same: Texts that are identical.
@@ -50,12 +50,12 @@ class Parity:
         )
 
 
-def first_difference(reference: Sequence[int], text: Sequence[int]) -> int | None:
+def first_difference(baseline: Sequence[int], text: Sequence[int]) -> int | None:
     """Index of the first token that differs, None if the texts are identical."""
-    for index, (expected, token) in enumerate(zip(reference, text, strict=False)):
+    for index, (expected, token) in enumerate(zip(baseline, text, strict=False)):
         if expected != token:
             return index
-    return None if len(reference) == len(text) else min(len(reference), len(text))
+    return None if len(baseline) == len(text) else min(len(baseline), len(text))
 
 
 def bfloat16_ulp(value: float) -> float:
@@ -65,42 +65,42 @@ def bfloat16_ulp(value: float) -> float:
     return 2.0 ** (math.floor(math.log2(abs(value))) - _BFLOAT16_DIGITS)
 
 
-def is_tie(reference: Sequence[int], text: Sequence[int], logits: TopLogits) -> bool:
+def is_tie(baseline: Sequence[int], text: Sequence[int], logits: TopLogits) -> bool:
     """Whether two different texts part at a tie.
 
     Args:
-        reference: The reference's token ids.
+        baseline: The baseline's token ids.
         text: The other's.
-        logits: The reference's two best logits at each of its tokens.
+        logits: The baseline's two best logits at each of its tokens.
     """
-    index = first_difference(reference, text)
+    index = first_difference(baseline, text)
     assert index is not None, "the texts are identical"
-    if index >= min(len(reference), len(text), len(logits)) or len(logits[index]) < 2:
+    if index >= min(len(baseline), len(text), len(logits)) or len(logits[index]) < 2:
         return False
     (best, first), (second, other) = logits[index][:2]
     close = first - other <= TIE_ULPS * bfloat16_ulp(first)
-    return close and {reference[index], text[index]} == {int(best), int(second)}
+    return close and {baseline[index], text[index]} == {int(best), int(second)}
 
 
 def divergences(
-    reference: Sequence[Sequence[int]],
+    baseline: Sequence[Sequence[int]],
     texts: Sequence[Sequence[int]],
     logits: Sequence[TopLogits] | None,
 ) -> list[dict[str, Any]]:
     """Where texts part, so that a result file can be judged later.
 
     Args:
-        reference: The reference's token ids by prompt.
+        baseline: The baseline's token ids by prompt.
         texts: The other's.
-        logits: The reference's best logits by prompt, or None.
+        logits: The baseline's best logits by prompt, or None.
 
     Returns:
         For each text that is another: ``text`` and ``token``, its and the token's
-        number; ``best``, the reference's best logits there, as far as they are known;
+        number; ``best``, the baseline's best logits there, as far as they are known;
         ``found``, the other's token; ``ulps``, the distance of the two best logits.
     """
     found = []
-    for number, (expected, text) in enumerate(zip(reference, texts, strict=True)):
+    for number, (expected, text) in enumerate(zip(baseline, texts, strict=True)):
         index = first_difference(expected, text)
         if index is None:
             continue
@@ -118,19 +118,19 @@ def divergences(
 
 
 def compare(
-    reference: Sequence[Sequence[int]],
+    baseline: Sequence[Sequence[int]],
     texts: Sequence[Sequence[int]],
     logits: Sequence[TopLogits] | None,
 ) -> Parity:
     """Compare texts one by one.
 
     Args:
-        reference: The reference's token ids by prompt.
+        baseline: The baseline's token ids by prompt.
         texts: The other's.
-        logits: The reference's best logits by prompt; None where no tie is allowed.
+        logits: The baseline's best logits by prompt; None where no tie is allowed.
     """
     parity = Parity()
-    for number, (expected, text) in enumerate(zip(reference, texts, strict=True)):
+    for number, (expected, text) in enumerate(zip(baseline, texts, strict=True)):
         if list(expected) == list(text):
             parity += Parity(same=1)
         elif logits is not None and is_tie(expected, text, logits[number]):
@@ -143,28 +143,28 @@ def compare(
 def judge(
     base: Mapping[str, Any], run: Mapping[str, Any], again: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """Compare a run with the reference's.
+    """Compare a run with the baseline's.
 
     Args:
-        base: The reference's run, with ``token_ids`` by prompt.
+        base: The baseline's run, with ``token_ids`` by prompt.
         run: The other's.
-        again: The reference once more, with ``top_logits`` as well; None where no tie
+        again: The baseline once more, with ``top_logits`` as well; None where no tie
             is allowed.
 
     Returns:
         ``parity``, the counts, and ``divergences``, for the result file.
     """
-    reference, texts = base["token_ids"], run["token_ids"]
+    baseline, texts = base["token_ids"], run["token_ids"]
     logits = None
     if again is not None:
-        # Where the reference itself wrote another text, its logits say nothing.
+        # Where the baseline itself wrote another text, its logits say nothing.
         logits = [
             best if ids == expected else []
             for best, ids, expected in zip(
-                again["top_logits"], again["token_ids"], reference, strict=True
+                again["top_logits"], again["token_ids"], baseline, strict=True
             )
         ]
     return {
-        "parity": vars(compare(reference, texts, logits)),
-        "divergences": divergences(reference, texts, logits),
+        "parity": vars(compare(baseline, texts, logits)),
+        "divergences": divergences(baseline, texts, logits),
     }

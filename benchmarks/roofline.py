@@ -49,8 +49,8 @@ def predicted_speedup(stats: dict[str, Any], cost: CostModel) -> float:
     """
     counters = Counters(tuple(stats["exit_layers"]), stats["num_layers"])
     # Forwards without a pending token ran every layer, in vLLM's own graph.
-    ordinary = stats["request_steps"] - stats["resumed_forwards"]
-    counters.segments_run = [runs + ordinary for runs in stats["segments_run"]]
+    baseline = stats["request_steps"] - stats["resumed_forwards"]
+    counters.segments_run = [runs + baseline for runs in stats["segments_run"]]
     counters.gates = list(stats["gates"])
     counters.forwards = stats["request_steps"]
     counters.generated_tokens = stats["generated_tokens"]

@@ -22,8 +22,8 @@ from typing import Any
 from adadecode_vllm.config import CONFIG_KEY
 from adadecode_vllm.engine.arguments import PLUGIN_NAME
 from adadecode_vllm.errors import AdaDecodeError
-from benchmarks.arms import REFERENCE, Arm, EngineSettings, llm_arguments
-from benchmarks.process import ArmError, log_reason
+from benchmarks.process import VariantError, log_reason
+from benchmarks.variants import BASELINE, EngineSettings, Variant, llm_arguments
 
 HOST = "127.0.0.1"
 _START_UP_SECONDS = 1800  # a large model loads and compiles for minutes
@@ -34,28 +34,28 @@ class Server:
     """A running server; a context manager that ends it.
 
     Attributes:
-        arm: The arm.
+        variant: The variant.
         url: Where it answers.
         flags: Its flags, without host and port.
         start_up_seconds: How long it took to start.
     """
 
-    def __init__(self, arm: Arm, settings: EngineSettings) -> None:
+    def __init__(self, variant: Variant, settings: EngineSettings) -> None:
         """Start the server and wait until it answers.
 
         Args:
-            arm: An arm with ``uses_vllm``.
-            settings: What all arms of the comparison have in common.
+            variant: A variant with ``uses_vllm``.
+            settings: What all variants of the comparison have in common.
 
         Raises:
-            ArmError: If it does not start; with the end of its log.
+            VariantError: If it does not start; with the end of its log.
             AdaDecodeError: If an engine argument cannot be given as a flag.
         """
-        arguments = llm_arguments(arm, settings)
-        self.arm = arm
+        arguments = llm_arguments(variant, settings)
+        self.variant = variant
         self.flags = engine_flags(arguments)
         environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
-        if arm.kind == REFERENCE:
+        if variant.kind == BASELINE:
             environment["VLLM_PLUGINS"] = ""
         self._port = _free_port()
         self.url = f"http://{HOST}:{self._port}"
@@ -89,11 +89,11 @@ class Server:
         """Make sure that the server still runs.
 
         Raises:
-            ArmError: If it has ended; with the end of its log.
+            VariantError: If it has ended; with the end of its log.
         """
         if self._process.poll() is not None:
             self._log.seek(0)
-            raise ArmError(f"the server ended: {log_reason(self._log.read())}")
+            raise VariantError(f"the server ended: {log_reason(self._log.read())}")
 
     def __enter__(self) -> Server:
         """Return itself."""
@@ -115,7 +115,9 @@ class Server:
             if self._answers():
                 return
             time.sleep(0.5)
-        raise ArmError(f"the server did not answer within {_START_UP_SECONDS} seconds")
+        raise VariantError(
+            f"the server did not answer within {_START_UP_SECONDS} seconds"
+        )
 
     def _answers(self) -> bool:
         # Not urllib, which would ask a proxy of the environment.
@@ -146,8 +148,8 @@ def engine_flags(arguments: Mapping[str, Any]) -> list[str]:
     """Write arguments of ``vllm.LLM`` as flags of ``vllm serve``.
 
     Args:
-        arguments: From :func:`benchmarks.arms.llm_arguments`. The model is left out:
-            it is no flag.
+        arguments: From :func:`benchmarks.variants.llm_arguments`. The model is left
+            out: it is no flag.
 
     Returns:
         The flags; AdaDecode's options are given through its own.

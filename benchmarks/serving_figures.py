@@ -8,12 +8,12 @@ from typing import Any
 
 from benchmarks.analysis import percentiles, spread
 from benchmarks.client import Load
-from benchmarks.tables import arm_notes, latency, percent, row, texts_cell
+from benchmarks.tables import latency, percent, row, texts_cell, variant_notes
 from benchmarks.tables import spread as spread_cell
 
 _COLUMNS = (
     "load",
-    "arm",
+    "variant",
     "tok/s (min-max)",
     "ratio (min-max)",
     "requests/s",
@@ -27,12 +27,12 @@ _COLUMNS = (
 
 
 def compare_texts(
-    reference: Sequence[str | None], texts: Sequence[str | None]
+    baseline: Sequence[str | None], texts: Sequence[str | None]
 ) -> dict[str, int]:
     """Count ``same`` and ``different`` texts, where both requests were completed."""
     pairs = [
         expected == text
-        for expected, text in zip(reference, texts, strict=True)
+        for expected, text in zip(baseline, texts, strict=True)
         if expected is not None and text is not None
     ]
     return {"same": sum(pairs), "different": len(pairs) - sum(pairs)}
@@ -40,7 +40,7 @@ def compare_texts(
 
 def summarize(
     runs: Sequence[Mapping[str, Any]],
-    reference: Sequence[Mapping[str, Any]],
+    baseline: Sequence[Mapping[str, Any]],
     *,
     predicts_early: bool,
 ) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def summarize(
 
     Args:
         runs: Its runs, in order.
-        reference: The reference's, run for run in the same turn.
+        baseline: The baseline's, run for run in the same repeat.
         predicts_early: Whether the drafts are early predictions.
 
     Returns:
@@ -71,7 +71,7 @@ def summarize(
         "ratio": spread(
             [
                 speed / other["tokens_per_s"]
-                for speed, other in zip(speeds, reference, strict=True)
+                for speed, other in zip(speeds, baseline, strict=True)
             ]
         ),
         "requests_per_s": spread([run["requests_per_s"] for run in runs]),
@@ -93,10 +93,10 @@ def summarize(
 
 
 def serving_table(results: Mapping[str, Any]) -> str:
-    """One row per case, then a line per arm that was not measured, as Markdown."""
+    """One row per case, then a line per variant that was not measured, as Markdown."""
     lines = [row(_COLUMNS), row(["---"] * len(_COLUMNS))]
     lines += [row(_cells(case)) for case in results["cases"]]
-    return "\n".join([*lines, *arm_notes(results)])
+    return "\n".join([*lines, *variant_notes(results)])
 
 
 def _cells(case: Mapping[str, Any]) -> list[str]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A comparison: arms loaded side by side, cases measured in turn."""
+"""A comparison: variants loaded side by side, cases measured in turn."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from typing import Any
 
 from adadecode_vllm.errors import AdaDecodeError
 from benchmarks.analysis import summarize
-from benchmarks.arms import (
-    REFERENCE,
-    Arm,
-    EngineSettings,
-    llm_arguments,
-    obstacle,
-    with_identity_heads,
-)
 from benchmarks.parity import judge
-from benchmarks.process import ArmError, ArmProcess
+from benchmarks.process import VariantError, VariantProcess
 from benchmarks.quality import Grade
 from benchmarks.result_files import empty_results, write_results
 from benchmarks.roofline import cost_model, predicted_speedup
 from benchmarks.tables import results_table
+from benchmarks.variants import (
+    BASELINE,
+    EngineSettings,
+    Variant,
+    llm_arguments,
+    reason_to_skip,
+    with_identity_heads,
+)
 from benchmarks.workloads import Workload
 
 WARM_UP_TOKENS = 16
@@ -43,29 +43,29 @@ class Case:
     """One row of a comparison.
 
     Attributes:
-        arm: The arm's name.
+        variant: The variant's name.
         batch_size: Requests at a time.
         policy: Options that a running engine can change, where they differ from the
             settings': ``threshold``, ``max_early_predictions``,
             ``synthetic_acceptance_rate``.
     """
 
-    arm: str
+    variant: str
     batch_size: int = 1
     policy: dict[str, Any] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
-        """The arm with what was changed, such as ``adadecode, threshold 0.5``."""
+        """The variant with what was changed, such as ``adadecode, threshold 0.5``."""
         changes = [f"{_WORDS[name]} {value:g}" for name, value in self.policy.items()]
-        return ", ".join([self.arm, *changes])
+        return ", ".join([self.variant, *changes])
 
 
 class Session:
-    """Running arms, and what was measured with them so far.
+    """Running variants, and what was measured with them so far.
 
-    A context manager; the result file is written after every turn, so that a killed run
-    keeps what is finished.
+    A context manager; the result file is written after every repeat, so that a killed
+    run keeps what is finished.
 
     Attributes:
         results: Content of the result file.
@@ -73,7 +73,7 @@ class Session:
 
     def __init__(
         self,
-        arms: Sequence[Arm],
+        variants: Sequence[Variant],
         settings: EngineSettings,
         workload: Workload,
         *,
@@ -89,7 +89,7 @@ class Session:
         """Describe the comparison; engines start with the first measurement.
 
         Args:
-            arms: The arms, the reference among them.
+            variants: The variants, the baseline among them.
             settings: What they have in common.
             workload: The prompts.
             batch_sizes: All that will be asked for.
@@ -103,13 +103,14 @@ class Session:
             say: Called with lines about the progress.
 
         Raises:
-            AdaDecodeError: If the reference is not among the arms.
+            AdaDecodeError: If the baseline is not among the variants.
         """
-        if REFERENCE not in (arm.name for arm in arms):
+        if BASELINE not in (variant.name for variant in variants):
             raise AdaDecodeError(
-                f"--arms: {REFERENCE!r} is missing, and ratios are taken to it. Add it."
+                f"--variants: {BASELINE!r} is missing, and ratios are taken to it. Add "
+                "it."
             )
-        self.arms = list(arms)
+        self.variants = list(variants)
         self.settings = settings
         self.workload = workload
         self.batch_sizes = list(batch_sizes)
@@ -121,9 +122,9 @@ class Session:
         self._grade = grade
         self._say = say
         self._stack = ExitStack()
-        self._processes: dict[str, ArmProcess] = {}
+        self._processes: dict[str, VariantProcess] = {}
         self._policies: dict[str, dict[str, Any]] = {}
-        # By batch size and label: the case, and its runs with the reference's.
+        # By batch size and label: the case, and its runs with the baseline's.
         self._measured: dict[
             tuple[int, str], tuple[Case, list[tuple[dict[str, Any], dict[str, Any]]]]
         ] = {}
@@ -132,7 +133,7 @@ class Session:
     def __enter__(self) -> Session:
         """Make what the engines need; they start when something is measured."""
         with ExitStack() as stack:
-            if any(arm.kind == "t-identity" for arm in self.arms):
+            if any(variant.kind == "t-identity" for variant in self.variants):
                 directory = Path(stack.enter_context(TemporaryDirectory()))
                 self.settings = with_identity_heads(self.settings, directory / "heads")
             self._stack = stack.pop_all()
@@ -150,32 +151,33 @@ class Session:
     def measure(
         self, cases: Sequence[Case], repeats: int, side_by_side: int | None = None
     ) -> None:
-        """Measure cases turn after turn, the reference first in every turn.
+        """Measure cases repeat after repeat, the baseline first in every repeat.
 
-        Arms that cannot run are noted with their reason, as are arms that fail on the
-        way; the rest goes on.
+        Variants that cannot run are noted with their reason, as are variants that fail
+        on the way; the rest goes on.
 
         Args:
-            cases: Without the reference's, which is always measured.
-            repeats: Turns.
-            side_by_side: Most arms to load at a time beside the reference; None for
+            cases: Without the baseline's, which is always measured.
+            repeats: Runs of each case.
+            side_by_side: Most variants to load at a time beside the baseline; None for
                 all. Memory must hold them.
 
         Raises:
-            ArmError: If the reference fails.
+            VariantError: If the baseline fails.
         """
         wanted = [
-            arm
-            for arm in self.arms
-            if arm.name != REFERENCE and any(case.arm == arm.name for case in cases)
+            variant
+            for variant in self.variants
+            if variant.name != BASELINE
+            and any(case.variant == variant.name for case in cases)
         ]
         size = side_by_side or max(1, len(wanted))
         groups = [wanted[first : first + size] for first in range(0, len(wanted), size)]
         for group in groups or [[]]:
             with ExitStack() as stack:
-                # The reference starts beside the first group and stays loaded.
-                if REFERENCE not in self._processes:
-                    self._start([Arm(REFERENCE, REFERENCE), *group], stack)
+                # The baseline starts beside the first group and stays loaded.
+                if BASELINE not in self._processes:
+                    self._start([Variant(BASELINE, BASELINE), *group], stack)
                 else:
                     self._start(group, stack)
                 for batch_size in dict.fromkeys(case.batch_size for case in cases):
@@ -185,70 +187,70 @@ class Session:
                             case
                             for case in cases
                             if case.batch_size == batch_size
-                            and self._arm(case) in group
-                            and case.arm in self._processes
-                            and not obstacle(
-                                self._arm(case), self.settings, [batch_size]
+                            and self._variant(case) in group
+                            and case.variant in self._processes
+                            and not reason_to_skip(
+                                self._variant(case), self.settings, [batch_size]
                             )
                         ],
                         repeats,
                     )
-                for arm in group:
-                    self._processes.pop(arm.name, None)
+                for variant in group:
+                    self._processes.pop(variant.name, None)
 
     def _measure(self, batch_size: int, cases: list[Case], repeats: int) -> None:
-        """Measure cases of one batch size with the arms that are loaded."""
-        reference = Case(REFERENCE, batch_size)
+        """Measure cases of one batch size with the variants that are loaded."""
+        baseline = Case(BASELINE, batch_size)
         base: list[dict[str, Any]] = []
         logits = None
-        for case in [reference, *cases]:
+        for case in [baseline, *cases]:
             self._warm_up(case)
         for repeat in range(repeats):
-            base.append(self._run(reference))
-            self._keep(reference, base[-1], base[-1])
-            self._report(reference, base[-1], repeat, repeats)
+            base.append(self._run(baseline))
+            self._keep(baseline, base[-1], base[-1])
+            self._report(baseline, base[-1], repeat, repeats)
             for case in cases:
-                if case.arm not in self._processes:
+                if case.variant not in self._processes:
                     continue
                 try:
                     run = self._run(case)
-                except ArmError as error:
-                    self._drop(case.arm, "failed", str(error))
+                except VariantError as error:
+                    self._drop(case.variant, "failed", str(error))
                     continue
                 if logits is None and self._allows_ties(base[-1], run):
-                    logits = self._logits(reference)
+                    logits = self._logits(baseline)
                 run |= judge(base[-1], run, logits)
                 self._keep(case, run, base[-1])
                 self._report(case, run, repeat, repeats)
             self._save()
 
     def _keep(self, case: Case, run: dict[str, Any], base: dict[str, Any]) -> None:
-        """Note a run with the reference's run of the same turn."""
+        """Note a run with the baseline's run of the same repeat."""
         key = (case.batch_size, case.label)
         if key not in self._measured:
             self._measured[key] = (case, [])
         self._measured[key][1].append((run, base))
 
-    def _start(self, arms: Sequence[Arm], stack: ExitStack) -> None:
+    def _start(self, variants: Sequence[Variant], stack: ExitStack) -> None:
         able = []
-        for arm in arms:
-            if reason := obstacle(arm, self.settings, self.batch_sizes):
-                self._drop(arm.name, "skipped", reason)
+        for variant in variants:
+            if reason := reason_to_skip(variant, self.settings, self.batch_sizes):
+                self._drop(variant.name, "skipped", reason)
             else:
-                able.append(arm)
+                able.append(variant)
         with ThreadPoolExecutor(self.start_together) as pool:
             started = list(zip(able, pool.map(self._process, able), strict=True))
         failed = None
-        for arm, process in started:
-            if isinstance(process, ArmError):
-                if arm.name == REFERENCE:
+        for variant, process in started:
+            if isinstance(process, VariantError):
+                if variant.name == BASELINE:
                     failed = process
                 else:
-                    self._drop(arm.name, "failed", str(process))
+                    self._drop(variant.name, "failed", str(process))
                 continue
-            keep = self._stack if arm.name == REFERENCE else stack
-            self._processes[arm.name] = keep.enter_context(process)
-            self.results["arms"][arm.name] = {
+            keep = self._stack if variant.name == BASELINE else stack
+            self._processes[variant.name] = keep.enter_context(process)
+            self.results["variants"][variant.name] = {
                 "status": "ran",
                 "start_up_seconds": process.start_up_seconds,
             }
@@ -256,22 +258,22 @@ class Session:
         if failed is not None:
             raise failed
 
-    def _process(self, arm: Arm) -> ArmProcess | ArmError:
-        self._say(f"starting {arm.name}")
+    def _process(self, variant: Variant) -> VariantProcess | VariantError:
+        self._say(f"starting {variant.name}")
         try:
-            return ArmProcess(arm, self.settings, self._logs)
-        except ArmError as error:
+            return VariantProcess(variant, self.settings, self._logs)
+        except VariantError as error:
             return error
 
-    def _drop(self, arm: str, status: str, reason: str) -> None:
-        self._say(f"{arm} {status}: {reason}")
-        self._processes.pop(arm, None)
-        self.results["arms"][arm] = {"status": status, "reason": reason}
+    def _drop(self, variant: str, status: str, reason: str) -> None:
+        self._say(f"{variant} {status}: {reason}")
+        self._processes.pop(variant, None)
+        self.results["variants"][variant] = {"status": status, "reason": reason}
         self._save()
 
     def _warm_up(self, case: Case) -> None:
         """Meet every kernel once; each number of rows has its own on CPU."""
-        process = self._processes.get(case.arm)
+        process = self._processes.get(case.variant)
         if process is None:
             return
         try:
@@ -281,13 +283,13 @@ class Session:
                 output_tokens=WARM_UP_TOKENS,
                 ignore_eos=True,
             )
-        except ArmError as error:
-            if case.arm == REFERENCE:
+        except VariantError as error:
+            if case.variant == BASELINE:
                 raise
-            self._drop(case.arm, "failed", str(error))
+            self._drop(case.variant, "failed", str(error))
 
     def _run(self, case: Case) -> dict[str, Any]:
-        process = self._processes[case.arm]
+        process = self._processes[case.variant]
         own = self.settings.threshold
         policy = {
             **({} if own is None else {"threshold": own}),
@@ -296,9 +298,9 @@ class Session:
             **case.policy,
         }
         # Only where a study changes it: threshold-1 has one of its own.
-        if case.policy or case.arm in self._policies:
+        if case.policy or case.variant in self._policies:
             process.configure(**policy)
-            self._policies[case.arm] = policy
+            self._policies[case.variant] = policy
         run = process.generate(
             self._prompts(case),
             batch_size=case.batch_size,
@@ -318,20 +320,22 @@ class Session:
             prompts if self.rounds is None else prompts[: self.rounds * case.batch_size]
         )
 
-    def _arm(self, case: Case) -> Arm:
-        return next(arm for arm in self.arms if arm.name == case.arm)
+    def _variant(self, case: Case) -> Variant:
+        return next(
+            variant for variant in self.variants if variant.name == case.variant
+        )
 
     def _cost(self, case: Case) -> Any:
         from adadecode_vllm.config import parse_config
         from adadecode_vllm.engine.heads_fit import resolve_draft_vocabulary
         from adadecode_vllm.heads import load_heads_config
 
-        arguments = llm_arguments(self._arm(case), self.settings)
+        arguments = llm_arguments(self._variant(case), self.settings)
         config = parse_config(arguments["additional_config"]["adadecode"])
         heads = load_heads_config(config.heads)
         return cost_model(
             self.settings.model,
-            identity=self._arm(case).kind == "t-identity",
+            identity=self._variant(case).kind == "t-identity",
             draft_vocabulary=resolve_draft_vocabulary(config, heads),
         )
 
@@ -340,11 +344,11 @@ class Session:
             self.settings.dtype != "float32" and base["token_ids"] != run["token_ids"]
         )
 
-    def _logits(self, reference: Case) -> dict[str, Any]:
-        """The reference once more, untimed, with the logits that tell ties."""
-        return self._processes[REFERENCE].generate(
-            self._prompts(reference),
-            batch_size=reference.batch_size,
+    def _logits(self, baseline: Case) -> dict[str, Any]:
+        """The baseline once more, untimed, with the logits that tell ties."""
+        return self._processes[BASELINE].generate(
+            self._prompts(baseline),
+            batch_size=baseline.batch_size,
             output_tokens=self.workload.output_tokens,
             ignore_eos=self.ignore_eos,
             top_logits=True,
@@ -362,7 +366,7 @@ class Session:
     def _entry(self, case: Case, pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
         runs = [run for run, _ in pairs]
         return {
-            "arm": case.arm,
+            "variant": case.variant,
             "label": case.label,
             "batch_size": case.batch_size,
             "policy": case.policy,
@@ -381,7 +385,7 @@ class Session:
         }
 
     def _save(self) -> None:
-        # One table by batch size, though arms may have been loaded in groups.
+        # One table by batch size, though variants may have been loaded in groups.
         sizes = list(dict.fromkeys(size for size, _ in self._measured))
         self.results["cases"] = [
             self._entry(case, pairs)

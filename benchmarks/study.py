@@ -18,7 +18,6 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.arms import REFERENCE, Arm, EngineSettings, parse_arms
 from benchmarks.options import (
     make_parser,
     numbers,
@@ -29,6 +28,7 @@ from benchmarks.options import (
 )
 from benchmarks.session import Case, Session
 from benchmarks.tables import cycle_table, results_table, unverified_table
+from benchmarks.variants import BASELINE, EngineSettings, Variant, parse_variants
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,12 @@ class Plan:
     """What a study measures.
 
     Attributes:
-        arms: Engines to load, the reference among them.
+        variants: Engines to load, the baseline among them.
         cases: Rows of its table.
         settings: What the engines have in common.
     """
 
-    arms: list[Arm]
+    variants: list[Variant]
     cases: list[Case]
     settings: EngineSettings
 
@@ -53,7 +53,7 @@ def _batch(settings: EngineSettings, args: argparse.Namespace) -> Plan:
 def _by_size(settings: EngineSettings, values: str) -> Plan:
     sizes = numbers("--values", values, int, lambda n: n > 0)
     return Plan(
-        parse_arms(f"{REFERENCE},adadecode"),
+        parse_variants(f"{BASELINE},adadecode"),
         [Case("adadecode", size) for size in sizes],
         settings,
     )
@@ -63,7 +63,7 @@ def _threshold(settings: EngineSettings, args: argparse.Namespace) -> Plan:
     values = args.values or "0.3,0.4,0.5,0.6,0.7,0.75,0.8,0.85,0.9,0.95"
     thresholds = numbers("--values", values, float, lambda t: 0 <= t <= 1)
     return Plan(
-        parse_arms(f"{REFERENCE},adadecode"),
+        parse_variants(f"{BASELINE},adadecode"),
         [Case("adadecode", 1, {"threshold": threshold}) for threshold in thresholds],
         replace(settings, threshold=thresholds[0]),
     )
@@ -72,7 +72,7 @@ def _threshold(settings: EngineSettings, args: argparse.Namespace) -> Plan:
 def _cap(settings: EngineSettings, args: argparse.Namespace) -> Plan:
     caps = numbers("--values", args.values or "1,2,3,4,5,6,7,8", int, lambda n: n > 0)
     return Plan(
-        parse_arms(f"{REFERENCE},adadecode"),
+        parse_variants(f"{BASELINE},adadecode"),
         [Case("adadecode", 1, {"max_early_predictions": cap}) for cap in caps],
         replace(settings, max_early_predictions=max(caps)),
     )
@@ -87,8 +87,10 @@ def _exits(settings: EngineSettings, args: argparse.Namespace) -> Plan:
         for size in range(1, len(layers) + 1)
         for subset in combinations(layers, size)
     ]
-    arms = parse_arms(",".join([REFERENCE, *(f"exits:{subset}" for subset in subsets)]))
-    return Plan(arms, [Case(arm.name) for arm in arms[1:]], settings)
+    variants = parse_variants(
+        ",".join([BASELINE, *(f"exits:{subset}" for subset in subsets)])
+    )
+    return Plan(variants, [Case(variant.name) for variant in variants[1:]], settings)
 
 
 def _ablation(settings: EngineSettings, args: argparse.Namespace) -> Plan:
@@ -98,8 +100,8 @@ def _ablation(settings: EngineSettings, args: argparse.Namespace) -> Plan:
     names = ["adadecode"]
     names += [f"single-exit:{layer}" for layer in layers]
     names += ["t-identity", *(f"heads:{heads}" for heads in args.other_heads)]
-    arms = parse_arms(",".join([REFERENCE, *names]))
-    return Plan(arms, [Case(arm.name) for arm in arms[1:]], settings)
+    variants = parse_variants(",".join([BASELINE, *names]))
+    return Plan(variants, [Case(variant.name) for variant in variants[1:]], settings)
 
 
 def _breakdown(settings: EngineSettings, args: argparse.Namespace) -> Plan:
@@ -112,7 +114,7 @@ def _synthetic(settings: EngineSettings, args: argparse.Namespace) -> Plan:
     # Every token is predicted at the first exit, so the rate alone decides. vLLM's own
     # synthetic rejection sampler has no CPU version, and its text would be another.
     return Plan(
-        parse_arms(f"{REFERENCE},adadecode"),
+        parse_variants(f"{BASELINE},adadecode"),
         [Case("adadecode", 1, {"synthetic_acceptance_rate": rate}) for rate in rates],
         replace(settings, threshold=0.0),
     )
@@ -158,7 +160,7 @@ def main(arguments: Sequence[str] | None) -> None:
     batch_sizes = list(dict.fromkeys(case.batch_size for case in plan.cases))
     workload = workload_from(args, plan.settings, max(batch_sizes))
     with Session(
-        plan.arms,
+        plan.variants,
         plan.settings,
         workload,
         batch_sizes=batch_sizes,

@@ -8,7 +8,7 @@ from typing import Any
 
 _COLUMNS = (
     "batch",
-    "arm",
+    "variant",
     "tok/s (min-max)",
     "ratio (min-max)",
     "TTFT ms p50 / p99",
@@ -23,7 +23,7 @@ _COLUMNS = (
 
 
 def results_table(results: Sequence[Mapping[str, Any]]) -> str:
-    """One row per case, then a line per arm that did not run.
+    """One row per case, then a line per variant that did not run.
 
     Args:
         results: Contents of result files of one machine and one workload.
@@ -41,17 +41,17 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> str:
             cells.append(right_cell(case["figures"].get("right")))
         lines.append(row(cells))
     for result in results:
-        lines += arm_notes(result)
+        lines += variant_notes(result)
     return "\n".join(lines)
 
 
-def arm_notes(result: Mapping[str, Any]) -> list[str]:
-    """Lines to stand below a table: the arms that did not run, and why."""
+def variant_notes(result: Mapping[str, Any]) -> list[str]:
+    """Lines to stand below a table: the variants that did not run, and why."""
     notes = [
-        f"{arm} {entry['status']}: it {entry['reason']}."
+        f"{variant} {entry['status']}: it {entry['reason']}."
         if entry["status"] == "skipped"
-        else f"{arm} {entry['status']}: {entry['reason']}"
-        for arm, entry in result["arms"].items()
+        else f"{variant} {entry['status']}: {entry['reason']}"
+        for variant, entry in result["variants"].items()
         if entry["status"] != "ran"
     ]
     return ["", *notes] if notes else []
@@ -129,19 +129,19 @@ def cycle_table(result: Mapping[str, Any]) -> str:
         result: Content of a result file.
 
     Returns:
-        Markdown: a row for each case of AdaDecode beside the reference's total.
+        Markdown: a row for each case of AdaDecode beside the baseline's total.
     """
     parts = ("segments", "gates", "draft bookkeeping", "verification", "rest")
     lines = [
-        row(("batch", "arm", *parts, "ms per token", "ordinary")),
+        row(("batch", "variant", *parts, "ms per token", "baseline")),
         row(["---"] * (len(parts) + 4)),
     ]
-    ordinary: dict[int, float] = {}
+    baseline: dict[int, float] = {}
     for case in result["cases"]:
         run, split = case["runs"][0], case["figures"]["time_split"]
         each = 1000 * run["seconds"] / run["tokens"]
         if split is None:
-            ordinary.setdefault(case["batch_size"], each)
+            baseline.setdefault(case["batch_size"], each)
             continue
         lines.append(
             row(
@@ -150,7 +150,7 @@ def cycle_table(result: Mapping[str, Any]) -> str:
                     case["label"],
                     *(f"{1000 * split[part] / run['tokens']:.1f}" for part in parts),
                     f"{each:.1f}",
-                    f"{ordinary[case['batch_size']]:.1f}",
+                    f"{baseline[case['batch_size']]:.1f}",
                 )
             )
         )
@@ -166,7 +166,7 @@ def unverified_table(result: Mapping[str, Any]) -> str:
     Returns:
         Markdown: a row for each case of AdaDecode.
     """
-    lines = [row(("batch", "arm", "texts that verification corrected"))]
+    lines = [row(("batch", "variant", "texts that verification corrected"))]
     lines.append(row(["---"] * 3))
     for case in result["cases"]:
         early = case["figures"]["early_predictions"]

@@ -19,7 +19,7 @@
 #           its parts (parts.sh), and the wheel of gguf; docs/gpu.md has the calls
 #
 # A stage that fails or takes longer than it may (PARITY_SECONDS, SPEED_SECONDS) does not
-# keep the next one from running; the exit status tells. SHAPE, ARMS, BATCHES, ROUNDS,
+# keep the next one from running; the exit status tells. SHAPE, VARIANTS, BATCHES, ROUNDS,
 # TOKENS and REPEATS change what is measured, SIDE how many engines are loaded beside
 # ordinary vLLM (5 hold 100 GiB in Llama 3.1 8B's shape). The stage real also takes
 # REAL_CONFIG (AdaDecode's options), DATASET and DATASET_PATH (the benchmark's
@@ -95,9 +95,9 @@ widen_real() {
     widen "$work/smollm2" examples/smollm2/heads "real-$shape"
 }
 
-# Compare NAME ARMS BATCHES PROMPTS [ARGS...]: ordinary vLLM and others, side by side.
+# Compare NAME VARIANTS BATCHES PROMPTS [ARGS...]: ordinary vLLM and others, side by side.
 compare() {
-    local name=$1 arms=$2 batches=$3 prompts=$4
+    local name=$1 variants=$2 batches=$3 prompts=$4
     shift 4
     timeout -k 10 "${SPEED_SECONDS:-400}" \
         "$python" benchmarks/benchmark_throughput.py \
@@ -105,7 +105,7 @@ compare() {
         --dtype bfloat16 --max-model-len 1024 --max-num-seqs 64 \
         --gpu-memory-utilization 0.1 --kv-cache-gib "${KV_GIB:-4}" \
         --side-by-side "${SIDE:-5}" --start-together "${SIDE:-5}" \
-        --arms "${ARMS:-$arms}" --batch-sizes "${BATCHES:-$batches}" \
+        --variants "${VARIANTS:-$variants}" --batch-sizes "${BATCHES:-$batches}" \
         --num-prompts "$prompts" --rounds "${ROUNDS:-2}" \
         --output-len "${TOKENS:-128}" --ignore-eos --repeats "${REPEATS:-2}" \
         --engine-logs "$work/logs" --output-json "$out/gpu_$name.json" "$@" |
@@ -133,7 +133,7 @@ if wants speed; then
     widen_demo
     say "speed"
     # The heads' exits 2, 4 and 8 of 16 layers are 4, 8 and 16 of 32.
-    compare "$shape" ordinary,adadecode,paper,submit-all:8,threshold-1,ngram 1,4,16,64 64
+    compare "$shape" baseline,adadecode,paper,submit-all:8,threshold-1,ngram 1,4,16,64 64
 fi
 
 if wants real; then
@@ -142,7 +142,7 @@ if wants real; then
     say "real acceptance"
     # The heads' exits 2, 4, 8 and 15 of 30 layers are 2, 4, 8 and 16 of 32.
     config='{"threshold": 0.5, "max_early_predictions": 3, "gate": "acceptance"}'
-    compare "real-$shape" ordinary,paper,adadecode,ngram-tail,exits:2+8,ngram 1,4 8 \
+    compare "real-$shape" baseline,paper,adadecode,ngram-tail,exits:2+8,ngram 1,4 8 \
         --dataset-name "${DATASET:-text}" \
         --dataset-path "${DATASET_PATH:-examples/smollm2/prompts/problems.jsonl}" \
         --adadecode-config "${REAL_CONFIG:-$config}"

@@ -36,11 +36,11 @@ sys.path.insert(0, str(EXAMPLES.parent))
 
 from adadecode_vllm.heads import load_heads_config  # noqa: E402
 from benchmarks.analysis import tokens_per_forward, tokens_per_s  # noqa: E402
-from benchmarks.arms import Arm, EngineSettings  # noqa: E402
-from benchmarks.process import ArmProcess  # noqa: E402
+from benchmarks.process import VariantProcess  # noqa: E402
+from benchmarks.variants import EngineSettings, Variant  # noqa: E402
 from benchmarks.workloads import load_workload  # noqa: E402
 
-ARMS = {"ordinary": "vLLM", "adadecode": "vLLM with AdaDecode"}
+VARIANTS = {"baseline": "vLLM", "adadecode": "vLLM with AdaDecode"}
 COLOURS = ("green", "cyan", "magenta", "yellow", "blue")
 """Of the exits, the first one first."""
 MODELS = ("auto", "small", "smollm2")
@@ -136,22 +136,24 @@ def main(
     generation: dict[str, Any] = {"batch_size": 1, "ignore_eos": False}
     first = next(iter(workloads.values()))[0]
     with ExitStack() as stack:
-        arms = {}
-        for arm, label in ARMS.items():
+        variants = {}
+        for variant, label in VARIANTS.items():
             with console.status(f"{label}: starting"):
-                process = ArmProcess(Arm(arm, arm), settings, step_by_step=True)
-                arms[arm] = stack.enter_context(process)
-            arms[arm].generate([first], output_tokens=16, **generation)
-        _show_one(arms, first, output_tokens, demo, console)
+                process = VariantProcess(
+                    Variant(variant, variant), settings, step_by_step=True
+                )
+                variants[variant] = stack.enter_context(process)
+            variants[variant].generate([first], output_tokens=16, **generation)
+        _show_one(variants, first, output_tokens, demo, console)
         # In turn, prompts of one kind after the other, so that a machine whose speed
         # drifts slows both alike.
         with console.status("answering the other prompts"):
             results: dict[str, Any] = {
                 workload: {
-                    arm: process.generate(
+                    variant: process.generate(
                         token_ids, output_tokens=output_tokens, **generation
                     )
-                    for arm, process in arms.items()
+                    for variant, process in variants.items()
                 }
                 for workload, token_ids in workloads.items()
             }
@@ -188,7 +190,7 @@ def _available(model: str, console: Console) -> str:
 
 
 def _show_one(
-    arms: Mapping[str, ArmProcess],
+    variants: Mapping[str, VariantProcess],
     prompt: Sequence[int],
     output_tokens: int,
     demo: Demo,
@@ -203,7 +205,9 @@ def _show_one(
     colours = dict(zip(layers, cycle(COLOURS), strict=False))
     shown = tokenizer.decode(prompt, skip_special_tokens=True).strip()
     console.print(Panel(Text(shown), title="Prompt"))
-    answers = {arm: Answer(ARMS[arm], tokenizer, colours) for arm in arms}
+    answers = {
+        variant: Answer(VARIANTS[variant], tokenizer, colours) for variant in variants
+    }
 
     legend = [Text("predicted early after layer", "dim")]
     legend += [Text(str(layer), colour) for layer, colour in colours.items()]
@@ -217,9 +221,9 @@ def _show_one(
         return Group(table, Columns(legend))
 
     with Live(both(), console=console, refresh_per_second=8) as live:
-        for arm, process in arms.items():
+        for variant, process in variants.items():
             for step in process.stream(prompt, output_tokens):
-                answers[arm].add(step)
+                answers[variant].add(step)
                 live.update(both())
 
 
@@ -243,7 +247,7 @@ class Answer:
         self._seconds = 0.0
 
     def add(self, step: Mapping[str, Any]) -> None:
-        """Append what a step brought; see `ArmProcess.stream`."""
+        """Append what a step brought; see `VariantProcess.stream`."""
         # What was drafted after the accepted tokens stood where the last one is now.
         *confirmed, last = step["tokens"] or [None]
         for token, layer in confirmed:
@@ -280,11 +284,11 @@ def _different(results: Mapping[str, Any]) -> list[str]:
     """Names of the prompts whose texts are not the same."""
     return [
         f"{workload} prompt {index}"
-        for workload, by_arm in results.items()
+        for workload, by_variant in results.items()
         for index, (expected, text) in enumerate(
             zip(
-                by_arm["ordinary"]["token_ids"],
-                by_arm["adadecode"]["token_ids"],
+                by_variant["baseline"]["token_ids"],
+                by_variant["adadecode"]["token_ids"],
                 strict=True,
             )
         )
@@ -306,8 +310,8 @@ def _table(results: dict[str, Any]) -> Table:
     )
     for column in columns:
         table.add_column(column, justify="left" if column == "text" else "right")
-    for workload, by_arm in results.items():
-        ordinary, ours = by_arm["ordinary"], by_arm["adadecode"]
+    for workload, by_variant in results.items():
+        baseline, ours = by_variant["baseline"], by_variant["adadecode"]
         stats = ours["stats"]
         predicted = stats["early_predictions"]
         accepted, rejected = sum(stats["accepted"]), sum(stats["rejected"])
@@ -317,9 +321,9 @@ def _table(results: dict[str, Any]) -> Table:
         )
         table.add_row(
             workload,
-            f"{tokens_per_s(ordinary):.0f}",
+            f"{tokens_per_s(baseline):.0f}",
             f"{tokens_per_s(ours):.0f}",
-            f"{tokens_per_s(ours) / tokens_per_s(ordinary):.2f}x",
+            f"{tokens_per_s(ours) / tokens_per_s(baseline):.2f}x",
             f"{tokens_per_forward(ours):.2f}",
             by_exit,
             f"{accepted / max(1, stats['generated_tokens']):.0%}",

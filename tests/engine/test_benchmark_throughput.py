@@ -32,44 +32,44 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         text=True,
         check=False,
         timeout=400,
-        # Each arm's process has its engine in it: the others would import vLLM again.
+        # Each variant's process has its engine in it: others would import vLLM again.
         env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
     )
 
 
-def test_all_arms_give_the_same_text(tmp_path: Path) -> None:
+def test_all_variants_give_the_same_text(tmp_path: Path) -> None:
     output = tmp_path / "out.json"
     answer = run(
         *("--num-prompts", "3", "--output-len", "24", "--repeats", "1"),
         *("--batch-sizes", "1,2", "--kv-cache-gib", "0.1"),
-        *("--arms", "ordinary,adadecode,ngram,draft-model,transformers-early-exit"),
+        *("--variants", "baseline,adadecode,ngram,draft-model,transformers-early-exit"),
         *("--output-json", str(output), "--plots", str(tmp_path)),
     )
     assert answer.returncode == 0, answer.stderr
     results: dict[str, Any] = json.loads(output.read_text())
-    assert results["arms"]["draft-model"]["status"] == "skipped"
-    cases = {(case["arm"], case["batch_size"]): case for case in results["cases"]}
-    for arm in ("adadecode", "ngram", "transformers-early-exit"):
-        figures = cases[arm, 1]["figures"]
-        assert figures["texts"] == {"same": 3, "ties": 0, "different": 0}, arm
+    assert results["variants"]["draft-model"]["status"] == "skipped"
+    cases = {(case["variant"], case["batch_size"]): case for case in results["cases"]}
+    for variant in ("adadecode", "ngram", "transformers-early-exit"):
+        figures = cases[variant, 1]["figures"]
+        assert figures["texts"] == {"same": 3, "ties": 0, "different": 0}, variant
         assert figures["ttft_ms"]["p50"] > 0
         assert figures["tpot_ms"]["p99"] >= figures["tpot_ms"]["p50"] > 0
         assert figures["peak_memory_mib"] > 100
     assert cases["adadecode", 2]["figures"]["texts"]["same"] == 3
-    assert cases["ordinary", 1]["figures"]["tokens_per_forward"] == 1
+    assert cases["baseline", 1]["figures"]["tokens_per_forward"] == 1
     assert cases["adadecode", 1]["figures"]["tokens_per_forward"] > 2
     assert cases["transformers-early-exit", 1]["figures"]["tokens_per_forward"] > 1
     # One request at a time only; the rest went on.
     assert ("transformers-early-exit", 2) not in cases
     assert cases["adadecode", 1]["figures"]["efficiency"]["median"] > 0
     assert "draft-model skipped" in answer.stdout
-    assert (tmp_path / "arms.png").stat().st_size > 1000
+    assert (tmp_path / "variants.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--arms", "ordinary,eagle"], "--arms: unknown arm 'eagle'"),
+        (["--variants", "baseline,eagle"], "--variants: unknown variant 'eagle'"),
         (["--dataset-name", "xsum"], "--dataset-path"),
         (["--batch-sizes", "64"], "--num-prompts"),
         (["--adadecode-config", '{"cap": 3}'], "unknown option 'cap'"),

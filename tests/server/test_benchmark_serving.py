@@ -28,19 +28,21 @@ def test_two_servers_under_load(
             *("--model", MODEL, "--adadecode-heads", HEADS),
             *("--adadecode-config", '{"threshold": 0.5}'),
             *("--dtype", "float32", "--enforce-eager", "--max-model-len", "256"),
-            *("--kv-cache-gib", "0.0625", "--arms", "ordinary,adadecode"),
+            *("--kv-cache-gib", "0.0625", "--variants", "baseline,adadecode"),
             *("--num-prompts", "4", "--output-len", "24", "--repeats", "1"),
             *("--max-concurrency", "2", "--output-json", str(output)),
         ]
     )
     results = json.loads(output.read_text())
     assert capsys.readouterr().out.strip() == results["table"]
-    assert {name: arm["status"] for name, arm in results["arms"].items()} == {
-        "ordinary": "ran",
+    assert {
+        name: variant["status"] for name, variant in results["variants"].items()
+    } == {
+        "baseline": "ran",
         "adadecode": "ran",
     }
-    ordinary, adadecode = results["cases"]
-    for case in (ordinary, adadecode):
+    baseline, adadecode = results["cases"]
+    for case in (baseline, adadecode):
         figures = case["figures"]
         assert (case["concurrency"], case["request_rate"]) == (2, None)
         assert (figures["requests"], figures["failed_requests"]) == (4, 0)
@@ -51,8 +53,8 @@ def test_two_servers_under_load(
         # By request of the same numbers, as the client itself.
         assert figures["ttft_ms"]["p99"] == pytest.approx(run["client"]["p99_ttft_ms"])
         assert figures["tpot_ms"]["p50"] == pytest.approx(run["client"]["p50_tpot_ms"])
-    assert ordinary["figures"]["ratio"]["median"] == 1
-    assert ordinary["figures"]["acceptance"] is None
+    assert baseline["figures"]["ratio"]["median"] == 1
+    assert baseline["figures"]["acceptance"] is None
     assert adadecode["figures"]["texts"] == {"same": 4, "different": 0}
     early = adadecode["figures"]["early_predictions"]
     assert 0 < early["coverage"] <= early["rate"]

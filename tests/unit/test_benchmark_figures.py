@@ -20,6 +20,7 @@ from benchmarks.parity import (
     first_difference,
     is_tie,
 )
+from benchmarks.plot_cases import read_cases
 from benchmarks.result_files import provenance, read_results, write_results
 from benchmarks.roofline import cost_model, predicted_speedup
 from benchmarks.tables import results_table
@@ -110,23 +111,23 @@ def test_a_third_token_or_another_length_is_no_tie() -> None:
 
 
 def test_where_texts_part_is_kept() -> None:
-    reference, texts = [[5, 7, 5], [1]], [[5, 8, 9], [1]]
-    (found,) = divergences(reference, texts, [logits_at(0.25), []])
+    baseline, texts = [[5, 7, 5], [1]], [[5, 8, 9], [1]]
+    (found,) = divergences(baseline, texts, [logits_at(0.25), []])
     assert found["text"] == 0
     assert (found["token"], found["found"]) == (1, 8)
     assert found["ulps"] == pytest.approx(2)
-    assert divergences(reference, [[5], [1]], None) == [
+    assert divergences(baseline, [[5], [1]], None) == [
         {"text": 0, "token": 1, "found": None}
     ]
 
 
 def test_ties_count_only_where_logits_are_given() -> None:
-    reference, texts = [[5, 7, 5], [1]], [[5, 8, 5], [1]]
+    baseline, texts = [[5, 7, 5], [1]], [[5, 8, 5], [1]]
     logits = [logits_at(0.0), [[[1, 3.0], [2, 0.0]]]]
-    assert compare(reference, texts, logits) == Parity(same=1, ties=1)
-    assert compare(reference, texts, None) == Parity(same=1, different=1)
+    assert compare(baseline, texts, logits) == Parity(same=1, ties=1)
+    assert compare(baseline, texts, None) == Parity(same=1, different=1)
     # Unknown logits excuse nothing.
-    assert compare(reference, texts, [[], []]) == Parity(same=1, different=1)
+    assert compare(baseline, texts, [[], []]) == Parity(same=1, different=1)
 
 
 def test_ratios_are_taken_pair_by_pair() -> None:
@@ -214,12 +215,12 @@ def test_a_reduced_draft_vocabulary_makes_gates_cheaper() -> None:
     assert predicted_speedup(stats(), some) > predicted_speedup(stats(), whole)
 
 
-def case(arm: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+def case(variant: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
     figures = analysis.summarize(runs, runs)
     memory = {"peak_memory_mib": 100.0, "private_memory_mib": 50.0}
     return {
-        "arm": arm,
-        "label": arm,
+        "variant": variant,
+        "label": variant,
         "batch_size": 1,
         "policy": {},
         "figures": {**figures, **memory},
@@ -232,20 +233,20 @@ def results(**changes: Any) -> dict[str, Any]:
     return {
         "hardware": {"cpu": "one"},
         "workload": {"sha256": "ab"},
-        "arms": {
-            "ordinary": {"status": "ran"},
+        "variants": {
+            "baseline": {"status": "ran"},
             "suffix": {"status": "skipped", "reason": "needs a package; install it"},
             "ngram": {"status": "failed", "reason": "ValueError: no"},
         },
         "cases": [
-            case("ordinary", [run(2.0)]),
+            case("baseline", [run(2.0)]),
             case("adadecode", [run(1.0, stats=stats(), parity=parity)]),
         ],
         **changes,
     }
 
 
-def test_the_table_names_every_arm() -> None:
+def test_the_table_names_every_variant() -> None:
     table = results_table([results()])
     lines = table.splitlines()
     assert len({line.count("|") for line in lines[:4]}) == 1
@@ -258,7 +259,7 @@ def test_the_table_names_every_arm() -> None:
 
 def test_the_table_says_how_many_answers_are_right() -> None:
     right = {"right": [True, False, True]}
-    cases = [case("ordinary", [run(2.0)]), case("ngram", [run(1.0, **right)])]
+    cases = [case("baseline", [run(2.0)]), case("ngram", [run(1.0, **right)])]
     lines = results_table([results(cases=cases)]).splitlines()
     assert lines[0].endswith("| right answers |")
     assert [line.split("|")[-2].strip() for line in lines[2:4]] == ["-", "2/3"]
@@ -278,6 +279,17 @@ def test_results_of_one_machine_stand_together(tmp_path: Path) -> None:
     for path in paths:
         write_results(path, results())
     assert len(read_results(paths)) == 2
+
+
+def test_files_with_the_names_of_before_are_read() -> None:
+    """What is kept of earlier measurements calls variants arms."""
+    (found,) = read_results([ROOT / "benchmarks" / "results" / "study_exits.json"])
+    assert "arms" not in found
+    assert next(iter(found["variants"])) == "baseline"
+    first = found["cases"][0]
+    assert first["variant"] == first["label"] == "baseline"
+    assert [case.variant for case in read_cases([found])][:2] == ["baseline", "exits:2"]
+    assert results_table([found]).splitlines()[2].startswith("| 1 | baseline |")
 
 
 @pytest.mark.parametrize(
@@ -330,4 +342,4 @@ def test_other_files_are_refused(tmp_path: Path, content: str) -> None:
 def test_results_are_plain_json(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     write_results(path, {**provenance(), **results()})
-    assert json.loads(path.read_text())["cases"][1]["arm"] == "adadecode"
+    assert json.loads(path.read_text())["cases"][1]["variant"] == "adadecode"

@@ -18,7 +18,7 @@ from benchmarks.plots import comparison_figures, draw_comparison
 pytest.importorskip("matplotlib")
 
 SPEEDS = {
-    "ordinary": 1.0,
+    "baseline": 1.0,
     "installed": 0.99,
     "adadecode": 1.94,
     "threshold-1": 0.95,
@@ -33,18 +33,18 @@ EARLY = ("adadecode", "single-exit:4", "t-identity", "threshold-1")
 PARTS = ("segments", "gates", "draft bookkeeping", "verification", "rest")
 
 
-def case(arm: str, batch_size: int = 1, **policy: float) -> dict[str, Any]:
+def case(variant: str, batch_size: int = 1, **policy: float) -> dict[str, Any]:
     """A case as the comparison writes it, with made-up figures."""
-    median = 1 + (SPEEDS[arm] - 1) / batch_size**0.4
+    median = 1 + (SPEEDS[variant] - 1) / batch_size**0.4
     median -= abs(policy.get("threshold", 0.62) - 0.62)
     median += 0.1 * (policy.get("max_early_predictions", 5) - 5)
-    noise = random.Random(f"{arm} {batch_size} {policy}")
+    noise = random.Random(f"{variant} {batch_size} {policy}")
     low, high = noise.uniform(0.01, 0.12), noise.uniform(0.01, 0.08)
-    if arm == "ordinary":
+    if variant == "baseline":
         low = high = 0
     seconds, tokens = 18 / median / batch_size**0.8, 900
     split = None
-    if arm in EARLY:
+    if variant in EARLY:
         shares = (0.34, 0.08, 0.06, 0.4, 0.12)
         split = {
             part: share * seconds for part, share in zip(PARTS, shares, strict=True)
@@ -52,8 +52,8 @@ def case(arm: str, batch_size: int = 1, **policy: float) -> dict[str, Any]:
     names = {"threshold": "threshold", "max_early_predictions": "cap"}
     changes = [f"{names[name]} {value:g}" for name, value in policy.items()]
     return {
-        "arm": arm,
-        "label": ", ".join([arm, *changes]),
+        "variant": variant,
+        "label": ", ".join([variant, *changes]),
         "batch_size": batch_size,
         "policy": policy,
         "figures": {
@@ -67,16 +67,16 @@ def case(arm: str, batch_size: int = 1, **policy: float) -> dict[str, Any]:
 
 def results(*cases: Mapping[str, Any]) -> dict[str, Any]:
     job = {"threshold": 0.75, "max_early_predictions": 5}
-    return {"job": job, "arms": {}, "cases": list(cases)}
+    return {"job": job, "variants": {}, "cases": list(cases)}
 
 
-def all_arms(*batch_sizes: int) -> dict[str, Any]:
-    return results(*(case(arm, size) for size in batch_sizes for arm in SPEEDS))
+def all_variants(*batch_sizes: int) -> dict[str, Any]:
+    return results(*(case(variant, size) for size in batch_sizes for variant in SPEEDS))
 
 
 def grid() -> dict[str, Any]:
     return results(
-        case("ordinary"),
+        case("baseline"),
         *(
             case("adadecode", threshold=threshold, max_early_predictions=cap)
             for threshold in (0.3, 0.5, 0.7, 0.9)
@@ -107,13 +107,15 @@ def png_size(path: Path) -> tuple[int, int]:
 
 
 def test_files_are_pngs_of_a_readable_size(tmp_path: Path) -> None:
-    paths = draw_comparison([all_arms(1, 4, 16), grid()], tmp_path / "new" / "plots")
+    paths = draw_comparison(
+        [all_variants(1, 4, 16), grid()], tmp_path / "new" / "plots"
+    )
     assert [path.name for path in paths] == [
         "speedup_by_batch.png",
         "speedup_by_threshold.png",
         "speedup_by_cap.png",
         "cycle_time.png",
-        "arms.png",
+        "variants.png",
     ]
     assert sorted(path.name for path in (tmp_path / "new" / "plots").iterdir()) == (
         sorted(path.name for path in paths)
@@ -125,30 +127,32 @@ def test_files_are_pngs_of_a_readable_size(tmp_path: Path) -> None:
 
 
 def test_only_what_has_data_is_drawn() -> None:
-    assert comparison_figures([results(case("ordinary"))]) == {}
-    assert list(comparison_figures([all_arms(1)])) == ["cycle_time", "arms"]
-    assert list(comparison_figures([results(case("ordinary"), case("ngram"))])) == [
-        "arms"
+    assert comparison_figures([results(case("baseline"))]) == {}
+    assert list(comparison_figures([all_variants(1)])) == ["cycle_time", "variants"]
+    assert list(comparison_figures([results(case("baseline"), case("ngram"))])) == [
+        "variants"
     ]
     one_cap = results(
-        case("ordinary"),
+        case("baseline"),
         *(
             case("adadecode", threshold=threshold, max_early_predictions=4)
             for threshold in (0.5, 0.9)
         ),
     )
     assert "speedup_by_cap" not in comparison_figures([one_cap])
-    one_threshold = results(case("ordinary"), case("adadecode", threshold=0.5))
+    one_threshold = results(case("baseline"), case("adadecode", threshold=0.5))
     assert "speedup_by_threshold" not in comparison_figures([one_threshold])
 
 
 def test_ratios_by_batch_are_those_given() -> None:
-    given = all_arms(1, 4, 16)
+    given = all_variants(1, 4, 16)
     (axes,) = comparison_figures([given])["speedup_by_batch"].axes
     drawn = lines(axes)
-    assert list(drawn) == [arm for arm in SPEEDS if arm != "ordinary"]
-    for arm, (places, medians, spans) in drawn.items():
-        ratios = [c["figures"]["ratio"] for c in given["cases"] if c["arm"] == arm]
+    assert list(drawn) == [variant for variant in SPEEDS if variant != "baseline"]
+    for variant, (places, medians, spans) in drawn.items():
+        ratios = [
+            c["figures"]["ratio"] for c in given["cases"] if c["variant"] == variant
+        ]
         assert [round(place) for place in places] == [0, 1, 2]
         assert medians == pytest.approx([ratio["median"] for ratio in ratios])
         for span, ratio in zip(spans, ratios, strict=True):
@@ -178,7 +182,7 @@ def test_a_line_per_cap_by_threshold_and_the_other_way_round() -> None:
 
 def test_what_a_case_leaves_out_is_the_comparisons_own() -> None:
     study = results(
-        case("ordinary"),
+        case("baseline"),
         *(case("adadecode", threshold=threshold) for threshold in (0.5, 0.9)),
     )
     figures = comparison_figures([study])
@@ -189,32 +193,36 @@ def test_what_a_case_leaves_out_is_the_comparisons_own() -> None:
     assert list(drawn) == ["batch 1", "batch 4"]
 
 
-def test_cycle_time_in_milliseconds_per_token_beside_ordinary() -> None:
+def test_cycle_time_in_milliseconds_per_token_beside_the_baseline() -> None:
     given = results(
-        *(case(arm, size) for size in (1, 4) for arm in ("ordinary", "adadecode"))
+        *(
+            case(variant, size)
+            for size in (1, 4)
+            for variant in ("baseline", "adadecode")
+        )
     )
     figure = comparison_figures([given])["cycle_time"]
     assert [axes.get_title("left") for axes in figure.axes] == ["batch 1", "batch 4"]
     axes = figure.axes[0]
     labels = [label.get_text() for label in axes.get_yticklabels()]
-    assert labels == ["adadecode", "ordinary"]
-    ordinary, adadecode = given["cases"][:2]
+    assert labels == ["adadecode", "baseline"]
+    baseline, adadecode = given["cases"][:2]
     widths = [bar.get_width() for bars in axes.containers for bar in bars]
     split = adadecode["figures"]["time_split"]
     per_token = 1000 / adadecode["runs"][0]["tokens"]
     assert widths == pytest.approx(
         [
             *(per_token * split[part] for part in PARTS),
-            1000 / ordinary["figures"]["tokens_per_s"]["median"],
+            1000 / baseline["figures"]["tokens_per_s"]["median"],
         ]
     )
     starts = [bar.get_x() for bars in axes.containers for bar in bars]
     assert starts[1:5] == pytest.approx([sum(widths[:n]) for n in (1, 2, 3, 4)])
 
 
-def test_bars_of_all_arms() -> None:
-    given = all_arms(1, 4)
-    (axes,) = comparison_figures([given])["arms"].axes
+def test_bars_of_all_variants() -> None:
+    given = all_variants(1, 4)
+    (axes,) = comparison_figures([given])["variants"].axes
     assert [label.get_text() for label in axes.get_yticklabels()] == list(SPEEDS)[1:]
     bars = [group for group in axes.containers if group.get_label().startswith("batch")]
     assert [group.get_label() for group in bars] == ["batch 1", "batch 4"]
@@ -222,7 +230,7 @@ def test_bars_of_all_arms() -> None:
         ratios = [
             c["figures"]["ratio"]
             for c in given["cases"]
-            if c["batch_size"] == size and c["arm"] != "ordinary"
+            if c["batch_size"] == size and c["variant"] != "baseline"
         ]
         widths = [bar.get_width() for bar in group]
         assert widths == pytest.approx([ratio["median"] for ratio in ratios])
@@ -233,8 +241,8 @@ def test_bars_of_all_arms() -> None:
             )
 
 
-def test_the_same_arm_of_two_files_is_drawn_twice() -> None:
-    (axes,) = comparison_figures([all_arms(1), all_arms(1)])["arms"].axes
+def test_the_same_variant_of_two_files_is_drawn_twice() -> None:
+    (axes,) = comparison_figures([all_variants(1), all_variants(1)])["variants"].axes
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert "adadecode" in labels
     assert "adadecode (2)" in labels
@@ -252,5 +260,5 @@ def test_without_matplotlib_a_sentence_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(AdaDecodeError, match=r"^--plots: .* `bench` extra, or leave"):
-        draw_comparison([all_arms(1)], tmp_path / "plots")
+        draw_comparison([all_variants(1)], tmp_path / "plots")
     assert not (tmp_path / "plots").exists()

@@ -11,17 +11,17 @@ import pytest
 
 from adadecode_vllm.errors import AdaDecodeError
 from benchmarks import benchmark_serving, client
-from benchmarks.arms import Arm, EngineSettings, llm_arguments, parse_arms
 from benchmarks.benchmark_serving import (
     ServingSession,
     check_prompts,
     parse_loads,
-    serving_obstacle,
+    reason_not_to_serve,
 )
 from benchmarks.client import Client, Load, read_client
-from benchmarks.process import ArmError, log_reason
+from benchmarks.process import VariantError, log_reason
 from benchmarks.server import engine_flags
 from benchmarks.serving_figures import compare_texts, serving_table, summarize
+from benchmarks.variants import EngineSettings, Variant, llm_arguments, parse_variants
 from benchmarks.workloads import Workload
 from tests.harness import HEADS, MODEL
 
@@ -77,9 +77,9 @@ def run(speed: float = 8.5, **changes: Any) -> dict[str, Any]:
 
 
 class TestFlags:
-    @pytest.mark.parametrize("arm", ["ordinary", "installed", "ngram"])
-    def test_the_server_gets_the_arguments_of_the_engine(self, arm: str) -> None:
-        arguments = llm_arguments(Arm(arm, arm), SETTINGS)
+    @pytest.mark.parametrize("variant", ["baseline", "installed", "ngram"])
+    def test_the_server_gets_the_arguments_of_the_engine(self, variant: str) -> None:
+        arguments = llm_arguments(Variant(variant, variant), SETTINGS)
         parsed = arguments_from(engine_flags(arguments))
         for name, value in arguments.items():
             assert getattr(parsed, name) == value, name
@@ -104,7 +104,7 @@ class TestFlags:
         ]
 
     def test_the_plugin_is_asked_for_as_a_user_would(self) -> None:
-        flags = engine_flags(llm_arguments(Arm("adadecode", "adadecode"), SETTINGS))
+        flags = engine_flags(llm_arguments(Variant("adadecode", "adadecode"), SETTINGS))
         assert "--plugin=adadecode" in flags
         assert f"--adadecode-heads={HEADS}" in flags
         (config,) = (flag for flag in flags if flag.startswith("--adadecode-config="))
@@ -124,7 +124,7 @@ class TestFlags:
         assert "adadecode" in extra, "the caller's dictionary was changed"
 
     def test_without_the_plugin_no_flag_of_it(self) -> None:
-        flags = engine_flags(llm_arguments(Arm("ordinary", "ordinary"), SETTINGS))
+        flags = engine_flags(llm_arguments(Variant("baseline", "baseline"), SETTINGS))
         assert not any("plugin" in flag or "adadecode" in flag for flag in flags)
 
     def test_an_argument_without_a_flag_is_refused(self) -> None:
@@ -238,11 +238,11 @@ class TestClientResult:
         texts = compare_texts(["a", "b", None, "d"], ["a", "x", "c", None])
         assert texts == {"same": 1, "different": 1}
 
-    def test_ratios_are_taken_turn_by_turn(self) -> None:
+    def test_ratios_are_taken_repeat_by_repeat(self) -> None:
         counts = {"spec_decode_draft_tokens": 10, "spec_decode_accepted_tokens": 8}
         runs = [run(12.0, **counts), run(30.0, **counts)]
-        reference = [run(10.0), run(20.0)]
-        figures = summarize(runs, reference, predicts_early=True)
+        baseline = [run(10.0), run(20.0)]
+        figures = summarize(runs, baseline, predicts_early=True)
         assert figures["ratio"] == pytest.approx(
             {"median": 1.35, "min": 1.2, "max": 1.5}
         )
@@ -250,9 +250,9 @@ class TestClientResult:
         assert early["rate"] == pytest.approx(20 / 34)
         assert early["coverage"] == pytest.approx(16 / 34)
         assert figures["acceptance"] == early["acceptance"] == pytest.approx(0.8)
-        assert summarize(runs, reference, predicts_early=False)[
-            "early_predictions"
-        ] is (None)
+        assert summarize(runs, baseline, predicts_early=False)["early_predictions"] is (
+            None
+        )
 
 
 class TestReason:
@@ -275,12 +275,12 @@ class TestReason:
         assert log_reason("\n".join(lines)) == "\n".join(lines[-20:])
 
 
-def test_arms_without_a_server_are_skipped_with_a_reason() -> None:
+def test_variants_without_a_server_are_skipped_with_a_reason() -> None:
     reasons = {
-        arm.name: serving_obstacle(arm, SETTINGS)
-        for arm in parse_arms("ordinary,adadecode,transformers,draft-model")
+        variant.name: reason_not_to_serve(variant, SETTINGS)
+        for variant in parse_variants("baseline,adadecode,transformers,draft-model")
     }
-    assert reasons["ordinary"] is reasons["adadecode"] is None
+    assert reasons["baseline"] is reasons["adadecode"] is None
     assert reasons["transformers"] == (
         "has no server; benchmark_throughput.py measures it"
     )
@@ -290,7 +290,7 @@ def test_arms_without_a_server_are_skipped_with_a_reason() -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--arms", "adadecode"], "--arms: 'ordinary' is missing"),
+        (["--variants", "adadecode"], "--variants: 'baseline' is missing"),
         (["--batch-sizes", "4"], "--batch-sizes: a server makes its batches itself"),
         (["--max-concurrency", "40"], "--num-prompts: 32 prompts are too few for 40"),
         (["--repeats", "0"], "--repeats 0: nothing would be measured"),
@@ -315,10 +315,10 @@ class FakeServer:
     started: list[FakeServer] = []  # noqa: RUF012 (cleared by each test)
     refusing: tuple[str, ...] = ()
 
-    def __init__(self, arm: Arm, settings: EngineSettings) -> None:
-        if arm.name in self.refusing:
-            raise ArmError("the server ended: ValueError: no")
-        self.url, self.flags, self.start_up_seconds = arm.name, ["--x"], 1.0
+    def __init__(self, variant: Variant, settings: EngineSettings) -> None:
+        if variant.name in self.refusing:
+            raise VariantError("the server ended: ValueError: no")
+        self.url, self.flags, self.start_up_seconds = variant.name, ["--x"], 1.0
         self.ended = False
         self.started.append(self)
 
@@ -345,20 +345,20 @@ class Session:
         monkeypatch.setattr(Client, "warm_up", lambda *_: None)
         monkeypatch.setattr(Client, "run", lambda _, url, load: self.answer(url))
 
-    def answer(self, arm: str) -> dict[str, Any]:
-        self.order.append(arm)
-        answers = self.answers.get(arm)
+    def answer(self, variant: str) -> dict[str, Any]:
+        self.order.append(variant)
+        answers = self.answers.get(variant)
         answer = answers.pop(0) if answers else run()
         if isinstance(answer, BaseException):
             raise answer
         return answer
 
-    def measure(self, arms: str, turns: int = 2) -> dict[str, Any]:
+    def measure(self, variants: str, repeats: int = 2) -> dict[str, Any]:
         session = ServingSession(
-            parse_arms(arms), SETTINGS, WORKLOAD, output=self.output
+            parse_variants(variants), SETTINGS, WORKLOAD, output=self.output
         )
         with session:
-            session.measure(Load(2), turns)
+            session.measure(Load(2), repeats)
         return session.results
 
     @property
@@ -372,11 +372,11 @@ def session(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Session:
 
 
 class TestSession:
-    def test_servers_take_turns_the_reference_first(self, session: Session) -> None:
-        results = session.measure("adadecode,ngram,ordinary")
-        assert session.order == ["ordinary", "adadecode", "ngram"] * 2
+    def test_servers_take_turns_the_baseline_first(self, session: Session) -> None:
+        results = session.measure("adadecode,ngram,baseline")
+        assert session.order == ["baseline", "adadecode", "ngram"] * 2
         assert session.written == results
-        assert [case["arm"] for case in results["cases"]] == session.order[:3]
+        assert [case["variant"] for case in results["cases"]] == session.order[:3]
         assert results["cases"][1]["figures"]["texts"] == {"same": 6, "different": 0}
         assert all(server.ended for server in FakeServer.started)
 
@@ -384,44 +384,47 @@ class TestSession:
         self, session: Session, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(FakeServer, "refusing", ("ngram",))
-        results = session.measure("ordinary,ngram,adadecode,transformers")
-        assert [case["arm"] for case in results["cases"]] == ["ordinary", "adadecode"]
-        assert results["arms"]["ngram"] == {
+        results = session.measure("baseline,ngram,adadecode,transformers")
+        assert [case["variant"] for case in results["cases"]] == [
+            "baseline",
+            "adadecode",
+        ]
+        assert results["variants"]["ngram"] == {
             "status": "failed",
             "reason": "the server ended: ValueError: no",
         }
-        assert results["arms"]["transformers"]["status"] == "skipped"
+        assert results["variants"]["transformers"]["status"] == "skipped"
 
-    def test_a_server_that_fails_on_the_way_keeps_its_turns(
+    def test_a_server_that_fails_on_the_way_keeps_its_repeats(
         self, session: Session
     ) -> None:
         dead = run(completed=0, failed=3, errors=["OSError: x"] * 3)
         session.answers["adadecode"] = [run(17.0), dead]
-        results = session.measure("ordinary,adadecode,ngram", turns=3)
+        results = session.measure("baseline,adadecode,ngram", repeats=3)
         assert [len(case["runs"]) for case in results["cases"]] == [3, 1, 3]
         assert results["cases"][1]["figures"]["ratio"]["median"] == 2
-        assert results["arms"]["adadecode"] == {
+        assert results["variants"]["adadecode"] == {
             "status": "failed",
             "reason": "no request of 2 at a time succeeded: OSError: x",
         }
 
-    def test_without_the_reference_nothing_can_be_said(
+    def test_without_the_baseline_nothing_can_be_said(
         self, session: Session, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        session.answers["ordinary"] = [ArmError("gone")]
-        with pytest.raises(ArmError, match="gone"):
-            session.measure("ordinary,adadecode")
+        session.answers["baseline"] = [VariantError("gone")]
+        with pytest.raises(VariantError, match="gone"):
+            session.measure("baseline,adadecode")
         assert all(server.ended for server in FakeServer.started)
-        monkeypatch.setattr(FakeServer, "refusing", ("ordinary",))
-        with pytest.raises(ArmError, match="the server ended"):
-            session.measure("ordinary,adadecode")
+        monkeypatch.setattr(FakeServer, "refusing", ("baseline",))
+        with pytest.raises(VariantError, match="the server ended"):
+            session.measure("baseline,adadecode")
 
-    def test_a_killed_run_keeps_finished_turns_and_ends_its_servers(
+    def test_a_killed_run_keeps_finished_repeats_and_ends_its_servers(
         self, session: Session
     ) -> None:
         session.answers["adadecode"] = [run(17.0), KeyboardInterrupt()]
         with pytest.raises(KeyboardInterrupt):
-            session.measure("ordinary,adadecode")
+            session.measure("baseline,adadecode")
         assert [len(case["runs"]) for case in session.written["cases"]] == [1, 1]
         assert all(server.ended for server in FakeServer.started)
 
@@ -430,11 +433,11 @@ def test_the_table_has_a_row_per_case_and_the_reasons(session: Session) -> None:
     session.answers["adadecode"] = [
         run(17.0, spec_decode_draft_tokens=10, spec_decode_accepted_tokens=9)
     ]
-    results = session.measure("ordinary,adadecode,transformers", turns=1)
+    results = session.measure("baseline,adadecode,transformers", repeats=1)
     lines = serving_table(results).splitlines()
     assert lines[2].split(" | ")[:4] == [
         "| 2 at a time",
-        "ordinary",
+        "baseline",
         "8.50 (8.50-8.50)",
         "1.00 (1.00-1.00)",
     ]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which arms run, in which order, and what is kept when something fails."""
+"""Which variants run, in which order, and what is kept when something fails."""
 
 import json
 from pathlib import Path
@@ -9,18 +9,18 @@ import pytest
 
 from adadecode_vllm.errors import AdaDecodeError
 from benchmarks import session as session_module
-from benchmarks.arms import (
-    ARMS,
-    Arm,
-    EngineSettings,
-    llm_arguments,
-    obstacle,
-    parse_arms,
-)
 from benchmarks.options import make_parser, numbers, settings_from
-from benchmarks.process import ArmError, log_reason
+from benchmarks.process import VariantError, log_reason
 from benchmarks.session import Case, Session
 from benchmarks.study import STUDIES, study_parser
+from benchmarks.variants import (
+    VARIANTS,
+    EngineSettings,
+    Variant,
+    llm_arguments,
+    parse_variants,
+    reason_to_skip,
+)
 from benchmarks.workloads import Workload
 from tests.harness import HEADS, MODEL
 from tests.unit.test_benchmark_figures import stats
@@ -29,61 +29,69 @@ SETTINGS = EngineSettings(MODEL, HEADS, dtype="float32", threshold=0.75)
 WORKLOAD = Workload("text", [[1, 2], [3]], ["a", "b"], False, 4, "two prompts", "ab")
 
 
-def test_arms_are_read_in_order() -> None:
-    assert parse_arms("ordinary, single-exit:4,ngram") == [
-        Arm("ordinary", "ordinary"),
-        Arm("single-exit:4", "single-exit", "4"),
-        Arm("ngram", "ngram"),
+def test_variants_are_read_in_order() -> None:
+    assert parse_variants("baseline, single-exit:4,ngram") == [
+        Variant("baseline", "baseline"),
+        Variant("single-exit:4", "single-exit", "4"),
+        Variant("ngram", "ngram"),
     ]
     valued = {"submit-all", "exits", "heads", "draft-vocabulary"}
-    plain = [name for name in ARMS if name not in valued]
-    assert [arm.kind for arm in parse_arms(",".join(plain))] == plain
+    plain = [name for name in VARIANTS if name not in valued]
+    assert [variant.kind for variant in parse_variants(",".join(plain))] == plain
     text = "submit-all:4,exits:2+8,heads:some/dir,draft-vocabulary:64"
-    assert [arm.value for arm in parse_arms(text)] == ["4", "2+8", "some/dir", "64"]
+    assert [variant.value for variant in parse_variants(text)] == [
+        "4",
+        "2+8",
+        "some/dir",
+        "64",
+    ]
 
 
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("ordinary,eagle", "unknown arm 'eagle'"),
-        ("ordinary,single-exit:four", "single-exit takes a layer"),
+        ("baseline,eagle", "unknown variant 'eagle'"),
+        ("baseline,single-exit:four", "single-exit takes a layer"),
         ("ngram:4", "ngram takes no value"),
         ("exits", "exits takes layers"),
         ("exits:2+x", "exits takes layers"),
         ("heads", "heads takes a directory"),
         ("ngram,ngram", "named twice"),
-        (" ,", "no arm is named"),
+        (" ,", "no variant is named"),
     ],
 )
-def test_wrong_arms_are_refused(text: str, reason: str) -> None:
+def test_wrong_variants_are_refused(text: str, reason: str) -> None:
     with pytest.raises(AdaDecodeError, match=reason):
-        parse_arms(text)
+        parse_variants(text)
 
 
-def test_arms_that_cannot_run_say_why() -> None:
-    draft = Arm("draft-model", "draft-model")
-    assert "--draft-model" in (obstacle(draft, SETTINGS, [1]) or "")
+def test_variants_that_cannot_run_say_why() -> None:
+    draft = Variant("draft-model", "draft-model")
+    assert "--draft-model" in (reason_to_skip(draft, SETTINGS, [1]) or "")
     missing = EngineSettings(MODEL, HEADS, draft_model="nowhere")
-    assert "nowhere" in (obstacle(draft, missing, [1]) or "")
-    assert obstacle(draft, EngineSettings(MODEL, HEADS, draft_model=MODEL), [1]) is None
-    early = Arm("transformers-early-exit", "transformers-early-exit")
-    assert obstacle(early, SETTINGS, [1, 4]) is None
-    assert "one request" in (obstacle(early, SETTINGS, [2, 4]) or "")
+    assert "nowhere" in (reason_to_skip(draft, missing, [1]) or "")
+    assert (
+        reason_to_skip(draft, EngineSettings(MODEL, HEADS, draft_model=MODEL), [1])
+        is None
+    )
+    early = Variant("transformers-early-exit", "transformers-early-exit")
+    assert reason_to_skip(early, SETTINGS, [1, 4]) is None
+    assert "one request" in (reason_to_skip(early, SETTINGS, [2, 4]) or "")
 
 
-def test_each_arm_asks_for_its_own_engine() -> None:
-    ordinary = llm_arguments(Arm("ordinary", "ordinary"), SETTINGS)
-    assert "additional_config" not in ordinary
-    assert "speculative_config" not in ordinary
-    ngram = llm_arguments(Arm("ngram", "ngram"), SETTINGS)
+def test_each_variant_asks_for_its_own_engine() -> None:
+    baseline = llm_arguments(Variant("baseline", "baseline"), SETTINGS)
+    assert "additional_config" not in baseline
+    assert "speculative_config" not in baseline
+    ngram = llm_arguments(Variant("ngram", "ngram"), SETTINGS)
     assert ngram["speculative_config"]["num_speculative_tokens"] == 5
-    single = llm_arguments(Arm("single-exit:4", "single-exit", "4"), SETTINGS)
+    single = llm_arguments(Variant("single-exit:4", "single-exit", "4"), SETTINGS)
     assert single["additional_config"]["adadecode"]["exit_layers"] == (4,)
-    first = llm_arguments(Arm("single-exit", "single-exit"), SETTINGS)
+    first = llm_arguments(Variant("single-exit", "single-exit"), SETTINGS)
     assert first["additional_config"]["adadecode"]["exit_layers"] == (2,)
-    never = llm_arguments(Arm("threshold-1", "threshold-1"), SETTINGS)
+    never = llm_arguments(Variant("threshold-1", "threshold-1"), SETTINGS)
     assert never["additional_config"]["adadecode"]["threshold"] == 1.0
-    always = llm_arguments(Arm("submit-all:4", "submit-all", "4"), SETTINGS)
+    always = llm_arguments(Variant("submit-all:4", "submit-all", "4"), SETTINGS)
     assert always["additional_config"]["adadecode"]["threshold"] == 0.0
     assert always["additional_config"]["adadecode"]["exit_layers"] == (4,)
 
@@ -96,7 +104,9 @@ def test_the_papers_setting_does_not_depend_on_the_options() -> None:
         max_early_predictions=3,
         adadecode={"exit_layers": [2], "gate": "acceptance"},
     )
-    found = llm_arguments(Arm("paper", "paper"), best)["additional_config"]["adadecode"]
+    found = llm_arguments(Variant("paper", "paper"), best)["additional_config"][
+        "adadecode"
+    ]
     assert (found["threshold"], found["max_early_predictions"]) == (0.75, 5)
     assert found["last_guess"] is False
     assert not {"exit_layers", "gate"} & found.keys()
@@ -106,7 +116,7 @@ def test_a_users_engine_arguments_come_last() -> None:
     settings = EngineSettings(
         MODEL, HEADS, arguments={"enable_prefix_caching": True, "max_num_seqs": 4}
     )
-    found = llm_arguments(Arm("ordinary", "ordinary"), settings)
+    found = llm_arguments(Variant("baseline", "baseline"), settings)
     assert found["enable_prefix_caching"] is True
     assert found["max_num_seqs"] == 4
 
@@ -147,28 +157,28 @@ def test_a_log_is_cut_to_its_last_sentence() -> None:
 
 
 class FakeProcess:
-    """An arm without an engine: `log` says what was asked of all of them."""
+    """A variant without an engine: `log` says what was asked of all of them."""
 
     log: ClassVar[list[str]] = []
     prompts: ClassVar[list[int]] = []
     broken: ClassVar[set[str]] = set()
-    breaks_in_turn: ClassVar[dict[str, int]] = {}
+    breaks_in_repeat: ClassVar[dict[str, int]] = {}
 
     def __init__(
-        self, arm: Arm, settings: EngineSettings, logs: Path | None = None
+        self, variant: Variant, settings: EngineSettings, logs: Path | None = None
     ) -> None:
-        if arm.name in self.broken:
-            raise ArmError("it is broken")
-        self.arm = arm
+        if variant.name in self.broken:
+            raise VariantError("it is broken")
+        self.variant = variant
         self.start_up_seconds = 1.0
-        self.turn = 0
+        self.repeat = 0
         self.policy: dict[str, Any] = {}
 
     def __enter__(self) -> "FakeProcess":
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.log.append(f"end {self.arm.name}")
+        self.log.append(f"end {self.variant.name}")
 
     def configure(self, **policy: Any) -> None:
         self.policy = policy
@@ -180,22 +190,22 @@ class FakeProcess:
         if options["output_tokens"] != WORKLOAD.output_tokens:
             return {}
         self.prompts.append(len(prompts))
-        self.turn += 1
-        if self.turn == self.breaks_in_turn.get(self.arm.name):
-            raise ArmError("it ended")
+        self.repeat += 1
+        if self.repeat == self.breaks_in_repeat.get(self.variant.name):
+            raise VariantError("it ended")
         threshold = self.policy.get("threshold")
         logits = options.get("top_logits", False)
         self.log.append(
-            self.arm.name
+            self.variant.name
             + (f" {threshold}" if threshold is not None else "")
             + (" logits" if logits else "")
         )
         ids = [[1, 2, 3], [4]]
-        if self.arm.name == "ngram":
+        if self.variant.name == "ngram":
             ids = [[1, 9, 3], [4]]
-        counted = self.arm.predicts_early
+        counted = self.variant.predicts_early
         answer = {
-            "seconds": 2.0 if self.arm.name == "ordinary" else 1.0,
+            "seconds": 2.0 if self.variant.name == "baseline" else 1.0,
             "token_ids": ids,
             "ttft_s": [0.1, 0.1],
             "tpot_s": [0.1, None],
@@ -210,25 +220,25 @@ class FakeProcess:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeProcess]:
-    monkeypatch.setattr(session_module, "ArmProcess", FakeProcess)
+    monkeypatch.setattr(session_module, "VariantProcess", FakeProcess)
     monkeypatch.setattr(FakeProcess, "log", [])
     monkeypatch.setattr(FakeProcess, "prompts", [])
     monkeypatch.setattr(FakeProcess, "broken", set())
-    monkeypatch.setattr(FakeProcess, "breaks_in_turn", {})
+    monkeypatch.setattr(FakeProcess, "breaks_in_repeat", {})
     return FakeProcess
 
 
 def measure(
-    arms: str,
+    variants: str,
     repeats: int = 2,
     cases: list[Case] | None = None,
     output: Path | None = None,
     dtype: str = "float32",
 ) -> dict[str, Any]:
     settings = EngineSettings(MODEL, HEADS, dtype=dtype)
-    parsed = parse_arms(arms)
+    parsed = parse_variants(variants)
     with Session(parsed, settings, WORKLOAD, output=output) as session:
-        session.measure(cases or [Case(arm.name) for arm in parsed], repeats)
+        session.measure(cases or [Case(variant.name) for variant in parsed], repeats)
     return session.results
 
 
@@ -236,9 +246,11 @@ def measure(
 def test_rounds_bound_the_prompts_of_a_run(
     fake: type[FakeProcess], rounds: int | None, expected: list[int]
 ) -> None:
-    cases = [Case("ordinary", size) for size in (1, 2)]
-    arms, sizes = parse_arms("ordinary"), [1, 2]
-    with Session(arms, SETTINGS, WORKLOAD, batch_sizes=sizes, rounds=rounds) as session:
+    cases = [Case("baseline", size) for size in (1, 2)]
+    variants, sizes = parse_variants("baseline"), [1, 2]
+    with Session(
+        variants, SETTINGS, WORKLOAD, batch_sizes=sizes, rounds=rounds
+    ) as session:
         session.measure(cases, 1)
     assert fake.prompts == expected
 
@@ -247,11 +259,11 @@ def labels(results: dict[str, Any]) -> list[str]:
     return [case["label"] for case in results["cases"]]
 
 
-def test_arms_take_turns(fake: type[FakeProcess]) -> None:
-    results = measure("ordinary,adadecode,ngram")
-    turn = ["ordinary", "adadecode", "ngram"]
-    assert fake.log[:6] == turn * 2
-    assert labels(results) == turn
+def test_variants_take_turns(fake: type[FakeProcess]) -> None:
+    results = measure("baseline,adadecode,ngram")
+    order = ["baseline", "adadecode", "ngram"]
+    assert fake.log[:6] == order * 2
+    assert labels(results) == order
     figures = results["cases"][1]["figures"]
     assert figures["ratio"]["median"] == 2.0
     assert figures["texts"] == {"same": 4, "ties": 0, "different": 0}
@@ -259,18 +271,18 @@ def test_arms_take_turns(fake: type[FakeProcess]) -> None:
     assert results["cases"][2]["figures"]["texts"]["different"] == 2
 
 
-def test_in_bfloat16_the_reference_says_what_a_tie_is(fake: type[FakeProcess]) -> None:
-    results = measure("ordinary,ngram", dtype="bfloat16")
-    assert fake.log.count("ordinary logits") == 1
+def test_in_bfloat16_the_baseline_says_what_a_tie_is(fake: type[FakeProcess]) -> None:
+    results = measure("baseline,ngram", dtype="bfloat16")
+    assert fake.log.count("baseline logits") == 1
     texts = results["cases"][1]["figures"]["texts"]
     assert texts == {"same": 2, "ties": 2, "different": 0}
 
 
 def test_policies_are_rows_of_their_own(fake: type[FakeProcess]) -> None:
     cases = [Case("adadecode", 1, {"threshold": t}) for t in (0.3, 0.9)]
-    results = measure("ordinary,adadecode", 1, [*cases, Case("adadecode")])
+    results = measure("baseline,adadecode", 1, [*cases, Case("adadecode")])
     assert fake.log[:4] == [
-        "ordinary",
+        "baseline",
         "adadecode 0.3",
         "adadecode 0.9",
         "adadecode 0.75",  # the settings' own again
@@ -282,61 +294,66 @@ def test_policies_are_rows_of_their_own(fake: type[FakeProcess]) -> None:
     ]
 
 
-def test_an_arm_that_does_not_start_is_noted(fake: type[FakeProcess]) -> None:
+def test_an_variant_that_does_not_start_is_noted(fake: type[FakeProcess]) -> None:
     fake.broken.add("ngram")
-    results = measure("ordinary,ngram,draft-model,adadecode")
-    assert labels(results) == ["ordinary", "adadecode"]
-    assert results["arms"]["ngram"] == {"status": "failed", "reason": "it is broken"}
-    assert results["arms"]["draft-model"]["status"] == "skipped"
-    assert {"end ordinary", "end adadecode"} <= set(fake.log)
+    results = measure("baseline,ngram,draft-model,adadecode")
+    assert labels(results) == ["baseline", "adadecode"]
+    assert results["variants"]["ngram"] == {
+        "status": "failed",
+        "reason": "it is broken",
+    }
+    assert results["variants"]["draft-model"]["status"] == "skipped"
+    assert {"end baseline", "end adadecode"} <= set(fake.log)
 
 
-def test_an_arm_that_ends_on_the_way_keeps_its_turns(fake: type[FakeProcess]) -> None:
-    fake.breaks_in_turn["ngram"] = 2
-    results = measure("ordinary,ngram,adadecode", repeats=3)
-    turns = {case["arm"]: len(case["runs"]) for case in results["cases"]}
-    assert turns == {"ordinary": 3, "ngram": 1, "adadecode": 3}
-    assert results["arms"]["ngram"]["status"] == "failed"
+def test_an_variant_that_ends_on_the_way_keeps_its_repeats(
+    fake: type[FakeProcess],
+) -> None:
+    fake.breaks_in_repeat["ngram"] = 2
+    results = measure("baseline,ngram,adadecode", repeats=3)
+    repeats = {case["variant"]: len(case["runs"]) for case in results["cases"]}
+    assert repeats == {"baseline": 3, "ngram": 1, "adadecode": 3}
+    assert results["variants"]["ngram"]["status"] == "failed"
 
 
-def test_arms_can_be_loaded_a_few_at_a_time(fake: type[FakeProcess]) -> None:
+def test_variants_can_be_loaded_a_few_at_a_time(fake: type[FakeProcess]) -> None:
     settings = EngineSettings(MODEL, HEADS, dtype="float32")
-    arms = parse_arms("ordinary,adadecode,ngram,threshold-1")
-    with Session(arms, settings, WORKLOAD) as session:
-        cases = [Case(arm.name, size) for size in (1, 2) for arm in arms]
+    variants = parse_variants("baseline,adadecode,ngram,threshold-1")
+    with Session(variants, settings, WORKLOAD) as session:
+        cases = [Case(variant.name, size) for size in (1, 2) for variant in variants]
         session.measure(cases, 1, side_by_side=2)
         results = session.results
     first, second = fake.log[:8], fake.log[8:]
     assert first == [
-        *("ordinary", "adadecode", "ngram") * 2,
+        *("baseline", "adadecode", "ngram") * 2,
         *("end ngram", "end adadecode"),
     ]
     assert second == [
-        *("ordinary", "threshold-1") * 2,
-        *("end threshold-1", "end ordinary"),
+        *("baseline", "threshold-1") * 2,
+        *("end threshold-1", "end baseline"),
     ]
-    assert [(case["batch_size"], case["arm"]) for case in results["cases"]] == [
-        (size, arm.name) for size in (1, 2) for arm in arms
+    assert [(case["batch_size"], case["variant"]) for case in results["cases"]] == [
+        (size, variant.name) for size in (1, 2) for variant in variants
     ]
-    # The reference ran once with each group, each ratio is to the run beside it.
+    # The baseline ran once with each group, each ratio is to the run beside it.
     assert [len(case["runs"]) for case in results["cases"][:4]] == [2, 1, 1, 1]
 
 
-def test_without_the_reference_nothing_is_measured(fake: type[FakeProcess]) -> None:
-    with pytest.raises(AdaDecodeError, match="'ordinary' is missing"):
+def test_without_the_baseline_nothing_is_measured(fake: type[FakeProcess]) -> None:
+    with pytest.raises(AdaDecodeError, match="'baseline' is missing"):
         measure("adadecode")
-    fake.broken.add("ordinary")
-    with pytest.raises(ArmError):
-        measure("ordinary,adadecode")
+    fake.broken.add("baseline")
+    with pytest.raises(VariantError):
+        measure("baseline,adadecode")
 
 
-def test_a_killed_run_keeps_finished_turns(
+def test_a_killed_run_keeps_finished_repeats(
     fake: type[FakeProcess], tmp_path: Path
 ) -> None:
-    fake.breaks_in_turn["ordinary"] = 3
+    fake.breaks_in_repeat["baseline"] = 3
     output = tmp_path / "out.json"
-    with pytest.raises(ArmError):
-        measure("ordinary,adadecode", repeats=5, output=output)
+    with pytest.raises(VariantError):
+        measure("baseline,adadecode", repeats=5, output=output)
     kept = json.loads(output.read_text())
     assert [len(case["runs"]) for case in kept["cases"]] == [2, 2]
     assert "adadecode" in kept["table"]
@@ -350,10 +367,10 @@ def test_every_study_has_a_plan(study: str, tmp_path: Path) -> None:
         [study, "--model", MODEL, "--adadecode-heads", HEADS]
     )
     plan = STUDIES[study][1](settings_from(args), args)
-    assert plan.arms[0].name == "ordinary"
-    names = {arm.name for arm in plan.arms}
+    assert plan.variants[0].name == "baseline"
+    names = {variant.name for variant in plan.variants}
     assert plan.cases
-    assert {case.arm for case in plan.cases} <= names
+    assert {case.variant for case in plan.cases} <= names
     labels = [(case.batch_size, case.label) for case in plan.cases]
     assert len(set(labels)) == len(labels)
 

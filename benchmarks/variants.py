@@ -11,10 +11,10 @@ from typing import Any
 
 from adadecode_vllm.errors import AdaDecodeError
 
-REFERENCE = "ordinary"
+BASELINE = "baseline"
 
-ARMS: Mapping[str, str] = {
-    REFERENCE: "vLLM alone at its defaults, the plugin not loaded",
+VARIANTS: Mapping[str, str] = {
+    BASELINE: "vLLM alone at its defaults, the plugin not loaded",
     "installed": "the plugin installed but not asked for",
     "adadecode": "AdaDecode with the given options",
     "paper": "AdaDecode as in the paper: all exits, threshold 0.75 on the head's "
@@ -40,7 +40,7 @@ ARMS: Mapping[str, str] = {
 
 _SPECULATIVE = ("ngram", "suffix", "draft-model")
 _TRANSFORMERS = ("transformers", "transformers-early-exit")
-_WITHOUT_PLUGIN = (REFERENCE, "installed", *_SPECULATIVE)
+_WITHOUT_PLUGIN = (BASELINE, "installed", *_SPECULATIVE)
 _PAPER = {"threshold": 0.75, "max_early_predictions": 5, "last_guess": False}
 # What stands behind the colon, as a message names it.
 _VALUES = {
@@ -53,12 +53,12 @@ _VALUES = {
 
 
 @dataclass(frozen=True)
-class Arm:
+class Variant:
     """One way of decoding.
 
     Attributes:
-        name: As it was asked for; ``single-exit:4`` is an arm of kind ``single-exit``.
-        kind: A key of :data:`ARMS`.
+        name: As it was given; ``single-exit:4`` is a variant of kind ``single-exit``.
+        kind: A key of :data:`VARIANTS`.
         value: What stood behind the colon; empty where nothing did.
     """
 
@@ -68,18 +68,18 @@ class Arm:
 
     @property
     def predicts_early(self) -> bool:
-        """Whether the arm runs AdaDecode."""
+        """Whether the variant runs AdaDecode."""
         return self.kind not in (*_WITHOUT_PLUGIN, *_TRANSFORMERS)
 
     @property
     def uses_vllm(self) -> bool:
-        """Whether the arm is a vLLM engine."""
+        """Whether the variant is a vLLM engine."""
         return self.kind not in _TRANSFORMERS
 
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What all arms of a comparison have in common.
+    """What all variants of a comparison have in common.
 
     Attributes:
         model: The model's directory or name.
@@ -112,37 +112,38 @@ class EngineSettings:
         return asdict(self)
 
 
-def parse_arms(text: str) -> list[Arm]:
-    """Read a comma-separated list of arms.
+def parse_variants(text: str) -> list[Variant]:
+    """Read a comma-separated list of variants.
 
     Args:
-        text: For example ``ordinary,adadecode,single-exit:2``.
+        text: For example ``baseline,adadecode,single-exit:2``.
 
     Returns:
-        The arms, in that order.
+        The variants, in that order.
 
     Raises:
         AdaDecodeError: If one is unknown or named twice.
     """
-    arms: list[Arm] = []
+    variants: list[Variant] = []
     for name in filter(None, (part.strip() for part in text.split(","))):
         kind, _, value = name.partition(":")
-        if kind not in ARMS:
+        if kind not in VARIANTS:
             raise AdaDecodeError(
-                f"--arms: unknown arm {kind!r}. Choose among {', '.join(ARMS)}."
+                f"--variants: unknown variant {kind!r}. Choose among "
+                f"{', '.join(VARIANTS)}."
             )
         if not _value_fits(kind, value):
             wanted = _VALUES.get(kind)
-            takes = f"takes {wanted}, {ARMS[kind]}" if wanted else "takes no value"
-            raise AdaDecodeError(f"--arms: {name!r}: {kind} {takes}. Correct it.")
-        if name in (arm.name for arm in arms):
-            raise AdaDecodeError(f"--arms: {name!r} is named twice. Name it once.")
-        arms.append(Arm(name, kind, value))
-    if not arms:
+            takes = f"takes {wanted}, {VARIANTS[kind]}" if wanted else "takes no value"
+            raise AdaDecodeError(f"--variants: {name!r}: {kind} {takes}. Correct it.")
+        if name in (variant.name for variant in variants):
+            raise AdaDecodeError(f"--variants: {name!r} is named twice. Name it once.")
+        variants.append(Variant(name, kind, value))
+    if not variants:
         raise AdaDecodeError(
-            f"--arms: no arm is named. Choose among {', '.join(ARMS)}."
+            f"--variants: no variant is named. Choose among {', '.join(VARIANTS)}."
         )
-    return arms
+    return variants
 
 
 def _value_fits(kind: str, value: str) -> bool:
@@ -159,25 +160,27 @@ def _value_fits(kind: str, value: str) -> bool:
     return not value
 
 
-def obstacle(arm: Arm, settings: EngineSettings, batch_sizes: list[int]) -> str | None:
-    """Why an arm cannot run here, known before anything is started.
+def reason_to_skip(
+    variant: Variant, settings: EngineSettings, batch_sizes: list[int]
+) -> str | None:
+    """Why a variant cannot run here, known before anything is started.
 
     Args:
-        arm: The arm.
+        variant: The variant.
         settings: The comparison's settings.
         batch_sizes: Requests at a time that are asked for.
 
     Returns:
-        The end of a sentence that begins with the arm's name, or None.
+        The end of a sentence that begins with the variant's name, or None.
     """
-    if arm.kind == "draft-model":
+    if variant.kind == "draft-model":
         if settings.draft_model is None:
             return "needs a small model with the same vocabulary; give --draft-model"
         if not Path(settings.draft_model).is_dir():
             return f"found no directory {settings.draft_model}; correct --draft-model"
-    if arm.kind == "suffix" and find_spec("arctic_inference") is None:
+    if variant.kind == "suffix" and find_spec("arctic_inference") is None:
         return "needs the package arctic-inference; install it"
-    if arm.kind == "transformers-early-exit" and min(batch_sizes) > 1:
+    if variant.kind == "transformers-early-exit" and min(batch_sizes) > 1:
         return "can only generate for one request at a time; add --batch-sizes 1"
     return None
 
@@ -199,11 +202,11 @@ def with_identity_heads(settings: EngineSettings, directory: Path) -> EngineSett
     return replace(settings, identity_heads=str(directory))
 
 
-def llm_arguments(arm: Arm, settings: EngineSettings) -> dict[str, Any]:
-    """Arguments of ``vllm.LLM`` for an arm.
+def llm_arguments(variant: Variant, settings: EngineSettings) -> dict[str, Any]:
+    """Arguments of ``vllm.LLM`` for a variant.
 
     Args:
-        arm: An arm with ``uses_vllm``.
+        variant: A variant with ``uses_vllm``.
         settings: The comparison's settings.
 
     Returns:
@@ -220,38 +223,38 @@ def llm_arguments(arm: Arm, settings: EngineSettings) -> dict[str, Any]:
         # Only a run that asks for logprobs returns any: the check of ties does.
         "logprobs_mode": "raw_logits",
     }
-    if arm.predicts_early:
-        options.update(_adadecode(arm, settings))
-    elif arm.kind in _SPECULATIVE:
-        options["speculative_config"] = _speculation(arm, settings)
+    if variant.predicts_early:
+        options.update(_adadecode(variant, settings))
+    elif variant.kind in _SPECULATIVE:
+        options["speculative_config"] = _speculation(variant, settings)
     return {**options, **settings.arguments}
 
 
-def _adadecode(arm: Arm, settings: EngineSettings) -> dict[str, Any]:
+def _adadecode(variant: Variant, settings: EngineSettings) -> dict[str, Any]:
     from adadecode_vllm import engine_args
     from adadecode_vllm.heads import load_heads_config
 
-    if arm.kind == "paper":
+    if variant.kind == "paper":
         return engine_args(settings.heads, **_PAPER)
     options = dict(settings.adadecode)
     heads = settings.heads
-    if arm.kind == "single-exit":
+    if variant.kind == "single-exit":
         first = load_heads_config(heads).exit_layers[0]
-        options["exit_layers"] = [int(arm.value) if arm.value else first]
-    elif arm.kind == "submit-all":
-        options["exit_layers"] = [int(arm.value)]
-    elif arm.kind == "exits":
-        options["exit_layers"] = [int(layer) for layer in arm.value.split("+")]
-    elif arm.kind == "heads":
-        heads = arm.value
-    elif arm.kind == "draft-vocabulary":
-        options["draft_vocabulary_size"] = int(arm.value)
-    elif arm.kind == "no-guess":
+        options["exit_layers"] = [int(variant.value) if variant.value else first]
+    elif variant.kind == "submit-all":
+        options["exit_layers"] = [int(variant.value)]
+    elif variant.kind == "exits":
+        options["exit_layers"] = [int(layer) for layer in variant.value.split("+")]
+    elif variant.kind == "heads":
+        heads = variant.value
+    elif variant.kind == "draft-vocabulary":
+        options["draft_vocabulary_size"] = int(variant.value)
+    elif variant.kind == "no-guess":
         options["last_guess"] = False
-    elif arm.kind in ("ngram-tail", "ngram-first"):
-        options["ngram"] = arm.kind.removeprefix("ngram-")
-    elif arm.kind == "t-identity":
-        assert settings.identity_heads is not None, "made before the arms start"
+    elif variant.kind in ("ngram-tail", "ngram-first"):
+        options["ngram"] = variant.kind.removeprefix("ngram-")
+    elif variant.kind == "t-identity":
+        assert settings.identity_heads is not None, "made before the variants start"
         heads = settings.identity_heads
         # Untrained heads have neither a ranking of tokens nor a calibration.
         options.pop("draft_vocabulary_size", None)
@@ -259,23 +262,23 @@ def _adadecode(arm: Arm, settings: EngineSettings) -> dict[str, Any]:
     options["max_early_predictions"] = settings.max_early_predictions
     if settings.threshold is not None:
         options["threshold"] = settings.threshold
-    if arm.kind in ("threshold-1", "submit-all"):
-        options["threshold"] = 1.0 if arm.kind == "threshold-1" else 0.0
+    if variant.kind in ("threshold-1", "submit-all"):
+        options["threshold"] = 1.0 if variant.kind == "threshold-1" else 0.0
         options |= {"policy": "threshold", "ngram": "off"}
     return engine_args(heads, **options)
 
 
-def _speculation(arm: Arm, settings: EngineSettings) -> dict[str, Any]:
+def _speculation(variant: Variant, settings: EngineSettings) -> dict[str, Any]:
     tokens = settings.max_early_predictions
-    if arm.kind == "ngram":
+    if variant.kind == "ngram":
         return {
             "method": "ngram",
             "num_speculative_tokens": tokens,
             "prompt_lookup_max": 4,
             "prompt_lookup_min": 2,
         }
-    if arm.kind == "suffix":
-        # Without answers of earlier requests: turn after turn asks for the same texts.
+    if variant.kind == "suffix":
+        # Without answers of earlier requests: every repeat asks for the same texts.
         return {
             "method": "suffix",
             "num_speculative_tokens": tokens,
