@@ -145,7 +145,8 @@ class VariantProcess:
 
         Yields:
             Of each step ``tokens``, the new ones, and ``rejected``, early predictions
-            that were not accepted, both as [token id, layer count of the exit or None];
+            that were not accepted, both as [token id, layer count of the exit, -1 for
+            n-gram lookup, or None];
             ``seconds`` since the text was asked for.
 
         Raises:

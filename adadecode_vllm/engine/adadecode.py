@@ -300,20 +300,15 @@ class AdaDecode:
         self.settings.configure(options)
         self._drafter.policy = self.settings.policy
 
-    def early_predictions(self) -> dict[str, list[tuple[int, int]]]:
-        """Early predictions that wait for their verification.
+    def drafts(self) -> dict[str, list[tuple[int, int]]]:
+        """Drafts that wait for their verification.
 
         Returns:
-            By request, in order, the token and the index of its exit.
+            By request, in order, the token and the index of its exit; -1 for n-gram
+            lookup.
         """
         return {
-            request_id: [
-                (token, exit_index)
-                for token, exit_index in zip(
-                    drafts.token_ids, drafts.exits.tolist(), strict=True
-                )
-                if exit_index >= 0
-            ]
+            request_id: list(zip(drafts.token_ids, drafts.exits.tolist(), strict=True))
             for request_id, drafts in self._drafts.items()
         }
 

@@ -124,13 +124,15 @@ class AdaDecodeWorker:
         """What the next step verifies; reached through ``LLM.collective_rpc``.
 
         Returns:
-            By the engine's request id, in order, each early prediction's token and the
-            layer count of its exit.
+            By the engine's request id, in order, each draft's token and the layer
+            count of its exit; -1 for n-gram lookup.
         """
         layers = self._adadecode.stats.exit_layers
         return {
-            request_id: [(token, layers[index]) for token, index in drafts]
-            for request_id, drafts in self._adadecode.early_predictions().items()
+            request_id: [
+                (token, layers[index] if index >= 0 else -1) for token, index in drafts
+            ]
+            for request_id, drafts in self._adadecode.drafts().items()
         }
 
     def adadecode_profile(self) -> bool:

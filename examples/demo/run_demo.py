@@ -41,8 +41,10 @@ from benchmarks.variants import EngineSettings, Variant  # noqa: E402
 from benchmarks.workloads import load_workload  # noqa: E402
 
 VARIANTS = {"baseline": "vLLM", "adadecode": "vLLM with AdaDecode"}
-COLOURS = ("green", "cyan", "magenta", "yellow", "blue")
+COLOURS = ("green", "cyan", "magenta", "blue")
 """Of the exits, the first one first."""
+LOOKUP = -1
+"""Stands for the layer where a draft came from n-gram lookup."""
 MODELS = ("auto", "small", "smollm2")
 
 
@@ -51,8 +53,9 @@ class Demo:
     """A model with heads, and what it is asked.
 
     Attributes:
-        directory: Holds ``model`` and ``heads``.
-        threshold: Of the gate.
+        directory: Holds ``model`` and the heads.
+        heads: Name of the heads' directory in it.
+        threshold: Of the gate; None where costs decide.
         max_early_predictions: The cap.
         options: More of AdaDecode's.
         max_model_len: Most tokens of a prompt and its answer.
@@ -60,7 +63,8 @@ class Demo:
     """
 
     directory: Path
-    threshold: float
+    heads: str
+    threshold: float | None
     max_early_predictions: int
     options: Mapping[str, Any]
     max_model_len: int
@@ -86,6 +90,7 @@ class Demo:
 DEMOS = {
     "small": Demo(
         EXAMPLES / "demo",
+        heads="heads",
         threshold=0.75,
         max_early_predictions=5,
         options={},
@@ -94,9 +99,10 @@ DEMOS = {
     ),
     "smollm2": Demo(
         EXAMPLES / "smollm2",
-        threshold=0.5,
-        max_early_predictions=3,
-        options={"exit_layers": [2], "gate": "acceptance"},
+        heads="memory-heads",
+        threshold=None,
+        max_early_predictions=5,
+        options={"exit_layers": [0]},
         max_model_len=1024,
         count=3,
     ),
@@ -125,7 +131,7 @@ def main(
     workloads = demo.prompts(prompts or demo.count)
     settings = EngineSettings(
         model=str(demo.directory / "model"),
-        heads=str(demo.directory / "heads"),
+        heads=str(demo.directory / demo.heads),
         dtype="float32",
         threshold=demo.threshold if threshold is None else threshold,
         max_early_predictions=max_early_predictions or demo.max_early_predictions,
@@ -200,9 +206,9 @@ def _show_one(
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(demo.directory / "model")
-    heads = load_heads_config(demo.directory / "heads")
+    heads = load_heads_config(demo.directory / demo.heads)
     layers = demo.options.get("exit_layers", heads.exit_layers)
-    colours = dict(zip(layers, cycle(COLOURS), strict=False))
+    colours = {LOOKUP: "yellow", **dict(zip(layers, cycle(COLOURS), strict=False))}
     shown = tokenizer.decode(prompt, skip_special_tokens=True).strip()
     console.print(Panel(Text(shown), title="Prompt"))
     answers = {
@@ -210,7 +216,8 @@ def _show_one(
     }
 
     legend = [Text("predicted early after layer", "dim")]
-    legend += [Text(str(layer), colour) for layer, colour in colours.items()]
+    legend += [Text(str(layer), colours[layer]) for layer in layers]
+    legend.append(Text("by n-gram lookup", colours[LOOKUP]))
     legend.append(Text("not confirmed", "red strike"))
 
     def both() -> RenderableType:

@@ -117,12 +117,12 @@ def test_heads_survive_sleep_and_gates_follow_the_lm_head(level: int) -> None:
     assert worker.woken == [["kv_cache"], ["weights"], None]
 
 
-def test_early_predictions_are_told_with_their_exits() -> None:
+def test_drafts_are_told_with_their_exits() -> None:
     worker = Worker()
     worker.adadecode.stats = Stats((2, 5), num_layers=8)
     looked_up = Drafts([11, 12, 13], np.array([1, 0, -1], np.int8))
     worker.adadecode._drafts = {"a": looked_up, "b": Drafts([], np.empty(0, np.int8))}
-    assert worker.adadecode_drafts() == {"a": [(11, 5), (12, 2)], "b": []}
+    assert worker.adadecode_drafts() == {"a": [(11, 5), (12, 2), (13, -1)], "b": []}
 
 
 @pytest.mark.parametrize("v2", [False, True])
