@@ -216,19 +216,41 @@ def _cycle_time(
 
 def _variants(cases: Sequence[PlotCase]) -> Figure | None:
     """Ratio of every variant at every batch size, as bars."""
-    import matplotlib
-
     if not cases:
         return None
     sizes = sorted({case.batch_size for case in cases})
-    labels = list(dict.fromkeys(case.label for case in cases))
-    figure, (axes,) = new_figure(height=1.1 + len(labels) * (0.12 + 0.2 * len(sizes)))
+    return bars(
+        {
+            f"batch {size}": [case for case in cases if case.batch_size == size]
+            for size in sizes
+        },
+        list(dict.fromkeys(case.label for case in cases)),
+    )
+
+
+def bars(
+    groups: Mapping[str, Sequence[PlotCase]], labels: Sequence[str] | None = None
+) -> Figure:
+    """Ratios as bars, those of one label beside each other.
+
+    Args:
+        groups: Cases, one of a label each, by what the legend calls them.
+        labels: The labels from top to bottom; None for the order of the cases.
+
+    Returns:
+        The figure.
+    """
+    import matplotlib
+
+    every = [case for group in groups.values() for case in group]
+    if labels is None:
+        labels = list(dict.fromkeys(case.label for case in every))
+    figure, (axes,) = new_figure(height=1.1 + len(labels) * (0.12 + 0.2 * len(groups)))
     viridis = matplotlib.colormaps["viridis"]
-    thickness = 0.84 / len(sizes)
-    for rank, size in enumerate(sizes):
-        row = [case for case in cases if case.batch_size == size]
+    thickness = 0.84 / len(groups)
+    for rank, (name, row) in enumerate(groups.items()):
         places = [
-            labels.index(case.label) + thickness * (rank - (len(sizes) - 1) / 2)
+            labels.index(case.label) + thickness * (rank - (len(groups) - 1) / 2)
             for case in row
         ]
         axes.barh(
@@ -237,8 +259,8 @@ def _variants(cases: Sequence[PlotCase]) -> Figure | None:
             0.9 * thickness,
             xerr=_errors(row),
             error_kw={"elinewidth": 1, "capsize": 2, "ecolor": "black"},
-            color=viridis(0.4 + 0.5 * rank / max(1, len(sizes) - 1)),
-            label=f"batch {size}",
+            color=viridis(0.4 + 0.5 * rank / max(1, len(groups) - 1)),
+            label=name,
         )
         for place, case in zip(places, row, strict=True):
             axes.annotate(
@@ -254,7 +276,7 @@ def _variants(cases: Sequence[PlotCase]) -> Figure | None:
     axes.axvline(1, color="black", linewidth=1, linestyle="--")
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.45, -0.55)  # the first variant on top
-    axes.set_xlim(0, 1.1 * max(1.0, *(case.ratio["max"] for case in cases)))
+    axes.set_xlim(0, 1.1 * max(1.0, *(case.ratio["max"] for case in every)))
     axes.grid(visible=False, axis="y")
     axes.set_xlabel(_RATIO)
     add_legend(figure, legend_entries([axes]))

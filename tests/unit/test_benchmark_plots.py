@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import struct
 import sys
@@ -14,8 +15,13 @@ import pytest
 
 from adadecode_vllm.errors import AdaDecodeError
 from benchmarks.plots import comparison_figures, draw_comparison
+from benchmarks.result_files import read_results
+from benchmarks.task_plots import agreement_by_tokens, speedup_by_task
+from tests.harness import ROOT
 
 pytest.importorskip("matplotlib")
+
+RESULTS = ROOT / "benchmarks" / "results"
 
 SPEEDS = {
     "baseline": 1.0,
@@ -262,3 +268,36 @@ def test_without_matplotlib_a_sentence_says_what_to_install(
     with pytest.raises(AdaDecodeError, match=r"^--plots: .* `bench` extra, or leave"):
         draw_comparison([all_variants(1)], tmp_path / "plots")
     assert not (tmp_path / "plots").exists()
+
+
+def test_the_plots_of_the_real_model() -> None:
+    results = {
+        task: read_results([RESULTS / f"smollm2_memory_{task}_float32.json"])[0]
+        for task in ("gsm8k", "xsum")
+    }
+    (axes,) = speedup_by_task(results).axes
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    for group, result in zip(axes.containers[1::2], results.values(), strict=True):
+        ratios = {
+            case["label"]: case["figures"]["ratio"]["median"]
+            for case in result["cases"]
+            if case["variant"] != "baseline"
+        }
+        drawn = {
+            labels[round(bar.get_y() + bar.get_height() / 2)]: bar.get_width()
+            for bar in group
+        }
+        assert drawn == pytest.approx(ratios)
+
+
+def test_agreement_by_training_tokens() -> None:
+    rows = json.loads((RESULTS / "smollm2_growth.json").read_text())["rows"]
+    panels = agreement_by_tokens(rows).axes
+    assert [axes.get_title() for axes in panels] == ["GSM8K", "HumanEval"]
+    lines = panels[0].get_lines()
+    assert [line.get_label() for line in lines] == [
+        f"after {layer} layers" for layer in (2, 4, 8, 15)
+    ]
+    # docs/results.md, the first row and the last one of the mixture
+    assert list(lines[0].get_xdata()) == pytest.approx([44.451, 91.4, 192.184])
+    assert list(lines[0].get_ydata()) == pytest.approx([40.3, 42.1, 43.8], abs=0.05)
