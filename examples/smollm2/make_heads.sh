@@ -29,7 +29,7 @@ heads=${5:+$(realpath -m "$5")}
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 model=examples/smollm2/model
 adadecode=(scripts/run.sh .venv/bin/adadecode)
-engine='{"max_model_len": 2048, "max_num_seqs": 64, "kv_cache_memory_bytes": 2147483648}'
+engine='{"max_model_len": 2048, "max_num_seqs": 128, "kv_cache_memory_bytes": 4294967296}'
 
 answer() { # the model's own answers, greedily: TASK FILE ROWS
     "${adadecode[@]}" data "$work/data/$1" --model "$model" --task "$1" --input "$2" \

@@ -20,7 +20,7 @@ from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.toolkit.data import generate as generate_module
 from adadecode_vllm.toolkit.data import load_dataset_info, read_rows
 from adadecode_vllm.toolkit.data.command import data_command
-from adadecode_vllm.toolkit.data.generate import EngineSpec, Shards
+from adadecode_vllm.toolkit.data.generate import EngineSpec, Shards, dtype_here
 from adadecode_vllm.toolkit.data.make import make_data
 from adadecode_vllm.toolkit.data.options import DataOptions
 from adadecode_vllm.toolkit.data.shards import rows_fingerprint
@@ -439,3 +439,27 @@ def test_bad_flags(options: DataOptions, flags: list[object], message: str) -> N
     _, error = run(*argv)
     assert message in str(error)
     assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "is_cpu", "capability", "expected"),
+    [
+        ("auto", True, "AVX2", "float32"),
+        ("auto", True, "AVX512", "auto"),
+        ("auto", False, "AVX2", "auto"),
+        ("bfloat16", True, "AVX2", "bfloat16"),
+    ],
+)
+def test_bfloat16_is_not_taken_where_it_is_slow(
+    dtype: str,
+    is_cpu: bool,
+    capability: str,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import torch
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: is_cpu)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert dtype_here(dtype) == expected

@@ -80,7 +80,9 @@ def data_command(
     rows_per_shard: Annotated[
         int, typer.Option(min=1, help="Rows of a file, answered as one batch.")
     ] = 512,
-    dtype: Annotated[str, typer.Option(help="vLLM's dtype.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="vLLM's; auto is float32 on CPUs without AVX-512.")
+    ] = "auto",
     engine: Annotated[
         str | None,
         typer.Option(

@@ -119,6 +119,30 @@ def model_length(spec: EngineSpec) -> int:
         raise _refused(spec, error) from error
 
 
+def dtype_here(dtype: str) -> str:
+    """Decide what vLLM's dtype `auto` is on this machine.
+
+    vLLM takes bfloat16, which CPUs without AVX-512 compute several times as slowly as
+    float32.
+
+    Args:
+        dtype: vLLM's `dtype`.
+
+    Returns:
+        The same, or `float32` in place of `auto` on such a CPU.
+    """
+    import torch
+    from vllm.platforms import current_platform
+
+    slow = (
+        current_platform.is_cpu() and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    )
+    if dtype != "auto" or not slow:
+        return dtype
+    logger.warning("Answering in float32: this CPU has no AVX-512 for bfloat16")
+    return "float32"
+
+
 @contextmanager
 def _in_this_process() -> Iterator[None]:
     """Let vLLM run an engine that starts here in this process; see the docstring above.
@@ -152,7 +176,7 @@ class Generator:
         options = {
             "enable_prefix_caching": False,
             **spec.options,
-            "dtype": spec.dtype,
+            "dtype": dtype_here(spec.dtype),
             "trust_remote_code": spec.trust_remote_code,
         }
         try:
