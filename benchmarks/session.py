@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any
 
+from adadecode_vllm.config import AdaDecodeConfig
 from adadecode_vllm.errors import AdaDecodeError
 from benchmarks.analysis import summarize
 from benchmarks.parity import judge
@@ -31,6 +32,7 @@ from benchmarks.variants import (
 from benchmarks.workloads import Workload
 
 WARM_UP_TOKENS = 16
+_THRESHOLD: float = AdaDecodeConfig.model_fields["threshold"].default
 _WORDS = {
     "threshold": "threshold",
     "max_early_predictions": "cap",
@@ -292,7 +294,7 @@ class Session:
         process = self._processes[case.variant]
         own = self.settings.threshold
         policy = {
-            **({} if own is None else {"threshold": own}),
+            "threshold": _THRESHOLD if own is None else own,
             "max_early_predictions": self.settings.max_early_predictions,
             "synthetic_acceptance_rate": None,
             **case.policy,

@@ -25,7 +25,7 @@ from benchmarks.workloads import Workload
 from tests.harness import HEADS, MODEL
 from tests.unit.test_benchmark_figures import stats
 
-SETTINGS = EngineSettings(MODEL, HEADS, dtype="float32", threshold=0.75)
+SETTINGS = EngineSettings(MODEL, HEADS, dtype="float32")
 WORKLOAD = Workload("text", [[1, 2], [3]], ["a", "b"], False, 4, "two prompts", "ab")
 
 
