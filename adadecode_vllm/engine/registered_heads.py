@@ -43,8 +43,8 @@ def find_heads_of_model(args: EngineArgs) -> Heads | None:
     found = find_registered_heads(args.model)
     if found is None:
         raise AdaDecodeError(
-            f"--adadecode-heads: no exit heads given, and none are registered for "
-            f"{args.model}. Name its heads, or make some with `adadecode data` and "
+            "--adadecode-heads: no exit heads given. None are registered for "
+            f"{args.model}: name its heads, or make some with `adadecode data` and "
             "`adadecode train`."
         )
     if found.directory is None:

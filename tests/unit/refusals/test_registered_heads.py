@@ -88,7 +88,7 @@ def test_another_model_does_not(
     values = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(values | {"num_hidden_layers": 3}))
     register({"models": ["someone/the-model"], "directory": str(heads)})
-    with pytest.raises(AdaDecodeError, match="none are registered for"):
+    with pytest.raises(AdaDecodeError, match="None are registered for"):
         arguments(copy).create_engine_config()
 
 
@@ -122,8 +122,8 @@ def test_no_heads_at_all(model: Path) -> None:
     with pytest.raises(AdaDecodeError) as caught:
         arguments(model).create_engine_config()
     assert str(caught.value) == (
-        f"--adadecode-heads: no exit heads given, and none are registered for {model}. "
-        "Name its heads, or make some with `adadecode data` and `adadecode train`."
+        f"--adadecode-heads: no exit heads given. None are registered for {model}: "
+        "name its heads, or make some with `adadecode data` and `adadecode train`."
     )
 
 
