@@ -32,14 +32,12 @@ from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.files import atomic_write
 from adadecode_vllm.heads import (
     ExitHeadsConfig,
-    load_draft_token_ids,
-    load_exit_memory,
-    load_exit_weights,
     load_heads_config,
     read_lm_head,
     same_lm_head,
     save_heads,
 )
+from adadecode_vllm.heads.io import load_tensors
 from adadecode_vllm.toolkit.provenance import git_commit, package_versions
 from adadecode_vllm.toolkit.training.draft_vocabulary import MAX_TOKENS
 from benchmarks.widening import (
@@ -256,8 +254,8 @@ def _write_heads(
     lm_head = read_lm_head(directory / "model")
     if lm_head is None:
         raise OSError(f"the LM head in {directory / 'model'} cannot be read")
-    weights = load_exit_weights(heads, config)
-    memory = load_exit_memory(heads, config)
+    tensors = load_tensors(heads, config)
+    weights, memory = tensors.weights, tensors.memory
     new_layer = dict(zip(weights, map_layers(weights, source, target), strict=True))
     calibration = config.calibration and {
         str(new_layer[int(layer)]): value for layer, value in config.calibration.items()
@@ -276,7 +274,7 @@ def _write_heads(
         directory / "heads",
         {new_layer[layer]: widener.transform(w) for layer, w in weights.items()},
         wide,
-        _ranking(load_draft_token_ids(heads, config), target.vocab_size),
+        _ranking(tensors.draft_token_ids, target.vocab_size),
         memory and {new_layer[k]: widener.memory(u) for k, u in memory.items()},
     )
 

@@ -22,12 +22,7 @@ from typing import Any
 import yaml
 
 from adadecode_vllm.files import atomic_write
-from adadecode_vllm.heads import (
-    load_draft_token_ids,
-    load_exit_memory,
-    load_exit_weights,
-    load_heads_config,
-)
+from adadecode_vllm.heads import Heads
 from adadecode_vllm.heads.files import CARD_FILE
 from adadecode_vllm.heads.registry import SHIPPED
 from adadecode_vllm.toolkit.publishing.save import save_pretrained
@@ -54,14 +49,13 @@ def ship(source: Path, model: str, registry: Path, name: str) -> None:
         registry: The registry's file; created if it is missing.
         name: Of the directory beside it.
     """
-    config = load_heads_config(source)
+    heads = Heads.find(source)
+    config, tensors = heads.config, heads.tensors
     recommended = dict(config.recommended or {})
     layers = list(recommended.pop("exit_layers", config.exit_layers))
     calibration = config.calibration and {
         str(layer): config.calibration[str(layer)] for layer in layers
     }
-    weights = load_exit_weights(source, config)
-    memory = load_exit_memory(source, config)
     kept = config.model_copy(
         update={
             "exit_layers": layers,
@@ -77,10 +71,11 @@ def ship(source: Path, model: str, registry: Path, name: str) -> None:
         new = Path(work) / name
         save_pretrained(
             new,
-            {layer: weights[layer] for layer in layers},
+            {layer: tensors.weights[layer] for layer in layers},
             kept,
-            draft_token_ids=load_draft_token_ids(source, config),
-            memory=memory and {layer: memory[layer] for layer in layers},
+            draft_token_ids=tensors.draft_token_ids,
+            memory=tensors.memory
+            and {layer: tensors.memory[layer] for layer in layers},
             architectures=block.get("verifier", {}).get("architectures", ()),
             training=training_record(source, layers),
         )

@@ -17,6 +17,7 @@ from adadecode_vllm.toolkit.evaluation.measure import read_exit
 from adadecode_vllm.toolkit.evaluation.simulate import Counters
 from adadecode_vllm.toolkit.evaluation.unrolled import stretches
 from adadecode_vllm.toolkit.states.cache import StateSource
+from adadecode_vllm.toolkit.states.teacher import Teacher
 
 PROBE_TOKENS = 8192
 """Tokens that sets are compared on."""
@@ -45,7 +46,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Probe:
+class _Probe:
     """One exit on n tokens, by draft of a cycle.
 
     With memory, all drafts before in the cycle are those of the same exit.
@@ -59,25 +60,87 @@ class Probe:
     agreed: np.ndarray
 
 
+class ExitSets:
+    """Sets of exits, compared on what every exit says of some texts."""
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        source: StateSource,
+        indices: Sequence[int],
+        heads: Heads,
+        *,
+        drafts: int,
+        draft_token_ids: torch.Tensor | None,
+        max_early_predictions: int,
+    ) -> None:
+        """Read the exits.
+
+        Args:
+            teacher: The model.
+            source: States of the texts, at least those of the exits.
+            indices: The texts.
+            heads: The exits' heads.
+            drafts: Drafts of a cycle that heads with memory are asked for.
+            draft_token_ids: (m,) int64, the tokens that gates will look at; None for
+                all.
+            max_early_predictions: The cap.
+        """
+        self._probes = _read_probes(
+            source,
+            indices,
+            heads,
+            teacher.lm_head,
+            drafts=drafts,
+            draft_token_ids=draft_token_ids,
+        )
+        self._lengths = source.lengths(indices)
+        self._cost = CostModel.of_model(
+            teacher.model,
+            identity=False,
+            memory=any(memory is not None for _, memory in heads.values()),
+            draft_vocabulary=None if draft_token_ids is None else len(draft_token_ids),
+        )
+        self._num_layers = teacher.num_layers
+        self._max_early_predictions = max_early_predictions
+
+    def rate(self, exits: Sequence[int], least: Mapping[int, float]) -> Choice:
+        """Predict what a set of exits brings.
+
+        Args:
+            exits: Layer counts, increasing.
+            least: By exit, the log-odds that its gate asks for.
+
+        Returns:
+            The set and its figures.
+        """
+        counters = _walk(
+            [self._probes[layer].log_odds > least[layer] for layer in exits],
+            [self._probes[layer].agreed for layer in exits],
+            self._lengths,
+            Counters(tuple(exits), self._num_layers),
+            self._max_early_predictions,
+        )
+        return Choice(
+            tuple(exits),
+            self._cost.speedup(counters),
+            counters.tokens_per_forward,
+            counters.acceptance,
+            counters.coverage,
+        )
+
+
 @torch.inference_mode()
-def read_probes(
+def _read_probes(
     source: StateSource,
     indices: Sequence[int],
     heads: Heads,
     lm_head: torch.Tensor,
     *,
-    drafts: int = 1,
-    draft_token_ids: torch.Tensor | None = None,
-) -> dict[int, Probe]:
-    """Read exits on the texts of a source.
-
-    Args:
-        source: States of the texts, at least those of the exits.
-        indices: The texts.
-        heads: The exits' heads.
-        lm_head: (V, d).
-        drafts: Drafts of a cycle that heads with memory are asked for.
-        draft_token_ids: (m,) int64, the tokens that gates will look at; None for all.
+    drafts: int,
+    draft_token_ids: torch.Tensor | None,
+) -> dict[int, _Probe]:
+    """Read exits on the texts of a source; see :class:`ExitSets`.
 
     Returns:
         By exit, what it says.
@@ -110,50 +173,11 @@ def read_probes(
                 right.append(token == top)
             found[layer].append((torch.stack(odds), torch.stack(right)))
     return {
-        layer: Probe(
+        layer: _Probe(
             *(torch.cat(part, dim=1).cpu().numpy() for part in zip(*rows, strict=True))
         )
         for layer, rows in found.items()
     }
-
-
-def rate(
-    exits: Sequence[int],
-    probes: Mapping[int, Probe],
-    lengths: Sequence[int],
-    least: Mapping[int, float],
-    cost: CostModel,
-    num_layers: int,
-    max_early_predictions: int,
-) -> Choice:
-    """Predict what a set of exits brings.
-
-    Args:
-        exits: Layer counts, increasing.
-        probes: By exit, what it says of the tokens.
-        lengths: Of the texts that the tokens are of.
-        least: By exit, the log-odds that its gate asks for.
-        cost: What steps cost.
-        num_layers: L.
-        max_early_predictions: The cap.
-
-    Returns:
-        The set and its figures.
-    """
-    counters = _walk(
-        [probes[layer].log_odds > least[layer] for layer in exits],
-        [probes[layer].agreed for layer in exits],
-        lengths,
-        Counters(tuple(exits), num_layers),
-        max_early_predictions,
-    )
-    return Choice(
-        tuple(exits),
-        cost.speedup(counters),
-        counters.tokens_per_forward,
-        counters.acceptance,
-        counters.coverage,
-    )
 
 
 def _walk(

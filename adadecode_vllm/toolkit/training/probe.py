@@ -15,15 +15,13 @@ from itertools import combinations
 import torch
 
 from adadecode_vllm.errors import AdaDecodeError
-from adadecode_vllm.toolkit.evaluation.cost import CostModel
 from adadecode_vllm.toolkit.states.cache import LiveStates
 from adadecode_vllm.toolkit.states.teacher import Teacher
 from adadecode_vllm.toolkit.states.texts import Text
 from adadecode_vllm.toolkit.training.exit_sets import (
     PROBE_TOKENS,
     Choice,
-    rate,
-    read_probes,
+    ExitSets,
 )
 from adadecode_vllm.toolkit.training.ridge import ridge_heads
 
@@ -87,35 +85,21 @@ def choose_exits(
         LiveStates(teacher, fit_on, read, pass_tokens), layers, memory=drafts > 0
     )
     source = LiveStates(teacher, compare_on, read, pass_tokens)
-    probes = read_probes(
+    sets = ExitSets(
+        teacher,
         source,
         range(len(source)),
         heads,
-        teacher.lm_head,
         drafts=max(1, drafts),
         draft_token_ids=draft_token_ids,
+        max_early_predictions=max_early_predictions,
     )
-    cost = CostModel.of_model(
-        teacher.model,
-        identity=False,
-        memory=drafts > 0,
-        draft_vocabulary=None if draft_token_ids is None else len(draft_token_ids),
-    )
-    lengths = source.lengths(range(len(source)))
     log_odds = math.log(threshold / (1 - threshold)) if 0 < threshold < 1 else -math.inf
     least = dict.fromkeys(layers, log_odds)
 
     def rated_set(exits: tuple[int, ...]) -> Choice:
         advance(1)
-        return rate(
-            exits,
-            probes,
-            lengths,
-            least,
-            cost,
-            teacher.num_layers,
-            max_early_predictions,
-        )
+        return sets.rate(exits, least)
 
     if not grown_only:
         rated = [

@@ -10,14 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from adadecode_vllm.toolkit.evaluation.cost import CostModel
 from adadecode_vllm.toolkit.states.cache import StateSource
 from adadecode_vllm.toolkit.states.teacher import Teacher
 from adadecode_vllm.toolkit.training.exit_sets import (
     PROBE_TOKENS,
     Choice,
-    rate,
-    read_probes,
+    ExitSets,
 )
 
 ACCEPTANCES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -82,38 +80,19 @@ def recommend(
         layer: (weight, None if memory is None else memory[layer])
         for layer, weight in weights.items()
     }
-    indices = _first_texts(source)
-    probes = read_probes(
+    sets = ExitSets(
+        teacher,
         source,
-        indices,
+        _first_texts(source),
         heads,
-        teacher.lm_head,
         drafts=drafts,
         draft_token_ids=draft_token_ids,
-    )
-    lengths = source.lengths(indices)
-    cost = CostModel.of_model(
-        teacher.model,
-        identity=False,
-        memory=memory is not None,
-        draft_vocabulary=None if draft_token_ids is None else len(draft_token_ids),
+        max_early_predictions=max_early_predictions,
     )
     gates = [_least(acceptance, calibration) for acceptance in ACCEPTANCES]
 
-    def best(sets: Iterable[tuple[int, ...]]) -> Choice:
-        rated = (
-            rate(
-                exits,
-                probes,
-                lengths,
-                least,
-                cost,
-                teacher.num_layers,
-                max_early_predictions,
-            )
-            for exits in sets
-            for least in gates
-        )
+    def best(candidates: Iterable[tuple[int, ...]]) -> Choice:
+        rated = (sets.rate(exits, least) for exits in candidates for least in gates)
         return max(rated, key=lambda choice: choice.speedup)
 
     choice = best((layer,) for layer in weights)
