@@ -49,6 +49,7 @@ class TransformersBackend:
         batch_size: int,
         output_tokens: int,
         ignore_eos: bool,
+        oscillate_to: int | None = None,
         top_logits: bool = False,
     ) -> dict[str, Any]:
         """Generate greedily, batch after batch.
@@ -59,11 +60,13 @@ class TransformersBackend:
                 here, so a batch takes as long as its longest answer.
             output_tokens: Most tokens to generate for a prompt.
             ignore_eos: Generate all of them.
+            oscillate_to: Not supported.
             top_logits: Not supported.
 
         Returns:
             See :meth:`benchmarks.process.VariantProcess.generate`.
         """
+        assert oscillate_to is None, "refused by the benchmark"
         assert not top_logits, "asked of the baseline only, which is a vLLM engine"
         if self._early_exit is not None and batch_size > 1:
             raise RuntimeError("assistant_early_exit generates for one request only")

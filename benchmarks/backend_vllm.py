@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import count
 from typing import Any
 
+from benchmarks.closed_loop import Concurrency
 from benchmarks.variants import EngineSettings, Variant, llm_arguments
 
 _DRAFTS = "vllm:spec_decode_num_drafts"
@@ -45,6 +46,7 @@ class VllmBackend:
         batch_size: int,
         output_tokens: int,
         ignore_eos: bool,
+        oscillate_to: int | None = None,
         top_logits: bool = False,
     ) -> dict[str, Any]:
         """Generate greedily with a fixed number of requests at a time.
@@ -54,6 +56,7 @@ class VllmBackend:
             batch_size: A request that ends makes room for the next one.
             output_tokens: Most tokens to generate for a prompt.
             ignore_eos: Generate all of them.
+            oscillate_to: Requests at a time in every other phase of the run.
             top_logits: Also return the two best logits at every token.
 
         Returns:
@@ -74,7 +77,7 @@ class VllmBackend:
             self._llm.collective_rpc("adadecode_stats", kwargs={"reset": True})
         before = self._speculation()
         started = time.perf_counter()
-        outputs = self._run(prompts, params, batch_size)
+        outputs = self._run(prompts, params, Concurrency(batch_size, oscillate_to))
         seconds = time.perf_counter() - started
         after = self._speculation()
         answer: dict[str, Any] = {
@@ -104,7 +107,7 @@ class VllmBackend:
         self._llm.llm_engine.engine_core.shutdown()
 
     def _run(
-        self, prompts: Sequence[Sequence[int]], params: Any, batch_size: int
+        self, prompts: Sequence[Sequence[int]], params: Any, concurrency: Concurrency
     ) -> list[Any]:
         """A closed loop: `LLM.generate` would start all requests at once."""
         engine = self._llm.llm_engine
@@ -112,17 +115,18 @@ class VllmBackend:
         numbers: dict[str, int] = {}
         outputs: list[Any] = [None] * len(prompts)
 
-        def start() -> None:
-            number, prompt = waiting.pop()
-            request_id = str(next(self._ids))
-            engine.add_request(
-                request_id, {"prompt_token_ids": list(prompt)}, params.clone()
-            )
-            numbers[request_id] = number
-
-        while waiting and len(numbers) < batch_size:
-            start()
-        _drive(engine, outputs, numbers, lambda: start() if waiting else None)
+        while waiting or numbers:
+            while waiting and len(numbers) < concurrency.limit:
+                number, prompt = waiting.pop()
+                request_id = str(next(self._ids))
+                engine.add_request(
+                    request_id, {"prompt_token_ids": list(prompt)}, params.clone()
+                )
+                numbers[request_id] = number
+            for output in engine.step():
+                if output.finished:
+                    outputs[numbers.pop(output.request_id)] = output
+                    concurrency.finished()
         return outputs
 
     def _speculation(self) -> dict[str, float]:
@@ -192,22 +196,6 @@ def stream(
         if predicts_early:
             (found,) = llm.collective_rpc("adadecode_drafts")
             drafts = next(iter(found.values()), [])
-
-
-def _drive(
-    engine: Any,
-    outputs: list[Any],
-    numbers: dict[str, int],
-    next_request: Callable[[], None],
-) -> None:
-    finished = 0
-    while finished < len(outputs):
-        for output in engine.step():
-            if output.finished:
-                number = numbers[output.request_id]
-                outputs[number] = output
-                finished += 1
-                next_request()
 
 
 def _tpot(output: Any) -> float | None:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+from adadecode_vllm.errors import AdaDecodeError
 from benchmarks.options import (
     add_variants_option,
     batch_sizes_from,
@@ -31,7 +32,7 @@ from benchmarks.options import (
 from benchmarks.quality import make_grade
 from benchmarks.session import Case, Session
 from benchmarks.tables import results_table
-from benchmarks.variants import parse_variants
+from benchmarks.variants import Variant, parse_variants
 
 DEFAULT_VARIANTS = "baseline,adadecode,single-exit,t-identity,ngram"
 
@@ -50,8 +51,15 @@ def main(arguments: Sequence[str] | None) -> None:
         help="Judge the answers of every variant: GSM8K's exact match, HumanEval's "
         "pass@1",
     )
+    parser.add_argument(
+        "--oscillate-to",
+        type=int,
+        help="Let the load swing between the batch size and this many requests at a "
+        "time, two rounds of requests each",
+    )
     args = parser.parse_args(arguments)
     variants = parse_variants(args.variants)
+    check_oscillation(args.oscillate_to, variants)
     settings = settings_from(args)
     batch_sizes = batch_sizes_from(args)
     workload = workload_from(args, settings, max(batch_sizes))
@@ -67,6 +75,7 @@ def main(arguments: Sequence[str] | None) -> None:
         batch_sizes=batch_sizes,
         ignore_eos=args.ignore_eos,
         rounds=args.rounds,
+        oscillate_to=args.oscillate_to,
         start_together=args.start_together,
         output=args.output_json,
         logs=args.engine_logs,
@@ -83,6 +92,30 @@ def main(arguments: Sequence[str] | None) -> None:
         for path in draw_comparison([session.results], args.plots):
             say(f"wrote {path}")
     sys.stdout.write(results_table([session.results]) + "\n")
+
+
+def check_oscillation(low: int | None, variants: Sequence[Variant]) -> None:
+    """Refuse what no load can swing to, and who cannot follow.
+
+    Args:
+        low: ``--oscillate-to``.
+        variants: Of the comparison.
+
+    Raises:
+        AdaDecodeError: It is no positive number, or a variant runs batch after batch.
+    """
+    if low is None:
+        return
+    if low < 1:
+        raise AdaDecodeError(
+            f"--oscillate-to: {low} is below 1. Give requests at a time."
+        )
+    for variant in variants:
+        if variant.kind.startswith("transformers"):
+            raise AdaDecodeError(
+                f"--oscillate-to: {variant.name} answers batch after batch. Leave it "
+                "out of --variants."
+            )
 
 
 if __name__ == "__main__":

@@ -100,6 +100,7 @@ class VariantProcess:
         batch_size: int,
         output_tokens: int,
         ignore_eos: bool,
+        oscillate_to: int | None = None,
         top_logits: bool = False,
     ) -> dict[str, Any]:
         """Generate greedily and take the time.
@@ -109,6 +110,8 @@ class VariantProcess:
             batch_size: Requests at a time.
             output_tokens: Most tokens to generate for a prompt.
             ignore_eos: Generate all of them.
+            oscillate_to: Requests at a time in every other phase of the run; vLLM's
+                variants only.
             top_logits: Also return the two best logits at every token; vLLM's variants
                 only.
 
@@ -129,6 +132,7 @@ class VariantProcess:
                     "batch_size": batch_size,
                     "output_tokens": output_tokens,
                     "ignore_eos": ignore_eos,
+                    "oscillate_to": oscillate_to,
                     "top_logits": top_logits,
                 }
             }

@@ -34,7 +34,10 @@ def provenance() -> dict[str, Any]:
 
 
 def empty_results(
-    settings: EngineSettings, workload: Workload, ignore_eos: bool
+    settings: EngineSettings,
+    workload: Workload,
+    ignore_eos: bool,
+    oscillate_to: int | None = None,
 ) -> dict[str, Any]:
     """A result file of a comparison that has not begun."""
     job = {
@@ -43,7 +46,7 @@ def empty_results(
     }
     return {
         **provenance(),
-        "job": {**job, "ignore_eos": ignore_eos},
+        "job": {**job, "ignore_eos": ignore_eos, "oscillate_to": oscillate_to},
         "workload": {
             "name": workload.name,
             "description": workload.description,

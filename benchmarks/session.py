@@ -82,6 +82,7 @@ class Session:
         batch_sizes: Sequence[int] = (1,),
         ignore_eos: bool = False,
         rounds: int | None = None,
+        oscillate_to: int | None = None,
         start_together: int = 1,
         output: Path | None = None,
         logs: Path | None = None,
@@ -98,6 +99,7 @@ class Session:
             ignore_eos: Generate all tokens of every prompt.
             rounds: Prompts of a run, as a multiple of the requests at a time; None for
                 all prompts, whatever their number at a time.
+            oscillate_to: Requests at a time in every other phase of a run.
             start_together: Engines to start at a time.
             output: Result file.
             logs: Directory for the engines' logs; None to keep none.
@@ -118,6 +120,7 @@ class Session:
         self.batch_sizes = list(batch_sizes)
         self.ignore_eos = ignore_eos
         self.rounds = rounds
+        self.oscillate_to = oscillate_to
         self.start_together = start_together
         self._output = output
         self._logs = logs
@@ -130,7 +133,7 @@ class Session:
         self._measured: dict[
             tuple[int, str], tuple[Case, list[tuple[dict[str, Any], dict[str, Any]]]]
         ] = {}
-        self.results = empty_results(settings, workload, ignore_eos)
+        self.results = empty_results(settings, workload, ignore_eos, oscillate_to)
 
     def __enter__(self) -> Session:
         """Make what the engines need; they start when something is measured."""
@@ -308,6 +311,7 @@ class Session:
             batch_size=case.batch_size,
             output_tokens=self.workload.output_tokens,
             ignore_eos=self.ignore_eos,
+            oscillate_to=self.oscillate_to,
         )
         run |= process.memory_mib()
         if self._grade is not None:

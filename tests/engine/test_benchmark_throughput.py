@@ -42,14 +42,14 @@ def test_all_variants_give_the_same_text(tmp_path: Path) -> None:
     answer = run(
         *("--num-prompts", "3", "--output-len", "24", "--repeats", "1"),
         *("--batch-sizes", "1,2", "--kv-cache-gib", "0.1"),
-        *("--variants", "baseline,adadecode,ngram,draft-model,transformers-early-exit"),
+        *("--variants", "baseline,adadecode,draft-model,transformers-early-exit"),
         *("--output-json", str(output), "--plots", str(tmp_path)),
     )
     assert answer.returncode == 0, answer.stderr
     results: dict[str, Any] = json.loads(output.read_text())
     assert results["variants"]["draft-model"]["status"] == "skipped"
     cases = {(case["variant"], case["batch_size"]): case for case in results["cases"]}
-    for variant in ("adadecode", "ngram", "transformers-early-exit"):
+    for variant in ("adadecode", "transformers-early-exit"):
         figures = cases[variant, 1]["figures"]
         assert figures["texts"] == {"same": 3, "ties": 0, "different": 0}, variant
         assert figures["ttft_ms"]["p50"] > 0
@@ -66,6 +66,21 @@ def test_all_variants_give_the_same_text(tmp_path: Path) -> None:
     assert (tmp_path / "variants.png").stat().st_size > 1000
 
 
+@pytest.mark.slow  # its parts are tested without engines
+def test_a_load_that_swings(tmp_path: Path) -> None:
+    output = tmp_path / "out.json"
+    answer = run(
+        *("--num-prompts", "8", "--output-len", "12", "--repeats", "1"),
+        *("--batch-sizes", "4", "--oscillate-to", "1", "--kv-cache-gib", "0.1"),
+        *("--variants", "baseline,adadecode", "--output-json", str(output)),
+    )
+    assert answer.returncode == 0, answer.stderr
+    results: dict[str, Any] = json.loads(output.read_text())
+    assert results["job"]["oscillate_to"] == 1
+    ours = next(case for case in results["cases"] if case["variant"] == "adadecode")
+    assert ours["figures"]["texts"] == {"same": 8, "ties": 0, "different": 0}
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -73,6 +88,11 @@ def test_all_variants_give_the_same_text(tmp_path: Path) -> None:
         (["--dataset-name", "xsum"], "--dataset-path"),
         (["--batch-sizes", "64"], "--num-prompts"),
         (["--adadecode-config", '{"cap": 3}'], "unknown option 'cap'"),
+        (["--oscillate-to", "0"], "--oscillate-to: 0 is below 1"),
+        (
+            ["--oscillate-to", "1", "--variants", "baseline,transformers"],
+            "transformers answers batch after batch",
+        ),
     ],
 )
 def test_mistakes_end_with_a_sentence(

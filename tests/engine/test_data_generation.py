@@ -231,6 +231,7 @@ def test_mistakes_with_ray(made: DataOptions, cluster: None) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 @needs_ray
 def test_engines_that_end_again_and_again(
     made: DataOptions, cluster: None, monkeypatch: pytest.MonkeyPatch

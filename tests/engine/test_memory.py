@@ -214,7 +214,7 @@ def test_with_preemption_and_chunked_prefill(
         assert counted["resumed_tokens"] > 0
 
 
-@pytest.mark.parametrize("layers", [[0], [0, 2]])
+@pytest.mark.parametrize("layers", [pytest.param([0], marks=pytest.mark.slow), [0, 2]])
 def test_model_runner_v2(
     heads: Path, prompts: list[str], reference: Reference, layers: list[int]
 ) -> None:

@@ -29,8 +29,8 @@ SCHEMA = {
 
 @pytest.fixture(scope="module")
 def some(prompts: list[str], reference: Reference) -> Case:
-    """Six prompts of mixed lengths and ordinary vLLM's texts."""
-    return prompts[:6], reference["texts"][:6]
+    """Four prompts of mixed lengths and ordinary vLLM's texts: interpreting is slow."""
+    return prompts[:4], reference["texts"][:4]
 
 
 def _scheduling(ahead: bool) -> dict[str, Any]:
@@ -288,21 +288,19 @@ def test_chunked_prefill_and_preemption(some: Case, async_scheduling: bool) -> N
         **_scheduling(async_scheduling),
         enable_prefix_caching=False,
         max_num_batched_tokens=48,
-        num_gpu_blocks_override=9,
-        max_num_seqs=6,
+        num_gpu_blocks_override=7,
+        max_num_seqs=4,
     ) as llm:
         assert llm.generate(prompts) == texts
         assert llm.metric("vllm:num_preemptions") > 0
         assert sum(llm.stats()["accepted"]) > 0
-        llm.configure(threshold=0.0)
-        assert llm.generate(prompts) == texts
         assert sum(llm.stats()["rejected"]) > 0
 
 
 @pytest.mark.feature("tensor parallel", "supported")
 def test_tensor_parallel_2(some: Case, a_core_each: None) -> None:
     """Every rank counts drafts and decides alike (I7), in processes of their own."""
-    prompts, texts = some
+    prompts, texts = (both[:2] for both in some)
     with start_engine(
         **adadecode_options(threshold=0.3),
         multiprocessing=True,

@@ -24,7 +24,7 @@ from tests.harness import (
 
 pytestmark = pytest.mark.engine
 
-PROMPTS = 8
+PROMPTS = 5
 MAX_TOKENS = 30
 PARAMETERS: dict[str, dict[str, Any]] = {
     "logprobs": {"logprobs": 3},

@@ -19,7 +19,7 @@ from tests.harness import adadecode_options, configure, start_engine, stats
 
 pytestmark = pytest.mark.engine
 
-PROMPTS = 6
+PROMPTS = 4
 THRESHOLDS = [0.5, 0.0]
 SCHEMA = {
     "type": "object",

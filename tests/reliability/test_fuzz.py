@@ -32,7 +32,7 @@ from tests.harness import HEADS, MODEL
 from tests.reliability.load import log_errors
 from tests.server_process import Server, complete
 
-HTTP_REQUESTS = 40
+HTTP_REQUESTS = 25
 LONGEST_SENTENCE = 2000
 CONFIG = parse_config({"heads": HEADS})
 

@@ -45,7 +45,7 @@ _SOUND = {
     ("requests", "max_growth"),
     [
         # Too few to tell a leak of memory from a warm-up.
-        (120, dict.fromkeys(MAX_GROWTH, math.inf)),
+        (80, dict.fromkeys(MAX_GROWTH, math.inf)),
         pytest.param(500, MAX_GROWTH, marks=pytest.mark.slow),
     ],
 )

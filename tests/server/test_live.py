@@ -190,6 +190,7 @@ def test_the_page_in_a_browser(
     assert len(points.split()) >= 2
 
 
+@pytest.mark.slow  # a server of its own for one sentence
 def test_a_server_without_the_plugin_says_so(
     tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ) -> None:

@@ -161,7 +161,7 @@ def test_eval_needs_calibration_for_the_acceptance_gate(
     assert "the heads are not calibrated" in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.parametrize("memory", [False, True])
+@pytest.mark.parametrize("memory", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_two_processes_train_the_same_heads(
     model: Path, data: Path, tmp_path: Path, memory: bool
 ) -> None:
