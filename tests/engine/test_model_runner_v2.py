@@ -281,15 +281,17 @@ def test_structured_output(engine: EngineProcess, some: Case) -> None:
 @ASYNC
 @pytest.mark.feature("chunked prefill", "supported")
 @pytest.mark.feature("preemption", "supported")
-def test_chunked_prefill_and_preemption(some: Case, async_scheduling: bool) -> None:
-    prompts, texts = some
+def test_chunked_prefill_and_preemption(
+    prompts: list[str], reference: Reference, async_scheduling: bool
+) -> None:
+    prompts, texts = prompts[:6], reference["texts"][:6]
     with start_engine(
         **adadecode_options(threshold=0.5),
         **_scheduling(async_scheduling),
         enable_prefix_caching=False,
         max_num_batched_tokens=48,
-        num_gpu_blocks_override=7,
-        max_num_seqs=4,
+        num_gpu_blocks_override=9,
+        max_num_seqs=6,
     ) as llm:
         assert llm.generate(prompts) == texts
         assert llm.metric("vllm:num_preemptions") > 0

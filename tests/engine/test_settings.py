@@ -99,7 +99,7 @@ def test_drafting_stops_above_a_batch_size(
 @pytest.mark.feature("torch.compile", "supported")
 def test_compiled_as_vllm_does_by_default(tmp_path: Path, prompts: list[str]) -> None:
     """Also what the engine's own threshold never lets run and a request asks for."""
-    model, heads = save_short_model(tmp_path, layers=4, exits=[1, 2])
+    model, heads = save_short_model(tmp_path, layers=5, exits=[2, 4])
     with start_engine(model) as llm:
         texts = generate(llm, prompts)
     options = adadecode_options(heads, threshold=1.0)
