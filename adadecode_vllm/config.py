@@ -114,7 +114,7 @@ class AdaDecodeConfig(BaseModel):
         ge=0.0,
         le=1.0,
         description="For measurements only: leave this share of the early predictions "
-        "and spoil the others, so that they are rejected. The text stays the model's.",
+        "and corrupt the rest, so that they are rejected. The text stays the model's.",
     )
     enabled: bool = Field(
         default=True,

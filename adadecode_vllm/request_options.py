@@ -171,10 +171,8 @@ def options_of(
         return ENGINES
 
 
-def most_early_predictions(
-    params: SamplingParams | None, config: AdaDecodeConfig
-) -> int:
-    """Most early predictions that a request may ever get.
+def max_draft_tokens(params: SamplingParams | None, config: AdaDecodeConfig) -> int:
+    """Most drafts that a request may ever get.
 
     Args:
         params: The request's parameters.

@@ -4,8 +4,8 @@
 Symptom without it: with asynchronous scheduling a step's tokens reach the client one
 step late. The engine schedules a step and runs it before it looks at the outcome of the
 one before, so that the device never waits for the scheduler. A step that predicts early
-has waited for its tokens itself, and what follows it runs ahead on the device: then the
-order gains nothing, every token arrives a whole cycle late, and a request that has
+has waited for its tokens itself, and what follows it is prefetched on the device: then
+the order gains nothing, every token arrives a whole cycle late, and a request that has
 ended runs one cycle more.
 
 Upstream: ``EngineCore.step_with_batch_queue`` in

@@ -76,7 +76,7 @@ def ordinary(
     return generated, finals
 
 
-class RandomGate:
+class RandomExits:
     """Answers that depend on nothing but the prefix, the exit and a seed.
 
     Attributes:
@@ -148,7 +148,7 @@ class Schedule:
 
 
 class WholeSteps:
-    """Steps as CUDA graphs run them: states in, states out, and the gate."""
+    """Steps as CUDA graphs run them: states in, states out, and the exits."""
 
     def __init__(
         self, model: ReferenceModel, states: PendingStates, max_tokens: int
@@ -159,7 +159,7 @@ class WholeSteps:
         self.max_tokens = max_tokens
         self.resumed = 0
         self.drafted = 0
-        self.ran_ahead = Counter[int]()
+        self.prefetched = Counter[int]()
 
     def draft(
         self,
@@ -181,7 +181,7 @@ class WholeSteps:
             assert residual is not None
         front = np.cumsum(subset.count) - 1
         index = torch.from_numpy(states[front])
-        answer = self.model.gate(
+        answer = self.model.score_exit(
             segment + self.model.exits_at_embedding,
             hidden[front],
             None if residual is None else residual[front],
@@ -191,7 +191,7 @@ class WholeSteps:
         self.states.write_memory(index, answer.output)
         return answer.token_ids, answer.confidence
 
-    def ahead(
+    def prefetch_segment(
         self,
         segment: int,
         subset: TokenSubset,
@@ -200,7 +200,7 @@ class WholeSteps:
     ) -> torch.Tensor:
         """Run a segment of the next forward."""
         assert len(states) == len(token_ids) <= self.max_tokens
-        self.ran_ahead[segment] += len(states)
+        self.prefetched[segment] += len(states)
         return self._run(segment, subset, states, torch.from_numpy(token_ids))[0]
 
     def resume(
@@ -530,7 +530,7 @@ class Engine:
             request.computed -= len(drafts) - accepted
             exits = self._exits.pop(request.number, None)
             if exits is not None:
-                self.stats.count_verdict(exits[: len(drafts)], accepted)
+                self.stats.record_acceptance(exits[: len(drafts)], accepted)
         self.stats.request_steps += len(sampled)
         self.stats.generated_tokens += sum(map(len, sampled.values()))
         return sampled
@@ -547,15 +547,15 @@ class Engine:
         rows = {request.number: row for row, request in enumerate(self.rows)}
         self.model.drafting = True
         self.model.views = {}
-        room = {}
+        slots_left = {}
         places = np.zeros((len(final), 2), np.int64)
         for request in requests:
             position = len(request.tokens) - 1
             places[self._final_rows[request.number]] = position - 1, request.number
-            room[request.number] = self._owned(request) - position
-            # The last prediction may run ahead where there is a slot for it.
+            slots_left[request.number] = self._owned(request) - position
+            # The last prediction may be prefetched where there is a slot for it.
             needed = limits[request.number] + 1
-            end = position + min(needed, room[request.number])
+            end = position + min(needed, slots_left[request.number])
             self.model.views[rows[request.number]] = View(
                 request.number, request.blocks, list(request.tokens), (position, end)
             )
@@ -576,7 +576,9 @@ class Engine:
                 positions=np.array([len(r.tokens) - 1 for r in requests], np.int64),
                 limits=np.array([limits[number] for number in numbers], np.int64),
                 stop_token_ids=[request.stop_token_ids for request in requests],
-                room=np.array([room[number] for number in numbers], np.int64),
+                slots_left=np.array(
+                    [slots_left[number] for number in numbers], np.int64
+                ),
                 alone=len(numbers) == len(self.rows),
                 final_states=final_states,
                 final_rows=np.array([self._final_rows[number] for number in numbers]),

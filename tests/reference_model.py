@@ -29,7 +29,7 @@ from adadecode_vllm.method.executor import ExitAnswer, StepRunner, TokenSubset
 TAGS = 3
 WIDTH = 6
 
-GateFunction = Callable[[int, tuple[int, ...], int], tuple[int, float]]
+ExitFunction = Callable[[int, tuple[int, ...], int], tuple[int, float]]
 """(request, prefix, exit) to (token, confidence)."""
 
 
@@ -74,7 +74,7 @@ class ReferenceModel:
         num_blocks: int = 64,
         block_size: int = 2,
         seed: int = 0,
-        gate: GateFunction | None = None,
+        exit_function: ExitFunction | None = None,
     ) -> None:
         """Draw the weights.
 
@@ -85,7 +85,7 @@ class ReferenceModel:
             num_blocks: Blocks of the KV cache.
             block_size: Tokens per block.
             seed: Seed of the weights.
-            gate: What the exits answer; None asks the model's own LM head there.
+            exit_function: What the exits answer; None for the model's own LM head.
         """
         self.bounds = [0, *filter(None, exit_layers), num_layers]
         self.exits_at_embedding = int(exit_layers[0] == 0)
@@ -94,7 +94,7 @@ class ReferenceModel:
         self.vocab_size = vocab_size
         self.block_size = block_size
         self.num_blocks = num_blocks
-        self.gate_function = gate
+        self.exit_function = exit_function
         generator = torch.Generator().manual_seed(seed)
 
         def weight(*shape: int) -> torch.Tensor:
@@ -115,7 +115,7 @@ class ReferenceModel:
         self.drafting = False
         self.writes: list[Write] = []
         self.steps: StepRunner | None = None
-        self.asked = 0
+        self.scorings = 0
 
     @property
     def num_segments(self) -> int:
@@ -201,14 +201,14 @@ class ReferenceModel:
         tags[:, 1:] = torch.from_numpy(places)
         return torch.cat((final, tags), dim=1)
 
-    def gate(
+    def score_exit(
         self,
         exit_index: int,
         hidden: torch.Tensor,
         residual: torch.Tensor | None,
         memory: torch.Tensor | None,
     ) -> ExitAnswer:
-        """Ask an exit; see the protocol."""
+        """Score with an exit; see the protocol."""
         assert memory is not None
         # The memory is of the token before.
         tags = memory[:, WIDTH:] + torch.tensor([0.0, 1.0, 0.0])
@@ -224,9 +224,9 @@ class ReferenceModel:
         by_request = {view.request: view for view in self.views.values()}
         answers = []
         normed = _norm(state)
-        # An exit's output is told from another's by the order of asking.
-        self.asked += 1
-        output = torch.cat((normed.float() + self.asked, tags), dim=1)
+        # An exit's output is told from another's by the order of scoring.
+        self.scorings += 1
+        output = torch.cat((normed.float() + self.scorings, tags), dim=1)
         output[:, WIDTH] = 0
         for row, (token, position, request) in enumerate(tags.long().tolist()):
             view = by_request[request]
@@ -236,9 +236,9 @@ class ReferenceModel:
             assert prefix[position] == token
             assert torch.equal(memory[row], view.memory[position]), "another memory"
             view.memory[position + 1] = output[row]
-            if self.gate_function is not None:
-                answers.append(self.gate_function(request, prefix, exit_index))
-        if self.gate_function is None:
+            if self.exit_function is not None:
+                answers.append(self.exit_function(request, prefix, exit_index))
+        if self.exit_function is None:
             top = _linear(normed, self.lm_head).softmax(-1).max(-1)
             return ExitAnswer(top.indices.numpy(), top.values.float().numpy(), output)
         tokens, confidences = zip(*answers, strict=True)

@@ -117,7 +117,7 @@ class AdaDecode:
         self._resumer = Resumer(self.executor, self.states, self.stats)
 
     @property
-    def gate(self) -> ExitScorer:
+    def scorer(self) -> ExitScorer:
         """The exit heads over the model's LM head."""
         return self.model.scorer
 
@@ -150,13 +150,13 @@ class AdaDecode:
         drafting_ids = [request_ids[request] for request in drafting]
         looked_up = self._look_up_first(requests)
         if found := [row for row, tail in looked_up.items() if tail]:
-            # What was found costs no layer: the exits are not asked.
+            # What was found costs no layer: the exits are skipped.
             limits = requests.limits.copy()
             limits[found] = 0
             requests = replace(requests, limits=limits)
         if (admission := requests.admission) is not None:
-            for row in np.flatnonzero((requests.limits > 0) & admission.ask):
-                self.record.asked(drafting_ids[row], admission.least[row])
+            for row in np.flatnonzero((requests.limits > 0) & admission.use_exits):
+                self.record.record_scoring(drafting_ids[row], admission.least[row])
         window = self._drafter.draft(requests)
         self.ledger.record(step, drafting_ids, window)
         for row, (request, request_id) in enumerate(
@@ -236,7 +236,7 @@ class AdaDecode:
         """Let the device timer, where there is one, see a part of the cycle."""
         return nullcontext() if self.timer is None else self.timer.measure(name)
 
-    def count_verdicts(
+    def record_acceptance(
         self, sampled: dict[str, int], scheduled: dict[str, int]
     ) -> None:
         """Count what a step's verification said.
@@ -255,8 +255,10 @@ class AdaDecode:
                 verified = drafts.exits[:num_drafts]
                 if drafts.expected is not None:
                     expected = drafts.expected[:num_drafts]
-                    self.record.count(request_id, verified, expected, tokens - 1)
-                self.stats.count_verdict(verified, tokens - 1)
+                    self.record.record_acceptance(
+                        request_id, verified, expected, tokens - 1
+                    )
+                self.stats.record_acceptance(verified, tokens - 1)
                 contradicted = tokens <= len(verified) and verified[tokens - 1] >= 0
                 if contradicted and request_id not in self._contradicted:
                     self._contradicted.add(request_id)
@@ -274,7 +276,7 @@ class AdaDecode:
         """
         self.ledger.clear(reason)
         yield
-        self.gate.refresh()
+        self.scorer.refresh()
 
     def counters(self) -> np.ndarray:
         """What the server's metrics show, since the start or the last reset; float64.

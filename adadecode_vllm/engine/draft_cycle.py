@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from adadecode_vllm.engine.draft_room import fill_room
 from adadecode_vllm.engine.limits import draft_limits
 from adadecode_vllm.engine.ngram import contexts_of
 from adadecode_vllm.engine.outcomes import ADMISSION
+from adadecode_vllm.engine.placeholder_drafts import fill_placeholders
 from adadecode_vllm.method.admission import Admission
 from adadecode_vllm.method.cycle import DraftRequests
 
@@ -90,7 +90,7 @@ class DraftCycle:
         Args:
             scheduler_output: What the scheduler asks for; is left as it is.
             gone: Requests to forget.
-            drafts: Request id to drafts, where the schedule has only room for them;
+            drafts: Request id to drafts, where the schedule has only placeholders;
                 None where it names them itself.
 
         Returns:
@@ -107,9 +107,9 @@ class DraftCycle:
             drafts = {}
         if drafts is None:
             return scheduler_output, {}
-        return fill_room(scheduler_output, drafts)
+        return fill_placeholders(scheduler_output, drafts)
 
-    def count_verdicts(
+    def record_acceptance(
         self,
         request_ids: Sequence[str],
         sampled: Sequence[int],
@@ -123,7 +123,7 @@ class DraftCycle:
             scheduler_output: The step's schedule, with the drafts that there were.
         """
         drafts = scheduler_output.scheduled_spec_decode_tokens
-        self.adadecode.count_verdicts(
+        self.adadecode.record_acceptance(
             {
                 request_id: tokens
                 for request_id, tokens in zip(request_ids, sampled, strict=True)
@@ -165,7 +165,7 @@ class DraftCycle:
                     remaining=sampled.remaining,
                 ),
                 stop_token_ids=sampled.stop_token_ids,
-                room=owned_slots - positions,
+                slots_left=owned_slots - positions,
                 thresholds=settings.thresholds(sampled.options),
                 alone=sampled.alone,
                 contexts=contexts,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exit heads over the model's LM head: what a gate asks of a hidden state."""
+"""Exit heads over the model's LM head: what an exit predicts of a hidden state."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from adadecode_vllm.heads.module import PackedLinear
 # A quantized LM head has none of these; float8 counts as floating point in torch.
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 
-# Copied at a time, so that a refresh finds room where the KV cache has taken the rest.
+# Copied at a time, so that a refresh fits where the KV cache has taken the rest.
 _COPIED_ROWS = 4096
 
 
 class DraftVocabulary(nn.Module):
-    """The LM head's rows of some tokens, so that a gate reads fewer weights.
+    """The LM head's rows of some tokens, so that an exit reads fewer weights.
 
     Under tensor parallelism every rank keeps an equal share of the rows and the logits
     are gathered, as vLLM does for the whole LM head.
@@ -167,7 +167,7 @@ class ExitScorer(nn.Module):
         residual: torch.Tensor | None,
         memory: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Ask an exit head for the next token.
+        """Score the next token with an exit head.
 
         Every tensor-parallel rank computes the same logits from the same all-gathered
         values, so all take the same decision (I7).

@@ -12,7 +12,7 @@ from adadecode_vllm.heads import ExitHeadsConfig, Heads, read_lm_head, same_lm_h
 
 
 def resolve_draft_vocabulary(config: AdaDecodeConfig, heads: ExitHeadsConfig) -> int:
-    """The number of tokens that the gates look at.
+    """The number of tokens that the exits look at.
 
     Args:
         config: The user's options.

@@ -109,7 +109,7 @@ class AdaDecodeProposer:
                 final_rows=_sampled_rows(
                     input_batch.req_ids, sampled_token_ids, scheduler_output
                 )[rows]
-                if self.adadecode.gate.has_memory
+                if self.adadecode.scorer.has_memory
                 else None,
                 options=options,
                 token_table=input_batch.token_ids_cpu,

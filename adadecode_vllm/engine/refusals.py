@@ -162,7 +162,7 @@ def check_engine(
     heads.check()
     model = vllm_config.model_config
     check_heads_fit(heads, model.hf_text_config, model.model)
-    # Refuses heads that the gate cannot use.
+    # Refuses heads that the option `gate` cannot use.
     heads.config.thresholds(config.gate, config.threshold)
     resolved = config.model_copy(
         update={

@@ -18,8 +18,8 @@ from vllm.v1.worker.cpu_model_runner import (
 
 from adadecode_vllm.engine.adadecode import AdaDecode
 from adadecode_vllm.engine.batch import AttentionBatcher, KVGroup
-from adadecode_vllm.engine.draft_room import trim_grammar
 from adadecode_vllm.engine.outcomes import UNUSED_DRAFTS
+from adadecode_vllm.engine.placeholder_drafts import trim_grammar
 from adadecode_vllm.engine.proposer import AdaDecodeProposer
 from adadecode_vllm.engine.vllm_executor import Backend
 from adadecode_vllm.method.ledger import Resumable
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 class AdaDecodeCPUModelRunner(CPUModelRunner):
     """vLLM's runner, whose forward resumes pending tokens.
 
-    Steps without a pending token run the ordinary, unchanged forward.
+    Steps without a pending token run the model's unchanged forward.
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
@@ -94,13 +94,13 @@ class AdaDecodeCPUModelRunner(CPUModelRunner):
                 self.adadecode.model.warm_up()
 
     def _sample(self, logits: Any, spec_decode_metadata: Any) -> Any:
-        """Sample; without drafts as ordinary vLLM does, which is cheaper."""
+        """Sample; without drafts as plain vLLM does, which is cheaper."""
         if spec_decode_metadata is not None and not spec_decode_metadata.max_spec_len:
             spec_decode_metadata = None
         return super()._sample(logits, spec_decode_metadata)
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Reload the weights, which the gates then follow."""
+        """Reload the weights, which the exit scorer then follows."""
         with self.adadecode.new_weights("weights_reloaded"):
             super().reload_weights(*args, **kwargs)
 
@@ -193,7 +193,7 @@ class AdaDecodeCPUModelRunner(CPUModelRunner):
         Returns:
             No drafts per batch row; see :meth:`take_draft_token_ids`.
         """
-        self.proposer.cycle.count_verdicts(
+        self.proposer.cycle.record_acceptance(
             self.input_batch.req_ids,
             [len(tokens) for tokens in sampled_token_ids],
             scheduler_output,

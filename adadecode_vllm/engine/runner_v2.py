@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class AdaDecodeModelRunner(GPUModelRunner):
     """vLLM's runner, whose forward resumes pending tokens.
 
-    Steps without a pending token run the ordinary, unchanged forward, in vLLM's own
+    Steps without a pending token run the model's unchanged forward, in vLLM's own
     CUDA graphs.
     """
 
@@ -140,7 +140,7 @@ class AdaDecodeModelRunner(GPUModelRunner):
         )
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Reload the weights, which the gates then follow."""
+        """Reload the weights, which the exit scorer then follows."""
         with self.adadecode.new_weights("weights_reloaded"):
             super().reload_weights(*args, **kwargs)
 
@@ -151,12 +151,12 @@ class AdaDecodeModelRunner(GPUModelRunner):
         of ``execute_model``, under the batch's forward context, so the model's own
         ``forward`` is the narrowest place.
         """
-        ordinary = self.model.forward
+        plain_forward = self.model.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             resume, self._resume = self._resume, None
             if resume is None:
-                return ordinary(*args, **kwargs)
+                return plain_forward(*args, **kwargs)
             resumed, self._resumed = self._resumed, None
             if resumed is not None:
                 return resumed

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's schedulers, with room for early predictions."""
+"""vLLM's schedulers, with placeholders for early predictions."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from adadecode_vllm.engine.counter_report import CounterReport
 from adadecode_vllm.engine.finished_requests import FINISHED_KEY, RequestLog
 from adadecode_vllm.engine.outcomes import ADMISSION, COUNTERS, UNUSED_DRAFTS
 from adadecode_vllm.patches import finished_outcomes
-from adadecode_vllm.request_options import most_early_predictions
+from adadecode_vllm.request_options import max_draft_tokens
 
 
 @dataclass
 class _MetricsOfDrafts(RequestSpecDecodeMetrics):
-    """A request's metrics without the steps whose room stayed empty."""
+    """A request's metrics without the steps whose placeholders stayed empty."""
 
     def observe(
         self, num_draft_tokens: int, num_accepted: int, detailed: bool = False
@@ -35,9 +35,9 @@ class _MetricsOfDrafts(RequestSpecDecodeMetrics):
 
 
 class AdaDecodeScheduler(Scheduler):
-    """Makes room for early predictions, where there is some to spare.
+    """Lets requests predict early where there is something to spare.
 
-    Room is of two kinds: tokens of a step in which drafts are verified, and KV slots
+    They take two things: tokens of a step in which drafts are verified, and KV slots
     that drafting writes to (I3), up to ``max_early_predictions`` past the scheduled
     tokens; vLLM reserves none for ``custom_class`` proposers, which normally bring
     tokens only. Neither may be taken from what must run: drafts get what the token
@@ -99,13 +99,13 @@ class AdaDecodeScheduler(Scheduler):
     ) -> Any:
         """Take a step's outcome in, and the worker's counters with it.
 
-        Room that stayed empty was never a draft, nor is what the worker dropped.
+        An empty placeholder was never a draft, nor is what the worker dropped.
         """
         self._report.update(getattr(model_runner_output, COUNTERS, None))
         unused = getattr(model_runner_output, UNUSED_DRAFTS, None)
         if unused:
             # vLLM keeps what a grammar forbade out of its acceptance metrics with the
-            # same dictionary; that count includes the room that stayed empty.
+            # same dictionary; that count includes empty placeholders.
             scheduler_output.num_invalid_spec_tokens = {
                 **unused,
                 **(scheduler_output.num_invalid_spec_tokens or {}),
@@ -123,14 +123,17 @@ class AdaDecodeScheduler(Scheduler):
     ) -> None:
         """Let a step's time decide which of the next ones draft."""
         requests = len(scheduler_output.num_scheduled_tokens)
-        room = sum(map(len, scheduler_output.scheduled_spec_decode_tokens.values()))
+        placeholders = sum(
+            map(len, scheduler_output.scheduled_spec_decode_tokens.values())
+        )
         unused = getattr(model_runner_output, UNUSED_DRAFTS, None) or {}
         if adaptive.step(
             requests=requests,
             drafted=scheduler_output.num_spec_tokens_to_schedule > 0,
-            drafts=room - sum(unused.values()),
+            drafts=placeholders - sum(unused.values()),
             tokens=sum(map(len, model_runner_output.sampled_token_ids)),
-            decodes=scheduler_output.total_num_scheduled_tokens == requests + room,
+            decodes=scheduler_output.total_num_scheduled_tokens
+            == requests + placeholders,
             busy=bool(self.running),
         ):
             self.dynamic_sd_lookup = [
@@ -250,8 +253,8 @@ class AdaDecodeScheduler(Scheduler):
 class AdaDecodeAsyncScheduler(AdaDecodeScheduler, AsyncScheduler):
     """The same while the previous step still runs, for Model Runner V2.
 
-    The drafts are not known yet then: every request is scheduled with room for all that
-    it may get, and the worker fills as much of it as it predicted early.
+    The drafts are not known yet then: every request is scheduled with placeholders for
+    all that it may get, and the worker fills as many as it predicted early.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -276,7 +279,7 @@ class AdaDecodeAsyncScheduler(AdaDecodeScheduler, AsyncScheduler):
             self._nothing_more = False
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
-        """Make room in the next step for what this one may predict early."""
+        """Keep the next step's placeholders to what this one may predict early."""
         super()._update_after_schedule(scheduler_output)
         for request_id in scheduler_output.finished_req_ids:
             self._caps.pop(request_id, None)
@@ -290,7 +293,7 @@ class AdaDecodeAsyncScheduler(AdaDecodeScheduler, AsyncScheduler):
         cap = self._caps.get(request.request_id)
         if cap is None:
             params = request.sampling_params
-            cap = most_early_predictions(params, self._config)
+            cap = max_draft_tokens(params, self._config)
             self._caps[request.request_id] = cap
         return cap
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """CUDA graphs of whole steps: a segment with everything around it.
 
-A draft step runs a segment and asks its exit head; a step of a resumed forward runs a
+A draft step runs a segment and its exit head; a step of a resumed forward runs a
 segment only. Either is one graph, from the packed input to the pending states: the
 host sends one copy and replays. After a draft step it waits for the answer, because
 what runs next depends on it.
@@ -51,19 +51,19 @@ class StepKind:
     """What a graph does.
 
     Attributes:
-        segment: The segment; -1 for none, where the exit at the embedding is asked.
-        gated: Whether the exit head behind it is asked.
+        segment: The segment; -1 for none, where the exit at the embedding scores.
+        scores_exit: Whether the exit head behind it scores.
         max_query_len: Most tokens of a request.
     """
 
     segment: int
-    gated: bool
+    scores_exit: bool
     max_query_len: int
 
     @property
     def name(self) -> str:
         """A name for an attribute."""
-        form = "draft" if self.gated else "resume"
+        form = "draft" if self.scores_exit else "resume"
         segment = "no_segment" if self.segment < 0 else f"segment_{self.segment}"
         return f"{segment}_{form}_{self.max_query_len}_graphs"
 
@@ -78,14 +78,14 @@ def step_kinds(
         exits_at_embedding: 1 where an exit reads the embedding, else 0.
         window: Tokens of a request that may be pending, and one.
     """
-    gated = range(-exits_at_embedding, num_segments - 1)
+    drafted = range(-exits_at_embedding, num_segments - 1)
     # A single segment is the whole model, which vLLM has graphs of.
     resumed = range(num_segments) if num_segments > 1 else ()
     # Without an exit before it, segment 0 runs for fronts only, one a request.
     alone = -1 if exits_at_embedding else 0
     return [
-        *(StepKind(segment, True, 1) for segment in gated),
-        *(StepKind(segment, True, window) for segment in gated if segment > alone),
+        *(StepKind(segment, True, 1) for segment in drafted),
+        *(StepKind(segment, True, window) for segment in drafted if segment > alone),
         *(StepKind(segment, False, window) for segment in resumed),
     ]
 
@@ -127,7 +127,7 @@ class Steps:
                 buffers.normed[:tokens] = hidden
                 return
             buffers.pending.write(states, hidden, residual)
-        if kind.gated:
+        if kind.scores_exit:
             self._score_exit(
                 kind.segment + model.exits_at_embedding, tokens, hidden, residual
             )
@@ -139,7 +139,7 @@ class Steps:
         hidden: torch.Tensor,
         residual: torch.Tensor | None,
     ) -> None:
-        """Ask an exit head about all tokens; only the fronts' answers count."""
+        """Score all tokens with an exit head; only the fronts' answers count."""
         buffers = self.buffers
         pending = buffers.pending
         states = buffers.states[:tokens]
@@ -359,7 +359,7 @@ class GraphedSteps:
             answer = answer[np.cumsum(subset.count) - 1]
         return answer[:, 0].astype(np.int64), answer[:, 1].astype(np.float32)
 
-    def ahead(
+    def prefetch_segment(
         self,
         segment: int,
         subset: TokenSubset,

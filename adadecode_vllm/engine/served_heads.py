@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The heads of a running engine, as its gates use them."""
+"""The heads of a running engine, as its exits use them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ServedHeads:
     Attributes:
         config: Their description.
         exits: The used exits' transformations, on the model's device.
-        draft_token_ids: (m,) int64 tokens that the gates look at; None for all.
+        draft_token_ids: (m,) int64 tokens that the exits look at; None for all.
     """
 
     config: ExitHeadsConfig

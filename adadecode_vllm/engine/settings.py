@@ -139,7 +139,7 @@ class Settings:
         Returns:
             (R,) int64, or None if nothing may be predicted early.
         """
-        cap = min(self.policy.max_early_predictions, most)
+        cap = min(self.policy.max_draft_tokens, most)
         if options is None:
             drafts = self.policy.can_predict or self._ngram
             caps = np.full(requests, cap if drafts else 0, np.int64)

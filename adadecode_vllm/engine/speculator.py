@@ -2,10 +2,10 @@
 """The speculator that ``speculative_config`` names, for Model Runner V2.
 
 V2 leaves sampled tokens on the device and, with asynchronous scheduling, learns the
-next step's batch before it knows them. The host decides here after every gate whether a
+next step's batch before it knows them. The host decides here after every exit whether a
 request predicts early or goes deeper, so it also knows how many drafts there really
-are: steps are scheduled with room for the cap, and the room that stayed empty is
-removed when a step starts.
+are: steps are scheduled with placeholders up to the cap, and empty ones are removed
+when a step starts.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from adadecode_vllm.engine.draft_cycle import Sampled
-from adadecode_vllm.engine.draft_room import trim_grammar
 from adadecode_vllm.engine.host_copy import HostCopy
 from adadecode_vllm.engine.limits import stop_token_ids
+from adadecode_vllm.engine.placeholder_drafts import trim_grammar
 from adadecode_vllm.engine.speculator_setup import SpeculatorSetup
 from adadecode_vllm.method.ledger import Resumable
 from adadecode_vllm.method.resume import ScheduledBatch
@@ -177,7 +177,7 @@ class AdaDecodeSpeculator(SpeculatorSetup):
         return batch, resumable
 
     def trim_grammar(self, grammar_output: GrammarOutput | None) -> Any:
-        """Remove the grammar's rows for room that stayed empty in this step."""
+        """Remove the grammar's rows for this step's empty placeholders."""
         scheduled = self._scheduled
         assert scheduled is not None, "called within a step"
         drafts = scheduled.scheduled_spec_decode_tokens
@@ -267,7 +267,7 @@ class AdaDecodeSpeculator(SpeculatorSetup):
             sampled = samples.astype(np.int64)
         self._computed[rows] = reached - np.where(sampled > 0, drafted + 1 - sampled, 0)
         assert self._scheduled is not None, "called within a step"
-        self.cycle.count_verdicts(
+        self.cycle.record_acceptance(
             input_batch.req_ids, sampled.tolist(), self._scheduled
         )
         for request_id in input_batch.req_ids:
@@ -296,7 +296,7 @@ class AdaDecodeSpeculator(SpeculatorSetup):
         positions = self._computed[rows]
         request_ids = [input_batch.req_ids[index] for index in active]
         final_rows = None
-        if self.adadecode.gate.has_memory:
+        if self.adadecode.scorer.has_memory:
             # The logits of a request are those of its last tokens.
             logits = np.diff(input_batch.cu_num_logits_np)[active]
             ends = input_batch.query_start_loc_np[1:][active]

@@ -16,7 +16,7 @@ from adadecode_vllm.engine.segments import Decoder
 
 
 class SplitModel:
-    """The segments and the gates between them.
+    """The segments and the exits between them.
 
     Attributes:
         decoder: The model's parts.

@@ -68,7 +68,7 @@ class StepBuffers:
         )
         size = int(self._bounds[-1])
         # The host writes a step's inputs while the copies of earlier ones may still
-        # be under way. Between two waits it sends at most a forward that runs ahead and
+        # be under way. Between two waits it sends at most a prefetched forward and
         # one beside it.
         self._hosts = [
             torch.zeros(size, dtype=torch.int64, pin_memory=device.type == "cuda")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Segments and gates on vLLM's layers, attention backends and KV cache."""
+"""Segments and exits on vLLM's layers, attention backends and KV cache."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class VllmExecutor:
     """The :class:`~adadecode_vllm.method.executor.SegmentExecutor` of a vLLM worker.
 
     Attributes:
-        model: The segments and gates.
+        model: The segments and the exit scorer.
         backend: What they run on.
     """
 
@@ -47,7 +47,7 @@ class VllmExecutor:
         """Wire the executor.
 
         Args:
-            model: The segments and gates.
+            model: The segments and the exit scorer.
             backend: What they run on.
         """
         self.model = model
@@ -131,14 +131,14 @@ class VllmExecutor:
             residual = None if residual is None else residual[:num_tokens]
         return hidden, residual
 
-    def gate(
+    def score_exit(
         self,
         exit_index: int,
         hidden: torch.Tensor,
         residual: torch.Tensor | None,
         memory: torch.Tensor | None,
     ) -> ExitAnswer:
-        """Ask an exit head; see the protocol."""
+        """Score with an exit head; see the protocol."""
         token, confidence, output = self.model.scorer(
             exit_index, hidden, residual, memory
         )

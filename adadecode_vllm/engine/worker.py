@@ -39,12 +39,12 @@ class AdaDecodeWorker:
         super().update_weights(*args, **kwargs)  # type: ignore[misc]
 
     def finish_weight_update(self) -> None:
-        """Put the new weights in place, which gates then follow."""
+        """Put the new weights in place, which the exit scorer then follows."""
         with self._adadecode.new_weights("weights_updated"):
             super().finish_weight_update()  # type: ignore[misc]
 
     def reset_weights(self) -> None:
-        """Set the model's weights to zero, which gates then follow."""
+        """Set the model's weights to zero, which the exit scorer then follows."""
         with self._adadecode.new_weights("weights_updated"):
             super().reset_weights()  # type: ignore[misc]
 
@@ -61,15 +61,15 @@ class AdaDecodeWorker:
         if level == 2:
             self._asleep = {
                 name: weight.to("cpu", copy=True)
-                for name, weight in self._adadecode.gate.lasting().items()
+                for name, weight in self._adadecode.scorer.lasting().items()
             }
         super().sleep(level)  # type: ignore[misc]
 
     def wake_up(self, tags: list[str] | None = None) -> None:
         """Take memory back, and the exit heads with the weights.
 
-        Gates follow the LM head as it is now: whole, or discarded by level 2 and soon
-        to be reloaded, when they follow it again.
+        The exit scorer follows the LM head as it is now: whole, or discarded by level 2
+        and soon to be reloaded, when it follows it again.
 
         Args:
             tags: See vLLM.
@@ -80,7 +80,7 @@ class AdaDecodeWorker:
         with self._adadecode.new_weights("slept"):
             super().wake_up(tags)  # type: ignore[misc]
             if self._asleep is not None:
-                for name, weight in self._adadecode.gate.lasting().items():
+                for name, weight in self._adadecode.scorer.lasting().items():
                     weight.copy_(self._asleep[name])
                 self._asleep = None
 

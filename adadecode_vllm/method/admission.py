@@ -16,19 +16,19 @@ _MEMORY = 256.0
 
 _TRUST = (0.2, 1.25)
 
-_ASK_COST = 0.4
-"""What asking the exits takes of the time that verifying a draft adds to a step."""
+_SCORING_COST = 0.4
+"""What the exits' scoring takes of the time that verifying a draft adds to a step."""
 
-_ASKS_BEFORE = 8
-"""Cycles in which a request asks the exits before its record decides."""
+_SCORINGS_BEFORE = 8
+"""Cycles in which the exits score for a request before its record decides."""
 
-_ASKS_KEPT = 0.95
-"""Share of a request's record of asking that a further cycle keeps."""
+_SCORINGS_KEPT = 0.95
+"""Share of a request's record of scoring that a further cycle keeps."""
 
 _TRY_EVERY = 16
 """What does nothing for a request is tried again in one of so many cycles."""
 
-_DECIDED = (1 - _ASKS_KEPT**_ASKS_BEFORE) / (1 - _ASKS_KEPT)
+_DECIDED = (1 - _SCORINGS_KEPT**_SCORINGS_BEFORE) / (1 - _SCORINGS_KEPT)
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Admission:
         trust: (R,) float64, factors on the exits' probabilities of acceptance.
         lookup: (R,) float64, the probability that a draft by n-gram lookup is right
             where those before it are.
-        ask: (R,) bool, whether asking the exits at all has paid lately, or is due.
+        use_exits: (R,) bool, whether scoring with the exits has paid lately, or is due.
         due: (R,) bool, whether a draft by lookup is due though it promises too little:
             what is never tried is never found out.
     """
@@ -49,7 +49,7 @@ class Admission:
     least: np.ndarray
     trust: np.ndarray
     lookup: np.ndarray
-    ask: np.ndarray
+    use_exits: np.ndarray
     due: np.ndarray
 
     def select(self, requests: np.ndarray) -> Admission:
@@ -58,7 +58,7 @@ class Admission:
             self.least[requests],
             self.trust[requests],
             self.lookup[requests],
-            self.ask[requests],
+            self.use_exits[requests],
             self.due[requests],
         )
 
@@ -102,9 +102,9 @@ class _Record:
         looked_up: Compared drafts by lookup.
         looked_up_right: How many of these were right.
         least: What its drafts had to promise lately; NaN where thresholds decide.
-        asks: Cycles in which the exits were asked, the older the less.
+        scorings: Cycles in which the exits scored, the older the less.
         gain: Tokens that this brought, less those of the time that drafts took.
-        passed: Cycles since the exits were asked.
+        passed: Cycles since the exits scored.
         not_looked_up: Cycles since drafts by lookup were verified.
     """
 
@@ -113,17 +113,21 @@ class _Record:
     looked_up: int = 0
     looked_up_right: int = 0
     least: float = np.nan
-    asks: float = 0.0
+    scorings: float = 0.0
     gain: float = 0.0
     passed: int = 0
     not_looked_up: int = 0
 
     @property
-    def asks_on(self) -> bool:
-        """Whether the exits shall be asked in this cycle."""
-        if np.isnan(self.least) or self.asks < _DECIDED or self.passed >= _TRY_EVERY:
+    def uses_exits(self) -> bool:
+        """Whether the exits shall score in this cycle."""
+        if (
+            np.isnan(self.least)
+            or self.scorings < _DECIDED
+            or self.passed >= _TRY_EVERY
+        ):
             return True
-        return self.gain > _ASK_COST * self.least * self.asks
+        return self.gain > _SCORING_COST * self.least * self.scorings
 
 
 class AcceptanceRecord:
@@ -146,7 +150,7 @@ class AcceptanceRecord:
         known = self._looked_up_right / self._looked_up
         trust = np.ones(len(request_ids))
         lookup = np.full(len(request_ids), known)
-        ask = np.ones(len(request_ids), bool)
+        use_exits = np.ones(len(request_ids), bool)
         due = np.zeros(len(request_ids), bool)
         for index, request_id in enumerate(request_ids):
             record = self._records.get(request_id)
@@ -154,7 +158,7 @@ class AcceptanceRecord:
                 record.least = least[index]
                 record.passed += 1
                 record.not_looked_up += 1
-                ask[index] = record.asks_on
+                use_exits[index] = record.uses_exits
                 due[index] = record.not_looked_up >= _TRY_EVERY
                 trust[index] = (record.right + _PRIOR_DRAFTS) / (
                     record.expected + _PRIOR_DRAFTS
@@ -162,10 +166,12 @@ class AcceptanceRecord:
                 lookup[index] = (record.looked_up_right + _PRIOR_DRAFTS * known) / (
                     record.looked_up + _PRIOR_DRAFTS
                 )
-        return Admission(least, trust.clip(*_TRUST), lookup.clip(0.01, 0.99), ask, due)
+        return Admission(
+            least, trust.clip(*_TRUST), lookup.clip(0.01, 0.99), use_exits, due
+        )
 
-    def asked(self, request_id: str, least: float) -> None:
-        """Note that the exits are asked about a request.
+    def record_scoring(self, request_id: str, least: float) -> None:
+        """Note that the exits score for a request.
 
         Args:
             request_id: The request.
@@ -173,11 +179,11 @@ class AcceptanceRecord:
         """
         record = self._records.setdefault(request_id, _Record())
         record.least = least
-        record.asks = _ASKS_KEPT * record.asks + 1
-        record.gain *= _ASKS_KEPT
+        record.scorings = _SCORINGS_KEPT * record.scorings + 1
+        record.gain *= _SCORINGS_KEPT
         record.passed = 0
 
-    def count(
+    def record_acceptance(
         self,
         request_id: str,
         exits: np.ndarray,

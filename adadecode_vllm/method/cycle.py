@@ -25,15 +25,15 @@ class DraftRequests:
         limits: (R,) int64, most early predictions each request may make: 0 .. cap.
             KV slots up to ``positions + limits - 1`` must belong to the request (I3).
         stop_token_ids: R collections of tokens after which nothing will be kept.
-        room: (R,) int64, KV slots that belong to the request from the newest token's
-            position on. With more than its early predictions need, the last of these
-            may run ahead of its verification; None for never.
+        slots_left: (R,) int64, KV slots that belong to the request from the newest
+            token's position on. With more than its early predictions need, the last of
+            these may be prefetched; None for never.
         thresholds: (R, K) the requests' own thresholds on the exits' probabilities;
             None for the policy's.
         alone: Whether the next step will hold these requests only, as far as is known.
         contexts: R requests' verified tokens, (n,) int32 each, where drafts by n-gram
             lookup follow the early predictions, and None where none do; None for
-            nowhere. With any, nothing runs ahead of the next step: they have to run.
+            nowhere. With any, nothing of the next step is prefetched: they have to run.
         lookup_first: (R,) bool, whether the lookup comes before the exits; None for
             nowhere.
         final_states: (N, d) on the device, what the final norm returned in the step
@@ -48,7 +48,7 @@ class DraftRequests:
     positions: np.ndarray
     limits: np.ndarray
     stop_token_ids: list[Collection[int]]
-    room: np.ndarray | None = None
+    slots_left: np.ndarray | None = None
     thresholds: np.ndarray | None = None
     alone: bool = False
     contexts: Sequence[np.ndarray | None] | None = None
@@ -78,7 +78,7 @@ class DraftRequests:
             positions=self.positions[requests],
             limits=self.limits[requests],
             stop_token_ids=[self.stop_token_ids[request] for request in requests],
-            room=None if self.room is None else self.room[requests],
+            slots_left=None if self.slots_left is None else self.slots_left[requests],
             thresholds=None if self.thresholds is None else self.thresholds[requests],
             contexts=None
             if self.contexts is None
@@ -102,7 +102,7 @@ class Cycle:
     Attributes:
         active: (R,) bool, whether the request goes on.
         front_level: (R,) int64, level of the front token; -1 where the exit that reads
-            the embedding has not been asked about it.
+            the embedding has not scored it.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class Cycle:
             (r,) bool; False for requests whose thresholds decide.
         """
         admission = self._requests.admission
-        assert admission is not None, "asked by the caller"
+        assert admission is not None, "checked by the caller"
         promised = self._survival[chosen] * admission.trust[chosen] * expected
         return promised > admission.least[chosen]
 
@@ -228,12 +228,12 @@ class Cycle:
                 goes_on[index] = False
         self.active[chosen] = goes_on
 
-    def fresh_predictions(self) -> np.ndarray:
+    def fresh_drafts(self) -> np.ndarray:
         """Requests whose newest prediction has not run and has a KV slot; (r,)."""
-        if self._requests.room is None:
+        if self._requests.slots_left is None:
             return np.empty(0, np.int64)
         fresh = (self.front_level <= 0) & (self._length > 1)
-        return np.flatnonzero(fresh & (self._length <= self._requests.room))
+        return np.flatnonzero(fresh & (self._length <= self._requests.slots_left))
 
     @property
     def num_tokens(self) -> int:
@@ -242,9 +242,9 @@ class Cycle:
 
     def has_slots(self) -> bool:
         """Whether every token has a KV slot: that of a new prediction may not."""
-        room = self._requests.room
-        return room is not None and bool(
-            ((self.front_level > 0) | (self._length <= room)).all()
+        slots_left = self._requests.slots_left
+        return slots_left is not None and bool(
+            ((self.front_level > 0) | (self._length <= slots_left)).all()
         )
 
     def window(self) -> Window:

@@ -15,8 +15,8 @@ from adadecode_vllm.method.policy import ThresholdPolicy
 from adadecode_vllm.method.states import Finished, PendingStates
 from adadecode_vllm.method.stats import Stats
 
-MOST_AHEAD = 8
-"""Most requests whose next forward runs ahead.
+MAX_PREFETCHED_REQUESTS = 8
+"""Most requests whose next forward is prefetched.
 
 With more, a request that joins them is due in many of the steps, and what it computes
 would need a pass over the weights of its own.
@@ -36,9 +36,9 @@ class Drafter:
         """Wire the drafter.
 
         Args:
-            executor: Runs segments and gates.
+            executor: Runs segments and exit heads.
             states: Receives the hidden states of all tokens that were run.
-            policy: Decides at each gate.
+            policy: Decides at each exit.
             stats: Counters to add to.
         """
         self.executor = executor
@@ -69,7 +69,7 @@ class Drafter:
         )
         cycle.active &= self.policy.may_predict(requests.thresholds)
         if requests.admission is not None:
-            cycle.active &= requests.admission.ask
+            cycle.active &= requests.admission.use_exits
         if self.states.memory is not None:
             self.states.begin_memory(self._sampled_from(requests))
         last_exit = executor.num_segments - 2 + at_embedding
@@ -93,7 +93,7 @@ class Drafter:
                 cycle.active[chosen[~confident]] = False
                 confident |= self.policy.worth_a_guess(confidence) & ~by_costs
             if confident.any():
-                token_ids = self.policy.spoil(predicted[confident], self._random)
+                token_ids = self.policy.corrupt(predicted[confident], self._random)
                 cycle.predict(
                     chosen[confident],
                     token_ids,
@@ -103,7 +103,7 @@ class Drafter:
         ended = time.perf_counter()
         self.states.finished = None
         if requests.contexts is None:
-            self._run_ahead(cycle, requests.alone)
+            self._prefetch(cycle, requests.alone)
         window = cycle.window()
         for exit_index in range(last_exit + 1):
             predictions = np.count_nonzero(window.exits == exit_index)
@@ -118,7 +118,7 @@ class Drafter:
         rows = self.executor.to_device(requests.final_rows)
         return requests.final_states.index_select(0, rows)
 
-    def _run_ahead(self, cycle: Cycle, alone: bool) -> None:
+    def _prefetch(self, cycle: Cycle, alone: bool) -> None:
         """Let the device work while the host schedules the next step.
 
         Nothing waits for it. Where the next step will hold these requests only, all of
@@ -135,7 +135,7 @@ class Drafter:
             return
         if (
             alone
-            and len(cycle.active) <= MOST_AHEAD
+            and len(cycle.active) <= MAX_PREFETCHED_REQUESTS
             and cycle.num_tokens <= steps.max_tokens
             and cycle.has_slots()
         ):
@@ -143,11 +143,11 @@ class Drafter:
             return
         if self.executor.num_segments == 1:
             return
-        chosen = cycle.fresh_predictions()
+        chosen = cycle.fresh_drafts()
         if len(chosen) and (tokens := cycle.standing(chosen, 0))[0].num_tokens <= (
             steps.max_tokens
         ):
-            steps.ahead(0, *tokens)
+            steps.prefetch_segment(0, *tokens)
             cycle.advance(chosen, 0)
             self.stats.count_segment(0, tokens[0].num_tokens)
 
@@ -157,7 +157,7 @@ class Drafter:
         for segment in range(last + 1):
             subset, states, token_ids = cycle.up_to(segment)
             if subset.num_tokens:
-                outcome = steps.ahead(segment, subset, states, token_ids)
+                outcome = steps.prefetch_segment(segment, subset, states, token_ids)
                 self.stats.count_segment(segment, subset.num_tokens)
         first = np.concatenate(([0], np.cumsum(subset.count)[:-1]))
         self.states.finished = Finished(outcome, first)
@@ -168,7 +168,7 @@ class Drafter:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Run a segment for all tokens of the chosen requests that stand at it.
 
-        Before the first segment, at -1, only the exit there is asked about the fronts.
+        Before the first segment, at -1, only the exit there scores the fronts.
 
         Returns:
             The head's tokens (r,) int64 and their probabilities (r,) float32 for the
@@ -185,7 +185,7 @@ class Drafter:
         if answer is None:
             fronts = self._run_segment(segment, subset, states, token_ids)
             ended = time.perf_counter()
-            answer = self._ask(exit_index, *fronts)
+            answer = self._score_exit(exit_index, *fronts)
             self.stats.gate_seconds[exit_index] += time.perf_counter() - ended
         self.stats.draft_segment_seconds[exit_index] += ended - started
         if segment >= 0:
@@ -234,16 +234,16 @@ class Drafter:
             residual.index_select(0, front),
         )
 
-    def _ask(
+    def _score_exit(
         self,
         exit_index: int,
         index: torch.Tensor,
         hidden: torch.Tensor,
         residual: torch.Tensor | None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Ask an exit head about front tokens; see `_run_segment`."""
+        """Score front tokens with an exit head; see `_run_segment`."""
         memory = self.states.read_memory(index)
-        answer = self.executor.gate(exit_index, hidden, residual, memory)
+        answer = self.executor.score_exit(exit_index, hidden, residual, memory)
         if answer.output is not None:
             self.states.write_memory(index, answer.output)
         return answer.token_ids, answer.confidence

@@ -72,11 +72,11 @@ class StepRunner(Protocol):
         states: np.ndarray,
         token_ids: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray] | None:
-        """Run a segment and ask the exit head behind it.
+        """Run a segment and score with the exit head behind it.
 
         Args:
-            segment: Index j of the segment; -1 to run none and ask the exit that reads
-                the embedding.
+            segment: Index j of the segment; -1 to run none and score with the exit
+                that reads the embedding.
             subset: The n tokens of r requests.
             states: (n,) int64, where their hidden states are kept.
             token_ids: (n,) int64.
@@ -86,7 +86,7 @@ class StepRunner(Protocol):
             token, or None for the caller to take the step apart.
         """
 
-    def ahead(
+    def prefetch_segment(
         self,
         segment: int,
         subset: TokenSubset,
@@ -103,7 +103,7 @@ class StepRunner(Protocol):
 
         Returns:
             What `resume` returns; it stays until the next `resume` or
-            `ahead` of the last segment.
+            `prefetch_segment` of the last segment.
         """
 
     def resume(
@@ -127,7 +127,7 @@ class StepRunner(Protocol):
 
 
 class SegmentExecutor(Protocol):
-    """Runs segments and gates; implemented for vLLM and, in tests, in plain torch."""
+    """Runs segments and exit heads: for vLLM and, in tests, in plain torch."""
 
     @property
     def steps(self) -> StepRunner | None:
@@ -184,14 +184,14 @@ class SegmentExecutor(Protocol):
             segment returns the final norm's output and None.
         """
 
-    def gate(
+    def score_exit(
         self,
         exit_index: int,
         hidden: torch.Tensor,
         residual: torch.Tensor | None,
         memory: torch.Tensor | None,
     ) -> ExitAnswer:
-        """Ask an exit head for the next token.
+        """Score the next token with an exit head.
 
         Args:
             exit_index: Index of the exit, 0 .. K - 1.

@@ -20,20 +20,20 @@ class ThresholdPolicy:
         thresholds: gamma of each exit, in [0, 1]; the paper's is the same for all. At 1
             no probability exceeds it: if all are 1 nothing is ever predicted early and
             drafting is not even started.
-        max_early_predictions: Largest number of unverified tokens of a request.
+        max_draft_tokens: Largest number of unverified tokens of a request.
         guess_threshold: Below its own threshold the last exit's token is predicted
             above this one, after which the request stops; 1 for never.
-        spoiled: Share of early predictions to replace by another token, so that speed
-            can be measured as a function of acceptance.
+        corrupted_share: Share of early predictions to replace by another token, so that
+            speed can be measured as a function of acceptance.
         calibration: Slope and intercept of each exit's acceptance over its log-odds;
             None where heads are not calibrated, whose probabilities are taken as they
             are.
     """
 
     thresholds: Sequence[float]
-    max_early_predictions: int
+    max_draft_tokens: int
     guess_threshold: float = 1.0
-    spoiled: float = 0.0
+    corrupted_share: float = 0.0
     calibration: Sequence[tuple[float, float]] | None = None
 
     @property
@@ -88,7 +88,7 @@ class ThresholdPolicy:
         log_odds = np.log(within) - np.log1p(-within)
         return 1.0 / (1.0 + np.exp(-(slope * log_odds + intercept)))
 
-    def spoil(self, token_ids: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    def corrupt(self, token_ids: np.ndarray, random: np.random.Generator) -> np.ndarray:
         """Replace a share of early predictions by a neighbouring token id.
 
         Args:
@@ -98,9 +98,9 @@ class ThresholdPolicy:
         Returns:
             (n,) int64.
         """
-        if not self.spoiled:
+        if not self.corrupted_share:
             return token_ids
-        wrong = random.random(len(token_ids)) < self.spoiled
+        wrong = random.random(len(token_ids)) < self.corrupted_share
         return np.where(wrong, np.where(token_ids > 0, token_ids - 1, 1), token_ids)
 
     def worth_a_guess(self, confidence: np.ndarray) -> np.ndarray:

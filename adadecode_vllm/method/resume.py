@@ -113,9 +113,11 @@ class Resumer:
         states: np.ndarray,
         done: np.ndarray,
     ) -> torch.Tensor:
-        """Put tokens that ran ahead and what is left of the batch together."""
+        """Put prefetched tokens and what is left of the batch together."""
         finished = self.states.finished
-        assert finished is not None, "tokens with all segments behind them ran ahead"
+        assert finished is not None, (
+            "tokens with all segments behind them were prefetched"
+        )
         width = self.states.window
         rows = finished.first[states[done] // width] + states[done] % width
         if done.all():
@@ -161,7 +163,7 @@ class Resumer:
     ) -> torch.Tensor:
         """Let hidden states flow through the pending states' buffer."""
         steps = self.executor.steps
-        assert steps is not None, "asked by the caller"
+        assert steps is not None, "checked by the caller"
         hidden = None
         for segment in range(self.executor.num_segments):
             tokens = np.flatnonzero(levels <= segment)

@@ -33,7 +33,7 @@ class PendingStates:
     Heads with memory read, beside a token's hidden state, the state that the token was
     taken from: the final layer's for a sampled token, the exit head's own output for an
     early prediction. The former comes with the cycle, the latter is written when the
-    head is asked, so nothing of it outlives a cycle.
+    head has scored, so nothing of it outlives a cycle.
 
     Attributes:
         memory: (slots, 1 + window, d): of slot s, what its window's first token was

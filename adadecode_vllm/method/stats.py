@@ -40,7 +40,7 @@ class Stats:
         contradicted_requests: Requests with at least one rejected early prediction:
             without verification their text would be another.
         draft_steps: Times each segment ran while drafting.
-        gates: Times each exit head was asked, in tokens.
+        gates: Times each exit head scored, in tokens.
         segments_run: Calls of each segment, while drafting and in resumed forwards.
         token_layers: Tokens times layers run by each segment in those calls.
         request_steps: Full forwards, counted per decoding request.
@@ -113,7 +113,7 @@ class Stats:
         self.segments_run[segment] += 1
         self.token_layers[segment] += tokens * (bounds[segment + 1] - bounds[segment])
 
-    def count_verdict(self, exits: np.ndarray, accepted: int) -> None:
+    def record_acceptance(self, exits: np.ndarray, accepted: int) -> None:
         """Count the outcome of one request's verified drafts.
 
         Args:

@@ -131,7 +131,7 @@ def test_overridden_methods_exist(ours: str, prefix: str, name: str) -> None:
 
 
 def test_every_way_to_change_weights_is_known() -> None:
-    """What is new here may change an LM head that gates keep rows of."""
+    """What is new here may change an LM head that the exit scorer keeps rows of."""
     cls = resolve_obj_by_qualname("vllm.v1.worker.gpu_worker.Worker")
     found = {name for name in dir(cls) if "weight" in name}
     assert found == {
@@ -344,12 +344,12 @@ SOURCES = [
     (
         "vllm.v1.core.sched.async_scheduler.AsyncScheduler._update_after_schedule",
         "scheduler_output.num_spec_tokens_to_schedule",
-        "engine/scheduler.py: no room is made above a load",
+        "engine/scheduler.py: no placeholders above a load",
     ),
     (
         "vllm.v1.core.sched.scheduler.Scheduler.update_from_output",
         "num_rejected = num_draft_tokens - num_accepted",
-        "engine/draft_room.py: empty room counts as rejected",
+        "engine/placeholder_drafts.py: empty ones count as rejected",
     ),
     (
         "vllm.v1.worker.gpu_model_runner.GPUModelRunner._model_forward",

@@ -101,8 +101,8 @@ def test_whole_steps(
         engine.use_whole_steps(False)
     assert counted["one"] > 0
     assert counted["resumed"] > 0
-    assert counted["ahead"] > counted["finished"] > 0
-    # Deferred layers join in where a later exit is asked.
+    assert counted["prefetched"] > counted["finished"] > 0
+    # Deferred layers join in where a later exit scores.
     assert (counted["several"] > 0) is (threshold > 0.0)
     assert sum(engine.stats()["accepted"]) > 0
 

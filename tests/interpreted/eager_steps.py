@@ -28,7 +28,7 @@ class EagerSteps:
     Attributes:
         drafted: Draft steps by number of tokens a request, one or several.
         resumed: Steps of resumed forwards.
-        ran_ahead: Tokens that ran the last segment, or another one, before the step
+        prefetched: Tokens that ran the last segment, or another one, before the step
             that verifies them.
     """
 
@@ -52,7 +52,7 @@ class EagerSteps:
         self.max_tokens = MAX_TOKENS if adadecode.model.num_segments > 1 else 0
         self.drafted = {"one": 0, "several": 0}
         self.resumed = 0
-        self.ran_ahead = {"whole": 0, "parts": 0}
+        self.prefetched = {"whole": 0, "parts": 0}
 
     def draft(
         self,
@@ -72,7 +72,7 @@ class EagerSteps:
         answer = answer[np.cumsum(subset.count) - 1]
         return answer[:, 0].astype(np.int64), answer[:, 1].astype(np.float32)
 
-    def ahead(
+    def prefetch_segment(
         self,
         segment: int,
         subset: TokenSubset,
@@ -81,7 +81,7 @@ class EagerSteps:
     ) -> torch.Tensor:
         """Run a segment of the next forward."""
         last = segment == self._steps.model.num_segments - 1
-        self.ran_ahead["whole" if last else "parts"] += len(states)
+        self.prefetched["whole" if last else "parts"] += len(states)
         self._run(
             StepKind(segment, False, self._window),
             subset,

@@ -188,8 +188,8 @@ class _Calls:
         return {
             **steps.drafted,
             "resumed": steps.resumed,
-            "ahead": steps.ran_ahead["parts"],
-            "finished": steps.ran_ahead["whole"],
+            "prefetched": steps.prefetched["parts"],
+            "finished": steps.prefetched["whole"],
         }
 
     def configure(self, **options: Any) -> None:

@@ -52,9 +52,10 @@ def test_requests_are_trusted_by_their_own_record() -> None:
     exits = np.array([0, 0, -1, -1], np.int8)
     expected = np.array([0.8, 0.8, 1.0, 1.0])
     for _ in range(30):
-        record.count("wrong", exits, expected, 0)  # three drafts never compared
-        record.count("right", exits, expected, 4)
-        record.count("half", exits, expected, 2)
+        # Three drafts of it are never compared.
+        record.record_acceptance("wrong", exits, expected, 0)
+        record.record_acceptance("right", exits, expected, 4)
+        record.record_acceptance("half", exits, expected, 2)
     least = np.full(4, 0.1)
     found = record.admission(["wrong", "right", "half", "new"], least)
     assert found.trust[0] == pytest.approx(0.2)  # the bound
@@ -70,41 +71,45 @@ def test_requests_are_trusted_by_their_own_record() -> None:
     assert record.admission(["wrong"], least[:1]).trust.tolist() == [1.0]
 
 
-def test_requests_that_the_exits_do_nothing_for_ask_them_rarely() -> None:
+def test_requests_that_the_exits_do_nothing_for_use_them_rarely() -> None:
     record = AcceptanceRecord()
     early, by_lookup = np.zeros(2, np.int8), np.full(2, -1, np.int8)
     expected = np.full(2, 0.5)
-    asked = {"wrong": 0, "right": 0, "silent": 0, "own": 0, "lookup": 0}
+    scored = {"wrong": 0, "right": 0, "silent": 0, "own": 0, "lookup": 0}
     least = np.array([0.2, 0.2, 0.2, math.nan, 0.2])
     for _ in range(200):
-        found = record.admission(list(asked), least)
-        for row, name in enumerate(asked):
-            if name == "lookup":  # found before any exit is asked
-                record.count(name, by_lookup, expected, 0)
-            elif found.ask[row]:
-                asked[name] += 1
-                record.asked(name, least[row])
+        found = record.admission(list(scored), least)
+        for row, name in enumerate(scored):
+            if name == "lookup":  # found before any exit scores
+                record.record_acceptance(name, by_lookup, expected, 0)
+            elif found.use_exits[row]:
+                scored[name] += 1
+                record.record_scoring(name, least[row])
                 if name != "silent":
-                    record.count(name, early, expected, 2 if name == "right" else 0)
-    assert asked["right"] == asked["own"] == 200
-    assert found.ask[-1]
+                    record.record_acceptance(
+                        name, early, expected, 2 if name == "right" else 0
+                    )
+    assert scored["right"] == scored["own"] == 200
+    assert found.use_exits[-1]
     # At first, and then once in sixteen cycles.
-    assert asked["wrong"] == asked["silent"] == 8 + (200 - 8) // 16
+    assert scored["wrong"] == scored["silent"] == 8 + (200 - 8) // 16
     # Its drafts by lookup are verified every time, those of the others never.
     assert found.due.tolist() == [True, True, True, True, False]
 
 
-def test_a_request_whose_text_changes_asks_again() -> None:
+def test_a_request_whose_text_changes_uses_the_exits_again() -> None:
     record = AcceptanceRecord()
     early, least = np.zeros(2, np.int8), np.array([0.2])
-    asked = []
+    scored = []
     for cycle in range(400):
-        if asks := bool(record.admission(["a"], least).ask[0]):
-            record.asked("a", 0.2)
-            record.count("a", early, np.full(2, 0.5), 0 if cycle < 200 else 2)
-        asked.append(asks)
-    assert sum(asked[100:200]) < 10
-    assert all(asked[-100:])
+        if scores := bool(record.admission(["a"], least).use_exits[0]):
+            record.record_scoring("a", 0.2)
+            record.record_acceptance(
+                "a", early, np.full(2, 0.5), 0 if cycle < 200 else 2
+            )
+        scored.append(scores)
+    assert sum(scored[100:200]) < 10
+    assert all(scored[-100:])
 
 
 def test_survival_trusts_the_request() -> None:

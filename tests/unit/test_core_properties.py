@@ -19,7 +19,7 @@ from adadecode_vllm.method.cycle import DraftRequests
 from adadecode_vllm.method.executor import TokenSubset
 from adadecode_vllm.method.ledger import Resumable
 from adadecode_vllm.method.resume import ScheduledBatch
-from tests.reference_engine import EVENTS, Engine, Event, RandomGate, ordinary
+from tests.reference_engine import EVENTS, Engine, Event, RandomExits, ordinary
 from tests.reference_model import WIDTH, ReferenceModel, View
 
 VOCAB_SIZE = 7
@@ -44,7 +44,7 @@ class Scenario:
     events: list[Event]
     seed: int
     stop_token_ids: frozenset[int] = frozenset()
-    real_gate: bool = False
+    real_exits: bool = False
     guess_threshold: float = 1.0
     step_tokens: int = 0
     admission: float | None = None
@@ -78,7 +78,7 @@ def scenarios(draw: st.DrawFn) -> Scenario:
         events=draw(st.lists(occurrence, max_size=25)),
         seed=draw(st.integers(0, 1000)),
         stop_token_ids=frozenset(draw(st.sets(token, max_size=1))),
-        real_gate=draw(st.booleans()),
+        real_exits=draw(st.booleans()),
         step_tokens=draw(st.sampled_from([0, 1, 6, 64])),
         admission=draw(st.sampled_from([None, 0.1, 0.5])),
     )
@@ -115,7 +115,7 @@ def random_scenario(seed: int) -> Scenario:
 
 def run_scenario(scenario: Scenario) -> Engine:
     """Run both loops, compare them, and return the engine for its counters."""
-    gate = RandomGate(scenario.seed, VOCAB_SIZE, scenario.accuracy)
+    exits = RandomExits(scenario.seed, VOCAB_SIZE, scenario.accuracy)
     shape: dict[str, Any] = {
         "exit_layers": scenario.exit_layers,
         "num_layers": scenario.num_layers,
@@ -124,7 +124,9 @@ def run_scenario(scenario: Scenario) -> Engine:
         "block_size": scenario.block_size,
         "seed": scenario.seed,
     }
-    model = ReferenceModel(**shape, gate=None if scenario.real_gate else gate)
+    model = ReferenceModel(
+        **shape, exit_function=None if scenario.real_exits else exits
+    )
     engine = Engine(
         model,
         cap=scenario.cap,
@@ -141,7 +143,7 @@ def run_scenario(scenario: Scenario) -> Engine:
         stops = scenario.stop_token_ids
         tokens, finals = ordinary(ReferenceModel(**shape), prompt, max_tokens, stops)
         request = engine.add(prompt, max_tokens, stops)
-        gate.continuations[request.number] = prompt + tokens
+        exits.continuations[request.number] = prompt + tokens
         engine.finals |= finals
         expected.append(tokens)
     engine.run(scenario.events)
@@ -206,14 +208,14 @@ def test_everything_happens() -> None:
 
 def test_whole_steps_are_used() -> None:
     scenario = dataclasses.replace(
-        random_scenario(3), step_tokens=64, real_gate=False, admission=None
+        random_scenario(3), step_tokens=64, real_exits=False, admission=None
     )
     steps = run_scenario(scenario).model.steps
     assert steps is not None
     assert steps.drafted > 0
     assert steps.resumed > 0
-    # The first segment runs ahead more often than a whole forward.
-    assert steps.ran_ahead[0] > steps.ran_ahead[1] > 0
+    # The first segment is prefetched more often than a whole forward.
+    assert steps.prefetched[0] > steps.prefetched[1] > 0
 
 
 def test_without_mishaps_right_drafts_save_forwards() -> None:
@@ -248,7 +250,7 @@ def test_drafting_writes_only_below_the_limit() -> None:
     """Deep exits run pending tokens too, but never past the last owned slot."""
     for cap in (1, 2, 4):
         model = ReferenceModel((1, 2), 4, block_size=2, num_blocks=16)
-        model.gate_function = lambda request, prefix, exit_index: (0, float(exit_index))
+        model.exit_function = lambda request, prefix, exit_index: (0, float(exit_index))
         engine = Engine(model, cap=cap, threshold=0.5, max_model_len=20)
         request = engine.add([1, 2, 3], 10)
         engine.step()
@@ -263,7 +265,7 @@ def test_drafting_writes_only_below_the_limit() -> None:
 
 def test_a_request_without_spare_blocks_drafts_less() -> None:
     model = ReferenceModel((1,), 2, block_size=4, num_blocks=4)
-    model.gate_function = lambda request, prefix, exit_index: (0, 1.0)
+    model.exit_function = lambda request, prefix, exit_index: (0, 1.0)
     engine = Engine(model, cap=6, threshold=0.0, max_model_len=16)
     request = engine.add([1, 2, 3, 4, 5], 8)
     engine.step()
@@ -393,12 +395,12 @@ def _draft(
 ) -> tuple[Any, Engine]:
     """Draft after one-token prompts, with answers by (request, length, exit)."""
 
-    def gate(
+    def exit_function(
         request: int, prefix: tuple[int, ...], exit_index: int
     ) -> tuple[int, float]:
         return answers.get((request, len(prefix), exit_index), (0, 0.0))
 
-    model = ReferenceModel((1, 2), 3, gate=gate)
+    model = ReferenceModel((1, 2), 3, exit_function=exit_function)
     engine = Engine(model, cap=cap, threshold=0.5)
     requests = len(limits)
     model.drafting = True
@@ -476,7 +478,7 @@ def test_nothing_is_predicted_after_a_stop_token() -> None:
 
 @pytest.mark.parametrize("changed", [None, 0, 1, 2])
 def test_only_the_agreeing_prefix_resumes(changed: int | None) -> None:
-    model = ReferenceModel((1,), 2, gate=lambda *_: (3, 1.0))
+    model = ReferenceModel((1,), 2, exit_function=lambda *_: (3, 1.0))
     engine = Engine(model, cap=3, threshold=0.5)
     request = engine.add([1, 2], 10)
     engine.step()
@@ -502,7 +504,7 @@ def test_only_the_agreeing_prefix_resumes(changed: int | None) -> None:
     ],
 )
 def test_mishaps_drop_the_entry(mishap: str, reason: str) -> None:
-    model = ReferenceModel((1,), 2, gate=lambda *_: (3, 1.0))
+    model = ReferenceModel((1,), 2, exit_function=lambda *_: (3, 1.0))
     engine = Engine(model, cap=3, threshold=0.5, token_budget=16)
     for prompt in ([1, 2], [4, 5]):
         engine.add(prompt, 10)
@@ -520,7 +522,7 @@ def test_mishaps_drop_the_entry(mishap: str, reason: str) -> None:
 
 
 def test_truncated_drafts_resume_what_is_left() -> None:
-    model = ReferenceModel((1,), 2, gate=lambda *_: (3, 1.0))
+    model = ReferenceModel((1,), 2, exit_function=lambda *_: (3, 1.0))
     engine = Engine(model, cap=3, threshold=0.5)
     engine.add([1, 2], 10)
     engine.step()

@@ -52,12 +52,12 @@ def test_nothing_follows_a_token_that_ends_the_text(tail: NgramTail) -> None:
     assert extend(tail, [3], 2, stops=(3,)) == []
 
 
-def test_verdicts_tell_exits_from_lookups() -> None:
+def test_acceptance_tells_exits_from_lookups() -> None:
     stats = Stats(exit_layers=(2, 5), num_layers=8)
     exits = np.array([1, -1, -1], np.int8)
-    stats.count_verdict(exits, 3)
-    stats.count_verdict(exits, 1)
-    stats.count_verdict(exits, 0)
+    stats.record_acceptance(exits, 3)
+    stats.record_acceptance(exits, 1)
+    stats.record_acceptance(exits, 0)
     assert stats.accepted.tolist() == [0, 2]
     assert stats.rejected.tolist() == [0, 1]
     assert (stats.ngram_accepted, stats.ngram_rejected) == (2, 1)

@@ -83,19 +83,19 @@ def test_segments_count_tokens_times_layers() -> None:
         ([], 0, [0, 0], [0, 0]),
     ],
 )
-def test_verdicts(
+def test_acceptance(
     exits: list[int], count: int, accepted: list[int], rejected: list[int]
 ) -> None:
     stats = make_stats()
-    stats.count_verdict(np.array(exits, np.int8), count)
+    stats.record_acceptance(np.array(exits, np.int8), count)
     assert stats.accepted.tolist() == accepted
     assert stats.rejected.tolist() == rejected
 
 
-def test_verdicts_add_up() -> None:
+def test_acceptance_adds_up() -> None:
     stats = make_stats()
     for accepted in (0, 1, 2):
-        stats.count_verdict(np.array([0, 0], np.int8), accepted)
+        stats.record_acceptance(np.array([0, 0], np.int8), accepted)
     assert stats.accepted.tolist() == [3, 0]
     assert stats.rejected.tolist() == [2, 0]
 
@@ -103,7 +103,7 @@ def test_verdicts_add_up() -> None:
 def test_as_plain_numbers() -> None:
     stats = make_stats()
     stats.count_segment(1, 4)
-    stats.count_verdict(np.array([1], np.int8), 1)
+    stats.record_acceptance(np.array([1], np.int8), 1)
     stats.resumed_tokens = 3
     values = json.loads(json.dumps(stats.to_dict()))
     assert values.keys() == {field.name for field in dataclasses.fields(Stats)}
@@ -127,7 +127,7 @@ def test_reset() -> None:
 
 def test_two_workers_do_not_share_counters() -> None:
     first, second = make_stats(), make_stats()
-    first.count_verdict(np.array([0], np.int8), 1)
+    first.record_acceptance(np.array([0], np.int8), 1)
     assert second.accepted.tolist() == [0, 0]
 
 

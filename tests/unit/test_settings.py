@@ -20,7 +20,7 @@ from adadecode_vllm.request_options import (
     ENGINES,
     NOTHING,
     RequestOptions,
-    most_early_predictions,
+    max_draft_tokens,
 )
 from tests.harness import HEADS
 
@@ -131,14 +131,14 @@ def test_what_vllm_cannot_verify_gets_no_drafts(options: dict[str, Any]) -> None
     running = settings()
     running.admit("a", params)
     assert running.options(["a", "b"]) == [NOTHING, ENGINES]
-    assert most_early_predictions(params, config()) == 0
+    assert max_draft_tokens(params, config()) == 0
 
 
-def test_most_early_predictions_of_a_request() -> None:
+def test_max_draft_tokens_of_a_request() -> None:
     def most(**asked: Any) -> int:
         extra_args = {f"adadecode_{name}": value for name, value in asked.items()}
         params = SamplingParams(extra_args=extra_args)
-        return most_early_predictions(params, config(threshold=1.0))
+        return max_draft_tokens(params, config(threshold=1.0))
 
     cap = config().max_early_predictions
     assert most() == most(threshold=0.5) == cap

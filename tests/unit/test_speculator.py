@@ -14,7 +14,7 @@ from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 
 from adadecode_vllm.compat import SUPPORTED
 from adadecode_vllm.config import parse_config
-from adadecode_vllm.engine import draft_room
+from adadecode_vllm.engine import placeholder_drafts
 from adadecode_vllm.engine.draft_cycle import DraftCycle
 from adadecode_vllm.engine.settings import Settings
 from adadecode_vllm.engine.speculator import AdaDecodeSpeculator
@@ -25,10 +25,10 @@ from tests.harness import HEADS
 CAP = 3
 
 
-def make_speculator(*, ahead: bool = True) -> AdaDecodeSpeculator:
+def make_speculator(*, asynchronous: bool = True) -> AdaDecodeSpeculator:
     config: Any = SimpleNamespace(
         additional_config={"adadecode": {"heads": "H"}},
-        scheduler_config=SimpleNamespace(async_scheduling=ahead),
+        scheduler_config=SimpleNamespace(async_scheduling=asynchronous),
     )
     states: Any = SimpleNamespace(
         max_num_reqs=4,
@@ -69,11 +69,11 @@ def schedule(
     return output
 
 
-def test_room_that_stayed_empty_is_removed() -> None:
+def test_empty_placeholders_are_removed() -> None:
     speculator = make_speculator()
     speculator.drafts = {"a": [7, 8], "b": []}
-    room = [-1] * CAP
-    given = schedule({"a": 4, "b": 4, "c": 6}, {"a": room, "b": room})
+    placeholders = [-1] * CAP
+    given = schedule({"a": 4, "b": 4, "c": 6}, {"a": placeholders, "b": placeholders})
     taken = speculator.start_step(given)
     assert taken.num_scheduled_tokens == {"a": 3, "b": 1, "c": 6}
     assert taken.total_num_scheduled_tokens == 10
@@ -81,7 +81,7 @@ def test_room_that_stayed_empty_is_removed() -> None:
     assert speculator.unused_drafts == {"a": 1, "b": 3}
     # The scheduler keeps its own; it reads what was rejected off it.
     assert given.num_scheduled_tokens == {"a": 4, "b": 4, "c": 6}
-    assert given.scheduled_spec_decode_tokens == {"a": room, "b": room}
+    assert given.scheduled_spec_decode_tokens == {"a": placeholders, "b": placeholders}
 
 
 def test_drafts_are_dropped_beside_a_request_that_needs_a_plain_step() -> None:
@@ -98,14 +98,14 @@ def test_drafts_are_dropped_beside_a_request_that_needs_a_plain_step() -> None:
 
 
 def test_what_fits_is_passed_on_as_it_is() -> None:
-    speculator = make_speculator(ahead=False)
+    speculator = make_speculator(asynchronous=False)
     speculator.drafts = {"a": [7, 8]}
     given = schedule({"a": 3}, {"a": [7, 8]})
     assert speculator.start_step(given) is given
     assert speculator.unused_drafts == {}
 
 
-def test_less_room_than_drafts() -> None:
+def test_fewer_placeholders_than_drafts() -> None:
     """Near the end of a text or of the budget."""
     speculator = make_speculator()
     speculator.drafts = {"a": [7, 8, 9]}
@@ -114,7 +114,7 @@ def test_less_room_than_drafts() -> None:
 
 
 def test_drafts_that_the_scheduler_changed_are_not_verified() -> None:
-    speculator = make_speculator(ahead=False)
+    speculator = make_speculator(asynchronous=False)
     speculator.drafts = {"a": [7, 8, 9]}
     taken = speculator.start_step(schedule({"a": 4}, {"a": [7, 5, 9]}))
     assert taken.num_scheduled_tokens == {"a": 2}
@@ -152,12 +152,15 @@ def test_while_warming_up_made_up_drafts_are_verified() -> None:
 def test_the_grammar_concerns_the_drafts_that_there_are(
     minor: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(draft_room, "facts", lambda: SUPPORTED[minor])
+    monkeypatch.setattr(placeholder_drafts, "facts", lambda: SUPPORTED[minor])
     speculator = make_speculator()
     speculator.drafts = {"a": [7, 8], "b": [], "c": [1, 2, 3]}
-    room = [-1] * CAP
+    placeholders = [-1] * CAP
     speculator.start_step(
-        schedule({"a": 4, "b": 4, "c": 4}, {"a": room, "b": room, "c": room})
+        schedule(
+            {"a": 4, "b": 4, "c": 4},
+            {"a": placeholders, "b": placeholders, "c": placeholders},
+        )
     )
     # One row per scheduled draft and one more, request by request.
     bitmask = np.arange(12, dtype=np.int32)[:, None]
@@ -193,12 +196,12 @@ def pending(position: int) -> Window:
     )
 
 
-@pytest.mark.parametrize(("ahead", "position"), [(True, 20), (False, 30)])
-def test_positions_are_the_workers_own_where_it_is_ahead(
-    ahead: bool, position: int
+@pytest.mark.parametrize(("asynchronous", "position"), [(True, 20), (False, 30)])
+def test_positions_are_the_workers_own_where_scheduling_is_asynchronous(
+    asynchronous: bool, position: int
 ) -> None:
     """The scheduler's are exact only if it waits for the step before."""
-    speculator = make_speculator(ahead=ahead)
+    speculator = make_speculator(asynchronous=asynchronous)
     speculator._computed[2] = 20
     for first, resumes in ((position, True), (position + 1, False)):
         speculator.adadecode.ledger.record(speculator.cycle.step, ["a"], pending(first))

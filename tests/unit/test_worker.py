@@ -21,7 +21,7 @@ from adadecode_vllm.method.ledger import Ledger, Window
 from adadecode_vllm.method.stats import Stats
 
 
-class Gate(nn.Module):
+class Scorer(nn.Module):
     """Rows of an LM head, and what no LM head can bring back."""
 
     def __init__(self, lm_head: torch.Tensor) -> None:
@@ -45,7 +45,7 @@ class VllmWorker:
         # With what a worker uses of it, but no model.
         self.adadecode = AdaDecode.__new__(AdaDecode)
         self.adadecode.ledger = Ledger()
-        self.adadecode.model = SimpleNamespace(scorer=Gate(self.lm_head))  # type: ignore[assignment]
+        self.adadecode.model = SimpleNamespace(scorer=Scorer(self.lm_head))  # type: ignore[assignment]
         self.adadecode.counters = lambda: np.array([1.0, 2.0])  # type: ignore[method-assign]
         self.model_runner = SimpleNamespace(adadecode=self.adadecode)
         self.output = output
@@ -55,7 +55,7 @@ class VllmWorker:
 
     def sleep(self, level: int) -> None:
         if level == 2:
-            for weight in (self.lm_head, self.gate.head, self.gate.rows):
+            for weight in (self.lm_head, self.scorer.head, self.scorer.rows):
                 weight.fill_(float("nan"))
 
     def wake_up(self, tags: list[str] | None) -> None:
@@ -78,8 +78,8 @@ class VllmWorker:
         return self.output
 
     @property
-    def gate(self) -> Any:
-        return self.adadecode.gate
+    def scorer(self) -> Any:
+        return self.adadecode.scorer
 
 
 class Worker(AdaDecodeWorker, VllmWorker):
@@ -98,22 +98,23 @@ def dropped(worker: Worker) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("level", [1, 2])
-def test_heads_survive_sleep_and_gates_follow_the_lm_head(level: int) -> None:
+def test_heads_survive_sleep_and_the_scorer_follows_the_lm_head(level: int) -> None:
     worker = Worker()
-    gate, lm_head = worker.gate, worker.lm_head.clone()
-    head, storage = gate.head.clone(), (gate.head.data_ptr(), gate.rows.data_ptr())
+    scorer, lm_head = worker.scorer, worker.lm_head.clone()
+    head = scorer.head.clone()
+    storage = (scorer.head.data_ptr(), scorer.rows.data_ptr())
     leave_pending(worker)
     worker.sleep(level)
     assert dropped(worker) == {"slept": 2}
     worker.wake_up(["kv_cache"])
-    assert bool(gate.head.isnan().any()) is (level == 2)
+    assert bool(scorer.head.isnan().any()) is (level == 2)
     worker.lm_head.copy_(lm_head + 1)  # what vLLM kept, or somebody loaded meanwhile
     worker.wake_up(["weights"])
     worker.wake_up(None)
-    assert torch.equal(gate.head, head)
-    assert torch.equal(gate.rows, lm_head[1:3] + 1)
+    assert torch.equal(scorer.head, head)
+    assert torch.equal(scorer.rows, lm_head[1:3] + 1)
     # CUDA graphs know the addresses.
-    assert (gate.head.data_ptr(), gate.rows.data_ptr()) == storage
+    assert (scorer.head.data_ptr(), scorer.rows.data_ptr()) == storage
     assert worker.woken == [["kv_cache"], ["weights"], None]
 
 
@@ -143,27 +144,27 @@ def test_model_runner_v2_verifies_made_up_drafts_while_warming_up(v2: bool) -> N
     assert seen == (["begins", "warms up", "ends"] if v2 else ["warms up"])
 
 
-def test_gates_follow_weights_that_are_sent_in_parts() -> None:
+def test_the_scorer_follows_weights_that_are_sent_in_parts() -> None:
     """The LM head is whole only at the end."""
     worker = Worker()
-    before = worker.gate.rows.clone()
+    before = worker.scorer.rows.clone()
     leave_pending(worker)
     worker.update_weights(1.0)
     assert dropped(worker) == {"weights_updated": 2}
     worker.update_weights(2.0)
-    assert torch.equal(worker.gate.rows, before)
+    assert torch.equal(worker.scorer.rows, before)
     leave_pending(worker)
     worker.finish_weight_update()
     assert dropped(worker) == {"weights_updated": 4}
-    assert bool((worker.gate.rows == 3.0).all())
+    assert bool((worker.scorer.rows == 3.0).all())
 
 
-def test_gates_follow_weights_that_are_reset() -> None:
+def test_the_scorer_follows_weights_that_are_reset() -> None:
     worker = Worker()
     leave_pending(worker)
     worker.reset_weights()
     assert dropped(worker) == {"weights_updated": 2}
-    assert not worker.gate.rows.any()
+    assert not worker.scorer.rows.any()
 
 
 def test_counters_travel_with_the_outcome() -> None:

@@ -47,7 +47,7 @@ class Books:
         return worker.model_runner.adadecode
 
     def _watch(self, adadecode: Any) -> None:
-        draft, count_verdicts = adadecode.draft, adadecode.count_verdicts
+        draft, record_acceptance = adadecode.draft, adadecode.record_acceptance
 
         def watched_draft(step: int, request_ids: Sequence[str], *args: Any) -> Any:
             drafts = draft(step, request_ids, *args)
@@ -55,7 +55,7 @@ class Books:
                 self._predicted[request_id] = len(tokens)
             return drafts
 
-        def watched_verdicts(
+        def watched_acceptance(
             sampled: Mapping[str, int], scheduled: Mapping[str, int], *args: Any
         ) -> Any:
             for request_id, tokens in scheduled.items():
@@ -63,10 +63,10 @@ class Books:
                 if sampled.get(request_id) and real:
                     self._verified["drafts"] += 1
                     self._verified["draft_tokens"] += real
-            return count_verdicts(sampled, scheduled, *args)
+            return record_acceptance(sampled, scheduled, *args)
 
         adadecode.draft = watched_draft
-        adadecode.count_verdicts = watched_verdicts
+        adadecode.record_acceptance = watched_acceptance
 
     def open(self) -> None:
         """A stream begins."""

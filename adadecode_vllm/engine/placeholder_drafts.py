@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From room for drafts, which is what is scheduled ahead, to what there is."""
+"""From placeholder drafts, which is what is scheduled first, to what there is."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 
 
-def fill_room(
+def fill_placeholders(
     scheduler_output: SchedulerOutput, predicted: Mapping[str, Sequence[int]]
 ) -> tuple[SchedulerOutput, dict[str, int]]:
-    """Remove the room that stayed empty.
+    """Remove the placeholders that stayed empty.
 
     Args:
         scheduler_output: What the scheduler asks for; is left as it is. It reads off
-            its own what was rejected: empty room, and drafts that were wrong.
+            its own what was rejected: empty placeholders, and wrong drafts.
         predicted: Request id to the early predictions that wait for verification.
 
     Returns:
@@ -29,12 +29,13 @@ def fill_room(
     """
     empty: dict[str, int] = {}
     drafts: dict[str, list[int]] = {}
-    for request_id, room in scheduler_output.scheduled_spec_decode_tokens.items():
-        filled = _agreeing(predicted.get(request_id, ()), room)
+    scheduled = scheduler_output.scheduled_spec_decode_tokens
+    for request_id, placeholders in scheduled.items():
+        filled = _agreeing(predicted.get(request_id, ()), placeholders)
         if filled:
-            drafts[request_id] = room[:filled]
-        if filled < len(room):
-            empty[request_id] = len(room) - filled
+            drafts[request_id] = placeholders[:filled]
+        if filled < len(placeholders):
+            empty[request_id] = len(placeholders) - filled
     if not empty:
         return scheduler_output, empty
     counts = dict(scheduler_output.num_scheduled_tokens)
@@ -54,11 +55,12 @@ def trim_grammar(
     drafts: Mapping[str, Sequence[int]],
     empty: Mapping[str, int],
 ) -> GrammarOutput | None:
-    """Let the grammar concern the drafts that there are, not the room for them.
+    """Let the grammar concern the drafts that there are, not the placeholders.
 
     Args:
         grammar_output: The bitmask of the structured requests, as the scheduler made
-            it. Where its rows follow the drafts, those of empty room are removed.
+            it. Where its rows follow the drafts, those of empty placeholders are
+            removed.
         drafts: Request id to the step's drafts.
         empty: Request id to drafts removed.
 
@@ -87,10 +89,10 @@ def trim_grammar(
     )
 
 
-def _agreeing(predicted: Sequence[int], room: Sequence[int]) -> int:
-    """Drafts that fit the room; -1 in it stands for whatever was predicted."""
+def _agreeing(predicted: Sequence[int], placeholders: Sequence[int]) -> int:
+    """Drafts that fit the placeholders; -1 stands for whatever was predicted."""
     filled = 0
-    for ours, theirs in zip(predicted, room, strict=False):
+    for ours, theirs in zip(predicted, placeholders, strict=False):
         if theirs not in (-1, ours):
             break
         filled += 1
