@@ -35,7 +35,7 @@ class RequestOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     enabled: bool = Field(
-        default=True, description="False decodes this request as ordinary vLLM does."
+        default=True, description="False decodes this request as plain vLLM does."
     )
     threshold: float | None = Field(
         default=None,

@@ -96,7 +96,7 @@ def time_split(run: Run) -> dict[str, float] | None:
 
     Returns:
         ``segments`` while drafting, ``gates``, ``draft bookkeeping``, ``verification``
-        (the resumed forwards) and ``rest``: sampling, scheduling, ordinary forwards.
+        (the resumed forwards) and ``rest``: sampling, scheduling, plain forwards.
         On CUDA segments hold the gates and bookkeeping is all that is not the device's.
     """
     stats = run["stats"]

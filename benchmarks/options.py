@@ -77,7 +77,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     group.add_argument(
         "--side-by-side",
         type=int,
-        help="Most variants to load at a time beside ordinary vLLM; default: all",
+        help="Most variants to load at a time beside plain vLLM; default: all",
     )
     group.add_argument(
         "--output-json", type=Path, help="Result file; written after every repeat"
@@ -212,7 +212,7 @@ def run_command(main: Callable[[Sequence[str] | None], None]) -> None:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from None
     except VariantError as error:
-        sys.stderr.write(f"error: ordinary vLLM failed: {error}\n")
+        sys.stderr.write(f"error: plain vLLM failed: {error}\n")
         raise SystemExit(1) from None
 
 

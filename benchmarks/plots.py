@@ -36,7 +36,7 @@ _PARTS: Final = (  # of `time_split`, with colour and hatch
     ("verification", COLOURS[2], "\\\\\\\\"),
     ("rest", "#DDDDDD", ""),
 )
-_RATIO: Final = "speed (ordinary vLLM = 1)"
+_RATIO: Final = "speed (plain vLLM = 1)"
 
 
 def draw_comparison(
@@ -206,7 +206,7 @@ def _cycle_time(
     names = [name for name, _, _ in _PARTS]
     if any(not case.parts for panel in panels for case in panel):
         names.append(BASELINE)
-    labels = {BASELINE: "ordinary vLLM"}
+    labels = {BASELINE: "plain vLLM"}
     add_legend(
         figure,
         {labels.get(name, name): Patch(**_part_style(name)) for name in names},
@@ -307,7 +307,7 @@ def _errors(cases: Sequence[PlotCase]) -> list[list[float]]:
 
 
 def _finish_ratios(figure: Figure, axes: Axes) -> None:
-    axes.axhline(1, color=GREY, linewidth=1, linestyle="--", label="ordinary vLLM")
+    axes.axhline(1, color=GREY, linewidth=1, linestyle="--", label="plain vLLM")
     # From zero, so that twice as high is twice as fast.
     axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
     axes.set_ylabel(_RATIO)

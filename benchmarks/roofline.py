@@ -45,7 +45,7 @@ def predicted_speedup(stats: dict[str, Any], cost: CostModel) -> float:
 
     Args:
         stats: AdaDecode's counters of a run with one request at a time.
-        cost: Shares of an ordinary step.
+        cost: Shares of a plain step.
     """
     counters = Counters(tuple(stats["exit_layers"]), stats["num_layers"])
     # Forwards without a pending token ran every layer, in vLLM's own graph.

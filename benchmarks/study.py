@@ -4,7 +4,7 @@ r"""Studies of AdaDecode's speed, one command each.
     python benchmarks/study.py STUDY --model MODEL --adadecode-heads HEADS \
         --output-json benchmarks/results/study_STUDY.json --plots docs/images
 
-All ratios are to ordinary vLLM at its defaults, measured in the same run, in turn.
+All ratios are to plain vLLM at its defaults, measured in the same run, in turn.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ STUDIES: Mapping[
     "exits": ("every choice among the heads' exits", _exits),
     "ablation": ("the paper's ablation table", _ablation),
     "breakdown": ("where the time of a cycle goes", _breakdown),
-    "synthetic": ("speedup by acceptance: predictions spoiled at a rate", _synthetic),
+    "synthetic": ("speedup by acceptance: predictions corrupted at a rate", _synthetic),
 }
 
 

@@ -21,7 +21,7 @@ MAX_MODEL_LEN = 256
 OUTPUT_TOKENS = 40
 
 Reference = dict[str, list[list[int]]]
-"""Ordinary vLLM's token ids, by kind and prompt."""
+"""Plain vLLM's token ids, by kind and prompt."""
 
 
 def demo_corpus() -> ModuleType:
@@ -98,8 +98,8 @@ def generate(
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
-def ordinary_texts(prompts: list[str], max_tokens: int) -> list[str]:
-    """Greedy texts of ordinary vLLM."""
+def baseline_texts(prompts: list[str], max_tokens: int) -> list[str]:
+    """Greedy texts of plain vLLM."""
     from vllm import SamplingParams
 
     with start_engine() as llm:

@@ -2,7 +2,7 @@
 """An imitation of vLLM's step loop around the core, with mishaps.
 
 :class:`Engine` drives the core's parts on a reference model, with the mishaps of
-:data:`EVENTS`. :func:`ordinary` is the loop without any of that.
+:data:`EVENTS`. :func:`plain_decoding` is the loop without any of that.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ EVENTS = (
 )
 
 
-def ordinary(
+def plain_decoding(
     model: ReferenceModel,
     prompt: Sequence[int],
     max_tokens: int,

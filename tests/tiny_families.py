@@ -132,8 +132,8 @@ def _scale(weight: torch.Tensor, factor: float, offset: float) -> None:
 
 
 @dataclass(frozen=True)
-class Ordinary:
-    """What ordinary vLLM says to :data:`PROMPTS`.
+class Baseline:
+    """What plain vLLM says to :data:`PROMPTS`.
 
     Attributes:
         texts: Greedy token ids.
@@ -151,8 +151,8 @@ class Ordinary:
             assert compare(self.texts, texts, self.logits).different == 0
 
 
-def ask_ordinary_vllm(model: Path, dtype: str = "float32", **options: Any) -> Ordinary:
-    """Start ordinary vLLM and let it generate.
+def run_baseline(model: Path, dtype: str = "float32", **options: Any) -> Baseline:
+    """Start plain vLLM and let it generate.
 
     Args:
         model: The checkpoint.
@@ -164,13 +164,13 @@ def ask_ordinary_vllm(model: Path, dtype: str = "float32", **options: Any) -> Or
     options = {**ENGINE, "dtype": dtype, "logprobs_mode": "raw_logits", **options}
     with inspected_here(), start_engine(str(model), **options) as llm:
         if dtype == "float32":
-            return Ordinary(generate(llm, PROMPTS, **REQUEST), None)
+            return Baseline(generate(llm, PROMPTS, **REQUEST), None)
         params = SamplingParams(temperature=0, logprobs=2, **REQUEST)
         found = [
             output.outputs[0]
             for output in llm.generate(PROMPTS, params, use_tqdm=False)
         ]
-    return Ordinary(
+    return Baseline(
         [list(completion.token_ids) for completion in found],
         [[_two_best(token) for token in answer.logprobs or ()] for answer in found],
     )
@@ -200,12 +200,12 @@ def started(model: Path, heads: Path, **options: Any) -> Iterator[Any]:
         yield llm
 
 
-def check_texts(llm: Any, expected: Ordinary) -> None:
-    """Compare a started engine's texts with ordinary vLLM's.
+def check_texts(llm: Any, expected: Baseline) -> None:
+    """Compare a started engine's texts with plain vLLM's.
 
     Args:
         llm: The engine.
-        expected: What ordinary vLLM said.
+        expected: What plain vLLM said.
     """
     expected.check(generate(llm, PROMPTS, **REQUEST))
     counted = stats(llm)

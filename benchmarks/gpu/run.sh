@@ -10,8 +10,8 @@
 # Stages, by default all of them; meant to fit in 9 minutes on one H200:
 #
 #   check   vLLM itself on a tiny random model (part of the kit)
-#   parity  tests/gpu: texts equal ordinary vLLM's, float32 and bfloat16
-#   speed   the demo model widened to Llama 3.1 8B's shape: ordinary vLLM, AdaDecode,
+#   parity  tests/gpu: texts equal plain vLLM's, float32 and bfloat16
+#   speed   the demo model widened to Llama 3.1 8B's shape: plain vLLM, AdaDecode,
 #           one fixed exit with every prediction submitted, never predicting, n-gram;
 #           1, 4, 16 and 64 requests at a time; one JSON
 #   real    only if asked for: SmolLM2-135M-Instruct and its heads in that shape, which
@@ -21,7 +21,7 @@
 # A stage that fails or takes longer than it may (PARITY_SECONDS, SPEED_SECONDS) does not
 # keep the next one from running; the exit status tells. SHAPE, VARIANTS, BATCHES, ROUNDS,
 # TOKENS and REPEATS change what is measured, SIDE how many engines are loaded beside
-# ordinary vLLM (5 hold 100 GiB in Llama 3.1 8B's shape). The stage real also takes
+# plain vLLM (5 hold 100 GiB in Llama 3.1 8B's shape). The stage real also takes
 # REAL_CONFIG (AdaDecode's options), DATASET and DATASET_PATH (the benchmark's
 # --dataset-name and --dataset-path; prompts of examples/smollm2 otherwise).
 set -euo pipefail
@@ -95,7 +95,7 @@ widen_real() {
     widen "$work/smollm2" examples/smollm2/heads "real-$shape"
 }
 
-# Compare NAME VARIANTS BATCHES PROMPTS [ARGS...]: ordinary vLLM and others, side by side.
+# Compare NAME VARIANTS BATCHES PROMPTS [ARGS...]: plain vLLM and others, side by side.
 compare() {
     local name=$1 variants=$2 batches=$3 prompts=$4
     shift 4

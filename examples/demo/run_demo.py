@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The main job: the same text as ordinary vLLM, and what early predictions are worth.
+"""The main job: the same text as plain vLLM, and what early predictions are worth.
 
-One prompt is answered by ordinary vLLM and by AdaDecode, side by side, token by token:
+One prompt is answered by plain vLLM and by AdaDecode, side by side, token by token:
 early predictions are coloured by the exit that made them, those that the model did not
 confirm are struck out. Then prompts of several kinds are answered by both, one request
 at a time and in float32; the texts are compared, and a table tells the speed.
@@ -209,8 +209,8 @@ def _show_one(
     heads = load_heads_config(demo.directory / demo.heads)
     layers = demo.options.get("exit_layers", heads.exit_layers)
     colours = {LOOKUP: "yellow", **dict(zip(layers, cycle(COLOURS), strict=False))}
-    shown = tokenizer.decode(prompt, skip_special_tokens=True).strip()
-    console.print(Panel(Text(shown), title="Prompt"))
+    prompt_text = tokenizer.decode(prompt, skip_special_tokens=True).strip()
+    console.print(Panel(Text(prompt_text), title="Prompt"))
     answers = {
         variant: Answer(VARIANTS[variant], tokenizer, colours) for variant in variants
     }

@@ -379,11 +379,11 @@ class Trainer:
         rows = self.batch()
         ids, labels = rows[:, :-1], rows[:, 1:]
         # The exits take turns, so that each step pays for only a few of them.
-        turn = [
+        chosen = [
             recipe.aux_layers[(step * recipe.aux_per_step + k) % len(recipe.aux_layers)]
             for k in range(recipe.aux_per_step)
         ]
-        streams = residual_streams(self.model, ids, {*turn, recipe.layers})
+        streams = residual_streams(self.model, ids, {*chosen, recipe.layers})
         total = torch.zeros(())
         parts = {}
         for layer, stream in streams.items():

@@ -30,7 +30,7 @@ def prompts() -> list[str]:
 
 @pytest.fixture(scope="session")
 def reference(prompts: list[str]) -> dict[str, list[list[int]]]:
-    """Ordinary vLLM's greedy texts.
+    """Plain vLLM's greedy texts.
 
     `texts`: of one batch with all prompts. `full`: the same prompts, generating until
     `max_model_len` whatever is sampled.

@@ -44,7 +44,7 @@ def engine_options() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def ordinary() -> Iterator[Any]:
+def baseline() -> Iterator[Any]:
     with start_engine(**engine_options()) as llm:
         yield llm
 
@@ -97,17 +97,17 @@ FIRST: dict[str, Any] = {"temperature": 1, "top_k": 1}
     ],
 )
 def test_beside_requests_with_drafts(
-    ordinary: Any, engine: Any, prompts: list[str], special: dict[str, Any]
+    baseline: Any, engine: Any, prompts: list[str], special: dict[str, Any]
 ) -> None:
     options = [GREEDY, special, FIRST, GREEDY, special, FIRST]
-    expected = texts(ordinary, prompts[:6], options)
-    plain = texts(ordinary, prompts[:6], [GREEDY] * 6)
+    expected = texts(baseline, prompts[:6], options)
+    plain = texts(baseline, prompts[:6], [GREEDY] * 6)
     assert expected[1] != plain[1] or "min_p" in special, "it makes a difference"
     configure(engine)
     assert texts(engine, prompts[:6], options) == expected
     # Texts of other lengths, so that some steps hold one kind only.
     options = [{**own, "max_tokens": 12 + 5 * i} for i, own in enumerate(options)]
-    expected = texts(ordinary, prompts[:6], options)
+    expected = texts(baseline, prompts[:6], options)
     assert texts(engine, prompts[:6], options) == expected
     assert sum(stats(engine)["accepted"]) > 0
     assert sum(stats(engine)["rejected"]) > 0
@@ -115,7 +115,7 @@ def test_beside_requests_with_drafts(
 
 @pytest.mark.feature("logprobs of chosen tokens", "supported", "in plain steps")
 def test_logprobs_of_chosen_tokens(
-    ordinary: Any, engine: Any, prompts: list[str]
+    baseline: Any, engine: Any, prompts: list[str]
 ) -> None:
     chosen = [3, 17, 201]
 
@@ -127,7 +127,7 @@ def test_logprobs_of_chosen_tokens(
         return [output.outputs[0] for output in outputs]
 
     configure(engine)
-    found, expected = run(engine), run(ordinary)
+    found, expected = run(engine), run(baseline)
     assert [text.token_ids for text in found] == [text.token_ids for text in expected]
     for text, reference in zip(found[::2], expected[::2], strict=True):
         for step, other in zip(text.logprobs, reference.logprobs, strict=True):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`adadecode data` with real engines: its answers are ordinary vLLM's."""
+"""`adadecode data` with real engines: its answers are plain vLLM's."""
 
 from __future__ import annotations
 
@@ -68,9 +68,7 @@ def made(options: DataOptions) -> DataOptions:
     return options
 
 
-def test_answers_are_ordinary_generation(
-    made: DataOptions, problems: list[str]
-) -> None:
+def test_answers_are_plain_generation(made: DataOptions, problems: list[str]) -> None:
     rows = list(read_rows(made.out))
     with start_engine() as llm:
         tokenizer = llm.get_tokenizer()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is sampled has ordinary vLLM's distribution, whatever is predicted early (I5).
+"""What is sampled has plain vLLM's distribution, whatever is predicted early (I5).
 
 A tiny model with a vocabulary of 24 tokens continues one prompt thousands of times,
-with AdaDecode and with ordinary vLLM, and a two-sample chi-square test compares the
+with AdaDecode and with plain vLLM, and a two-sample chi-square test compares the
 pairs of neighbouring tokens at each place of the continuations. Continuations are
 independent of each other, so the test of one place is sound; the places together are
 judged by their smallest p-value (Bonferroni). All random numbers are torch's, seeded,
@@ -116,7 +116,7 @@ def _p_value_of_pairs(some: np.ndarray, others: np.ndarray) -> float:
 
 
 @pytest.fixture(scope="module")
-def ordinary(directory: Path) -> dict[str, np.ndarray]:
+def baseline(directory: Path) -> dict[str, np.ndarray]:
     with inspected_here(), start(directory) as llm:
         return {
             name: sample(llm, 1, CONTINUATIONS, **options)
@@ -125,27 +125,27 @@ def ordinary(directory: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def engine(directory: Path, ordinary: dict[str, np.ndarray]) -> Iterator[Any]:
+def engine(directory: Path, baseline: dict[str, np.ndarray]) -> Iterator[Any]:
     options = adadecode_options(str(directory / "heads"), threshold=0.0)
     with inspected_here(), start(directory, **options) as llm:
         yield llm
 
 
 def test_the_statistic_accepts_what_is_the_same(
-    ordinary: dict[str, np.ndarray],
+    baseline: dict[str, np.ndarray],
 ) -> None:
     """Halves of one sample; and it tells two temperatures apart."""
-    for tokens in ordinary.values():
+    for tokens in baseline.values():
         half = len(tokens) // 2
         assert p_value(tokens[:half], tokens[half:]) > SAME
-    assert p_value(*ordinary.values()) < DIFFERENT
+    assert p_value(*baseline.values()) < DIFFERENT
 
 
 @pytest.mark.feature("temperature, top-p, top-k", "supported")
 @pytest.mark.parametrize("threshold", [0.0, 0.3])
 @pytest.mark.parametrize("name", list(SETTINGS))
-def test_the_distribution_is_ordinary(
-    engine: Any, ordinary: dict[str, np.ndarray], name: str, threshold: float
+def test_the_distribution_is_that_of_the_baseline(
+    engine: Any, baseline: dict[str, np.ndarray], name: str, threshold: float
 ) -> None:
     configure(engine, threshold=threshold)
     found = sample(engine, 2, CONTINUATIONS, **SETTINGS[name])
@@ -157,7 +157,7 @@ def test_the_distribution_is_ordinary(
         # Next tokens that a draft had a say in.
         assert accepted + rejected >= 20_000
     assert found[:, 1:].size >= 20_000
-    assert p_value(found, ordinary[name]) > SAME
+    assert p_value(found, baseline[name]) > SAME
 
 
 def test_ngram_drafts_leave_the_distribution_alone(engine: Any) -> None:
@@ -177,8 +177,8 @@ def test_ngram_drafts_leave_the_distribution_alone(engine: Any) -> None:
     assert p_value(found, without) > SAME
 
 
-def test_drafts_accepted_on_the_gates_word_are_noticed(
-    engine: Any, ordinary: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+def test_drafts_accepted_without_verification_are_noticed(
+    engine: Any, baseline: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A biased engine: what a gate is sure of is taken without verification."""
     from vllm.v1.sample import rejection_sampler
@@ -193,11 +193,11 @@ def test_drafts_accepted_on_the_gates_word_are_noticed(
     counted = stats(engine)
     assert sum(counted["accepted"]) > 800
     assert sum(counted["rejected"]) == 0
-    assert p_value(found, ordinary["temperature 1"][:BIASED]) < DIFFERENT
+    assert p_value(found, baseline["temperature 1"][:BIASED]) < DIFFERENT
 
 
-def test_drafts_withdrawn_after_their_verdict_are_noticed(
-    engine: Any, ordinary: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+def test_drafts_withdrawn_after_verification_are_noticed(
+    engine: Any, baseline: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A biased engine, less plainly: where a draft is rejected, it samples anew.
 
@@ -217,7 +217,7 @@ def test_drafts_withdrawn_after_their_verdict_are_noticed(
     counted = stats(engine)
     assert sum(counted["accepted"]) > 800
     assert sum(counted["rejected"]) > 800
-    assert p_value(found, ordinary["temperature 1"][:BIASED]) < DIFFERENT
+    assert p_value(found, baseline["temperature 1"][:BIASED]) < DIFFERENT
 
 
 @pytest.mark.feature("seeds", "supported")
@@ -260,7 +260,7 @@ def test_a_seed_gives_the_same_text_again(engine: Any) -> None:
 
 @pytest.mark.feature("temperature, top-p, top-k", "supported")
 def test_each_request_of_a_batch_has_its_own_temperature(
-    engine: Any, ordinary: dict[str, np.ndarray]
+    engine: Any, baseline: dict[str, np.ndarray]
 ) -> None:
     """Greedy requests between sampled ones: vLLM gives each draft its request's."""
     from vllm import SamplingParams
@@ -284,5 +284,5 @@ def test_each_request_of_a_batch_has_its_own_temperature(
     hot, greedy, cool = texts[0::3], texts[1::3], texts[2::3]
     assert len(np.unique(greedy, axis=0)) == 1
     assert sum(stats(engine)["rejected"]) > 2000
-    assert p_value(hot, ordinary["temperature 1"][:4000]) > SAME
-    assert p_value(cool, ordinary["cooler, top-k, top-p"][:4000]) > SAME
+    assert p_value(hot, baseline["temperature 1"][:4000]) > SAME
+    assert p_value(cool, baseline["cooler, top-k, top-p"][:4000]) > SAME

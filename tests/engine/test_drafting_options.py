@@ -68,7 +68,7 @@ def test_one_at_a_time_takes_fewer_steps(
         drafts = sum(counted["accepted"]) + counted["ngram_accepted"]
         assert counted["generated_tokens"] == counted["request_steps"] + drafts
     assert max(steps["tail"], steps["first"]) < steps["off"]
-    # What the lookup finds no exit is asked for.
+    # No exit scores what the lookup finds.
     assert early["first"] < early["tail"]
 
 
@@ -103,12 +103,12 @@ def test_requests_choose(engine: Any, prompts: list[str], reference: Reference) 
     texts = [list(output.outputs[0].token_ids) for output in outputs]
     assert texts == reference["texts"]
     assert stats(engine)["ngram_drafts"] > 0
-    for asks, drafts in zip(kinds, (True, False, True, False), strict=True):
+    for extra_args, drafts in zip(kinds, (True, False, True, False), strict=True):
         configure(engine, threshold=0.5, ngram="off")
-        generate(engine, prompts[:2], extra_args=asks)
+        generate(engine, prompts[:2], extra_args=extra_args)
         counted = stats(engine)
         assert (counted["ngram_drafts"] > 0) is drafts
-        early = asks.get("adadecode_threshold") != 1.0
+        early = extra_args.get("adadecode_threshold") != 1.0
         assert (sum(counted["early_predictions"]) > 0) is early
 
 

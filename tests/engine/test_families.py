@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every architecture that is accepted gives ordinary vLLM's texts."""
+"""Every architecture that is accepted gives plain vLLM's texts."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tests.tiny_families import (
     FAMILIES,
     PROMPTS,
     REQUEST,
-    ask_ordinary_vllm,
     check_texts,
+    run_baseline,
     save_family,
     started,
 )
@@ -58,7 +58,7 @@ def _family(name: str, *features: str) -> Any:
 def test_family(family: str, tmp_path: Path) -> None:
     model = tmp_path / "model"
     save_family(model, family)
-    expected = ask_ordinary_vllm(model)
+    expected = run_baseline(model)
     with started(model, tmp_path / "heads") as llm:
         check_texts(llm, expected)
 
@@ -73,7 +73,7 @@ def test_compiled_segments_find_their_own_experts(tmp_path: Path) -> None:
     """vLLM's operation for experts looks its layer up while the graph runs."""
     model = tmp_path / "model"
     save_family(model, "Qwen2Moe")
-    expected = ask_ordinary_vllm(model)
+    expected = run_baseline(model)
     with started(model, tmp_path / "heads", enforce_eager=False) as llm:
         check_texts(llm, expected)
 
@@ -90,7 +90,7 @@ def test_family_on_model_runner_v2(family: str, tmp_path: Path) -> None:
     save_family(model, family)
     # The interpreter is slow; prompt and text together still leave the window.
     request = {**REQUEST, "max_tokens": 24}
-    expected = [text[:24] for text in ask_ordinary_vllm(model).texts]
+    expected = [text[:24] for text in run_baseline(model).texts]
     init_heads(str(model), tmp_path / "heads", EXITS, "float32")
     options = adadecode_options(str(tmp_path / "heads"), threshold=0.0)
     with start_v2(model=str(model), **options, **ENGINE) as llm:

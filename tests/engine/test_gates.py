@@ -129,8 +129,8 @@ def test_a_requests_own_threshold_on_acceptance(
 
     def early(threshold: float) -> int:
         configure(reduced)
-        asks = {"adadecode_threshold": threshold}
-        assert generate(reduced, prompts, extra_args=asks) == reference["texts"]
+        extra_args = {"adadecode_threshold": threshold}
+        assert generate(reduced, prompts, extra_args=extra_args) == reference["texts"]
         return sum(stats(reduced)["early_predictions"])
 
     assert early(0.3) > early(0.9) > 0
@@ -138,7 +138,7 @@ def test_a_requests_own_threshold_on_acceptance(
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.6])
-def test_spoiled_predictions_are_rejected(
+def test_corrupted_predictions_are_rejected(
     reduced: Any, prompts: list[str], reference: Reference, rate: float
 ) -> None:
     """Speed by acceptance: the text stays the model's, since verification is real."""

@@ -88,8 +88,8 @@ def test_texts_are_the_same(
         assert sum(counted["rejected"]) > 0
     # What was predicted before any layer is an ordinary token of the next forward.
     behind_layers = sum(
-        asked
-        for layer, asked in zip(engine.layers, counted["gates"], strict=True)
+        scored
+        for layer, scored in zip(engine.layers, counted["gates"], strict=True)
         if layer > 0
     )
     assert (counted["resumed_tokens"] > 0) is (behind_layers > 0)

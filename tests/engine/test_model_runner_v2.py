@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model Runner V2: greedy texts equal ordinary vLLM's (I6), on the smallest set.
+"""Model Runner V2: greedy texts equal plain vLLM's (I6), on the smallest set.
 
-V2's kernels run in Triton's interpreter here. The references come from ordinary vLLM on
+V2's kernels run in Triton's interpreter here. The references come from plain vLLM on
 Model Runner V1, which is one more check.
 """
 
@@ -33,9 +33,9 @@ def some(prompts: list[str], reference: Reference) -> Case:
     return prompts[:4], reference["texts"][:4]
 
 
-def _scheduling(ahead: bool) -> dict[str, Any]:
-    """vLLM schedules ahead by default."""
-    return {} if ahead else {"async_scheduling": False}
+def _scheduling(asynchronous: bool) -> dict[str, Any]:
+    """vLLM schedules asynchronously by default."""
+    return {} if asynchronous else {"async_scheduling": False}
 
 
 @pytest.fixture(
@@ -118,7 +118,7 @@ def test_one_at_a_time_and_prefix_cache(engine: EngineProcess, some: Case) -> No
 
 
 def test_the_metrics_count_real_drafts(engine: EngineProcess, some: Case) -> None:
-    """Not the room that was scheduled for them."""
+    """Not the placeholders that were scheduled for them."""
     names = ("num_draft_tokens", "num_accepted_tokens")
     before = [engine.metric(f"vllm:spec_decode_{name}") for name in names]
     engine.configure(threshold=0.75, last_guess=False)
@@ -244,8 +244,8 @@ def test_options_of_a_request(engine: EngineProcess, some: Case) -> None:
         assert engine.generate(prompts[:2], extra_args=off) == texts[:2]
         assert sum(engine.stats()["early_predictions"]) == 0
     engine.configure(threshold=1.0)
-    asks = {"adadecode_threshold": 0.0, "adadecode_max_early_predictions": 2}
-    assert engine.generate(prompts[:2], extra_args=asks) == texts[:2]
+    extra_args = {"adadecode_threshold": 0.0, "adadecode_max_early_predictions": 2}
+    assert engine.generate(prompts[:2], extra_args=extra_args) == texts[:2]
     assert sum(engine.stats()["accepted"]) > 0
 
 
@@ -269,10 +269,10 @@ def test_ngram_drafts_beside_the_exits(
 def test_structured_output(engine: EngineProcess, some: Case) -> None:
     """The grammar sees the drafts that there are; what it forbids is not resumed."""
     engine.configure(threshold=1.0)
-    ordinary = engine.structured(some[0][:3], SCHEMA, max_tokens=24)
+    baseline = engine.structured(some[0][:3], SCHEMA, max_tokens=24)
     for threshold in (0.0, 0.5):
         engine.configure(threshold=threshold, max_early_predictions=4)
-        assert engine.structured(some[0][:3], SCHEMA, max_tokens=24) == ordinary
+        assert engine.structured(some[0][:3], SCHEMA, max_tokens=24) == baseline
         assert sum(engine.stats()["accepted"]) > 0
     mixed = engine.generate(some[0])
     assert mixed == some[1]
@@ -318,7 +318,7 @@ def test_tensor_parallel_2(some: Case, a_core_each: None) -> None:
 
 
 def test_drafting_stops_above_a_batch_size(some: Case) -> None:
-    """No room is scheduled then, and the host waits for no outcome."""
+    """No placeholders are scheduled then, and the host waits for no outcome."""
     prompts, texts = some
     options = adadecode_options(threshold=0.5, disable_by_batch_size=2)
     with start_engine(**options) as llm:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Greedy texts equal ordinary vLLM's, whatever is predicted early (I6)."""
+"""Greedy texts equal plain vLLM's, whatever is predicted early (I6)."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_thresholds_and_caps(
     assert counted["generated_tokens"] > counted["request_steps"]
     if threshold == 0.0:
         assert sum(counted["rejected"]) > 20
-        # Everything is predicted at the first exit, so no later one is ever asked.
+        # Everything is predicted at the first exit, so no later one ever scores.
         assert counted["early_predictions"][1:] == [0, 0]
     else:
         assert all(count > 0 for count in counted["gates"])

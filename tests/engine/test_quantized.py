@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiny_families import ask_ordinary_vllm, check_texts, save_family, started
+from tests.tiny_families import check_texts, run_baseline, save_family, started
 from tests.tiny_quantized import quantize
 
 pytestmark = pytest.mark.engine
@@ -52,7 +52,7 @@ def test_quantized_weights(scheme: str, dtype: str, tmp_path: Path) -> None:
     save_family(tmp_path / "plain", "Llama", num_key_value_heads=2)
     model = tmp_path / "model"
     quantize(tmp_path / "plain", model, scheme)
-    expected = ask_ordinary_vllm(model, dtype)
+    expected = run_baseline(model, dtype)
     with started(model, tmp_path / "heads", dtype=dtype) as llm:
         assert llm.llm_engine.model_config.quantization is not None
         check_texts(llm, expected)
@@ -65,7 +65,7 @@ def test_fp8_kv_cache(kv_cache_dtype: str, tmp_path: Path) -> None:
     model = tmp_path / "model"
     save_family(model, "Mistral")
     options = {"kv_cache_dtype": kv_cache_dtype}
-    expected = ask_ordinary_vllm(model, **options)
-    assert expected != ask_ordinary_vllm(model)
+    expected = run_baseline(model, **options)
+    assert expected != run_baseline(model)
     with started(model, tmp_path / "heads", **options) as llm:
         check_texts(llm, expected)

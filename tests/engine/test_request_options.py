@@ -30,8 +30,8 @@ def engine(reference: Reference) -> Iterator[Any]:
 
 def predictions(llm: Any, prompt: str, **options: Any) -> tuple[int, list[int]]:
     configure(llm)
-    asks = {f"adadecode_{name}": value for name, value in options.items()}
-    (text,) = generate(llm, [prompt], extra_args=asks or None)
+    extra_args = {f"adadecode_{name}": value for name, value in options.items()}
+    (text,) = generate(llm, [prompt], extra_args=extra_args or None)
     return sum(stats(llm)["early_predictions"]), text
 
 

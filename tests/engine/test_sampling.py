@@ -3,7 +3,7 @@
 
 Steps without drafts go through vLLM's plain sampler, others through its rejection
 sampler; both happen in these runs. Everything here is greedy or as good as that, so
-ordinary vLLM's answers are the reference; test_distribution.py has the others.
+plain vLLM's answers are the reference; test_distribution.py has the others.
 """
 
 from __future__ import annotations
@@ -110,13 +110,13 @@ def run(llm: Any, prompts: list[str], reference: Reference) -> Runs:
 
 
 @pytest.fixture(scope="module")
-def ordinary(prompts: list[str], reference: Reference) -> Runs:
+def baseline(prompts: list[str], reference: Reference) -> Runs:
     with start_engine() as llm:
         return run(llm, prompts, reference)
 
 
 @pytest.fixture(scope="module")
-def engine(ordinary: Runs) -> Iterator[Any]:
+def engine(baseline: Runs) -> Iterator[Any]:
     with start_engine(**adadecode_options(threshold=0.5)) as llm:
         yield llm
 
@@ -180,18 +180,18 @@ def _named(name: str, *features: str) -> Any:
     ],
 )
 def test_greedy_output_is_the_same(
-    runs: tuple[Runs, dict[str, Any]], ordinary: Runs, name: str
+    runs: tuple[Runs, dict[str, Any]], baseline: Runs, name: str
 ) -> None:
     found, counted = runs
     assert sum(counted["accepted"]) > 50
     assert sum(counted["rejected"]) > 20
-    check_same(found.alone[name], ordinary.alone[name])
+    check_same(found.alone[name], baseline.alone[name])
 
 
-def test_each_parameter_matters(ordinary: Runs, reference: Reference) -> None:
+def test_each_parameter_matters(baseline: Runs, reference: Reference) -> None:
     """Otherwise ignoring it would pass."""
     plain = [text[:MAX_TOKENS] for text in reference["texts"][:PROMPTS]]
-    for name, outputs in ordinary.alone.items():
+    for name, outputs in baseline.alone.items():
         if name == "logprobs":
             assert outputs[0].outputs[0].logprobs
         elif name == "prompt logprobs":
@@ -201,7 +201,7 @@ def test_each_parameter_matters(ordinary: Runs, reference: Reference) -> None:
             assert texts != plain, name
     reasons = {
         name: {output.outputs[0].stop_reason for output in outputs}
-        for name, outputs in ordinary.alone.items()
+        for name, outputs in baseline.alone.items()
     }
     assert reasons["stop strings"] & {"multiply", ".pr"}
     assert reasons["kept stop strings"] & {"are"}
@@ -210,15 +210,15 @@ def test_each_parameter_matters(ordinary: Runs, reference: Reference) -> None:
 
 
 def test_parameters_of_all_kinds_in_one_batch(
-    runs: tuple[Runs, dict[str, Any]], ordinary: Runs
+    runs: tuple[Runs, dict[str, Any]], baseline: Runs
 ) -> None:
     """Those of one request do not reach its neighbours' drafts."""
     found, _ = runs
-    check_same(found.mixed, ordinary.mixed)
+    check_same(found.mixed, baseline.mixed)
     separate = [
         outputs[index].outputs[0].token_ids
         for index in range(PROMPTS)
-        for outputs in ordinary.alone.values()
+        for outputs in baseline.alone.values()
     ]
     assert [output.outputs[0].token_ids for output in found.mixed] == separate
 
@@ -228,9 +228,9 @@ def test_parameters_of_all_kinds_in_one_batch(
     "supported",
     "vLLM asks for one token at a time, so nothing is predicted early",
 )
-def test_beam_search(runs: tuple[Runs, dict[str, Any]], ordinary: Runs) -> None:
+def test_beam_search(runs: tuple[Runs, dict[str, Any]], baseline: Runs) -> None:
     found, _ = runs
-    for ours, theirs in zip(found.beams, ordinary.beams, strict=True):
+    for ours, theirs in zip(found.beams, baseline.beams, strict=True):
         assert [tokens for tokens, _ in ours] == [tokens for tokens, _ in theirs]
         for (_, mine), (_, other) in zip(ours, theirs, strict=True):
             assert mine == pytest.approx(other, abs=1e-2)
@@ -238,10 +238,10 @@ def test_beam_search(runs: tuple[Runs, dict[str, Any]], ordinary: Runs) -> None:
 
 @pytest.mark.feature("n > 1", "supported")
 def test_several_answers_to_one_prompt(
-    runs: tuple[Runs, dict[str, Any]], ordinary: Runs, reference: Reference
+    runs: tuple[Runs, dict[str, Any]], baseline: Runs, reference: Reference
 ) -> None:
     """With only the best token to sample from, each is the greedy text."""
     found, _ = runs
     greedy = [text[:MAX_TOKENS] for text in reference["texts"][:PROMPTS]]
-    assert ordinary.parallel == [[text] * 3 for text in greedy]
-    assert found.parallel == ordinary.parallel
+    assert baseline.parallel == [[text] * 3 for text in greedy]
+    assert found.parallel == baseline.parallel

@@ -49,7 +49,7 @@ def changed_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def changed_texts(
     changed_model: Path, reference: Reference, prompts: list[str]
 ) -> list[list[int]]:
-    """Ordinary vLLM's, of the changed model."""
+    """Plain vLLM's, of the changed model."""
     with start_engine(str(changed_model)) as llm:
         texts = generate(llm, prompts[:SOME])
     assert texts != reference["texts"][:SOME]
@@ -322,7 +322,7 @@ def test_prompt_embeds(prompts: list[str], reference: Reference) -> None:
 
 @pytest.mark.feature("prompt embeds", "supported")
 def test_prompt_embeds_that_are_no_tokens(prompts: list[str]) -> None:
-    """As a soft prompt's; ordinary vLLM with the same ones is the reference."""
+    """As a soft prompt's; plain vLLM with the same ones is the reference."""
     table = load_file(Path(MODEL) / "model.safetensors")["model.embed_tokens.weight"]
     generator = torch.Generator().manual_seed(0)
 

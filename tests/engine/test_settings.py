@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Greedy texts equal ordinary vLLM's under settings that change the flow (I6)."""
+"""Greedy texts equal plain vLLM's under settings that change the flow (I6)."""
 
 from __future__ import annotations
 
@@ -103,11 +103,11 @@ def test_compiled_as_vllm_does_by_default(tmp_path: Path, prompts: list[str]) ->
     with start_engine(model) as llm:
         texts = generate(llm, prompts)
     options = adadecode_options(heads, threshold=1.0)
-    asks = {"adadecode_threshold": 0.5}
+    extra_args = {"adadecode_threshold": 0.5}
     with start_engine(model, **options, enforce_eager=False) as llm:
         # One request first: what it compiled would be compiled for one row.
-        assert generate(llm, prompts[:1], extra_args=asks) == texts[:1]
-        assert generate(llm, prompts, extra_args=asks) == texts
+        assert generate(llm, prompts[:1], extra_args=extra_args) == texts[:1]
+        assert generate(llm, prompts, extra_args=extra_args) == texts
         assert min(stats(llm)["accepted"]) > 0
         set_policy(llm, 0.0, 5)
         assert generate(llm, prompts) == texts

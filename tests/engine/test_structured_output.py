@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Texts that a grammar constrains equal ordinary vLLM's (I6).
+"""Texts that a grammar constrains equal plain vLLM's (I6).
 
 vLLM cuts early predictions that the grammar forbids before it schedules them, so a
 request's pending tokens may be more than what the next step verifies. The model knows
@@ -105,14 +105,14 @@ def _options(backend: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def ordinary(backend: str, prompts: list[str]) -> Answers:
+def baseline(backend: str, prompts: list[str]) -> Answers:
     with start_engine(**_options(backend)) as llm:
         return run(llm, prompts[:PROMPTS])
 
 
 @pytest.fixture(scope="module")
 def answers(
-    backend: str, ordinary: Answers, prompts: list[str]
+    backend: str, baseline: Answers, prompts: list[str]
 ) -> dict[float, Answers]:
     """AdaDecode's, by threshold."""
     options = adadecode_options(threshold=0.5)
@@ -146,9 +146,9 @@ def _kind(name: str, feature: str) -> Any:
     ],
 )
 def test_constrained_texts_are_the_same(
-    answers: dict[float, Answers], ordinary: Answers, kind: str, threshold: float
+    answers: dict[float, Answers], baseline: Answers, kind: str, threshold: float
 ) -> None:
-    _check(answers[threshold].alone[kind], ordinary.alone[kind])
+    _check(answers[threshold].alone[kind], baseline.alone[kind])
     counted = answers[threshold].counted[kind]
     assert sum(counted["accepted"]) > 0
     assert sum(counted["rejected"]) > 0
@@ -156,15 +156,15 @@ def test_constrained_texts_are_the_same(
     assert counted["dropped"]["truncated"] > 0
 
 
-def test_the_grammars_are_kept(ordinary: Answers) -> None:
+def test_the_grammars_are_kept(baseline: Answers) -> None:
     """Otherwise an engine that ignores them would pass."""
-    whole = [answer.text for answer in ordinary.alone["JSON schema"]]
+    whole = [answer.text for answer in baseline.alone["JSON schema"]]
     for text in whole:
         assert set(json.loads(text)) == {"name", "groups", "steps"}
-    for answer in ordinary.alone["regex"]:
+    for answer in baseline.alone["regex"]:
         assert re.fullmatch(REGEX, answer.text)
     sentence = r"1\. There are \d{3} \w+\.\n2\. \d{3} \+ \d{3} = \d{3}"
-    for answer in ordinary.alone["grammar"]:
+    for answer in baseline.alone["grammar"]:
         assert re.fullmatch(sentence, answer.text)
 
 
@@ -173,11 +173,11 @@ def test_the_grammars_are_kept(ordinary: Answers) -> None:
 @pytest.mark.feature("structured output: grammar", "supported")
 @pytest.mark.parametrize("threshold", THRESHOLDS)
 def test_constrained_and_free_requests_in_one_batch(
-    answers: dict[float, Answers], ordinary: Answers, threshold: float
+    answers: dict[float, Answers], baseline: Answers, threshold: float
 ) -> None:
     found = answers[threshold].mixed
-    _check(found, ordinary.mixed)
+    _check(found, baseline.mixed)
     one_by_one = [
-        ordinary.alone[kind][index].text for index in range(PROMPTS) for kind in KINDS
+        baseline.alone[kind][index].text for index in range(PROMPTS) for kind in KINDS
     ]
     assert [answer.text for answer in found] == one_by_one

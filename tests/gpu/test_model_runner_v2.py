@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Model Runner V2 on a CUDA device: compiled, in CUDA graphs; the demo model.
 
-Float32 texts are ordinary vLLM's; bfloat16 texts may part at ties only (I6).
+Float32 texts are plain vLLM's; bfloat16 texts may part at ties only (I6).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def prompts() -> list[str]:
 
 
 def _reference(prompts: list[str], dtype: str) -> Reference:
-    """Ordinary vLLM's texts, and its two best logits at each token."""
+    """Plain vLLM's texts, and its two best logits at each token."""
     from vllm import SamplingParams
 
     with start_engine(dtype=dtype, logprobs_mode="raw_logits", **ENGINE) as llm:
@@ -87,7 +87,7 @@ def _show_differences(
         if index is not None:
             print(  # noqa: T201
                 f"text {number} parts at token {index}: {text[index : index + 1]}; "
-                f"ordinary vLLM's best: {logits[number][index : index + 1]}"
+                f"plain vLLM's best: {logits[number][index : index + 1]}"
             )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.harness import demo_corpus, ordinary_texts
+from tests.harness import baseline_texts, demo_corpus
 from tests.server_process import PLUGIN, Server, serve
 
 
@@ -18,8 +18,8 @@ def prompts() -> list[str]:
 
 @pytest.fixture(scope="session")
 def expected(prompts: list[str]) -> list[str]:
-    """Ordinary vLLM's greedy texts."""
-    return ordinary_texts(prompts, max_tokens=64)
+    """Plain vLLM's greedy texts."""
+    return baseline_texts(prompts, max_tokens=64)
 
 
 @pytest.fixture(scope="session")

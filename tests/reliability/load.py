@@ -290,7 +290,7 @@ def run_load(
     Returns:
         The figures.
     """
-    expected, ordinary = _expected_texts(jobs, concurrency, directory / "ordinary.log")
+    expected, baseline = _expected_texts(jobs, concurrency, directory / "ordinary.log")
     log = directory / "adadecode.log"
     with serve(
         log,
@@ -336,7 +336,7 @@ def run_load(
         "server_lives": alive,
         **left,
         "memory": memory(outcome.samples),
-        "memory_of_ordinary_server": memory(ordinary.samples),
+        "memory_of_ordinary_server": memory(baseline.samples),
         "seconds": round(outcome.seconds, 1),
     }
 
@@ -382,7 +382,7 @@ def failures(
 
 def table(results: dict[str, Any]) -> str:
     """The figures as a Markdown table."""
-    growth, ordinary = (
+    growth, baseline = (
         ", ".join(
             f"{role} {f['half_mib']:.0f} → {f['end_mib']:.0f} MiB "
             f"({f['growth_second_half']:+.1%})"
@@ -407,7 +407,7 @@ def table(results: dict[str, Any]) -> str:
         "blocks / requests left behind": f"{results['leaked_blocks']} / "
         f"{results['requests_left']}",
         "resident memory, second half": growth,
-        "the same of the ordinary server": ordinary,
+        "the same of the ordinary server": baseline,
         "seconds": results["seconds"],
     }
     lines = [f"| {name} | {value} |" for name, value in rows.items()]

@@ -12,7 +12,7 @@ import pytest
 from tests.reliability.load import failures, make_jobs, memory, run_load, table
 
 MAX_GROWTH = {"server": 0.01, "engine": 0.01, "worker": 0.08}
-"""The worker still warms up: kernels for other numbers of rows, as in ordinary vLLM.
+"""The worker still warms up: kernels for other numbers of rows, as in plain vLLM.
 
 Most are there after a thousand requests; the long run is bounded more tightly.
 """

@@ -55,8 +55,8 @@ def test_serve_send_and_watch(tmp_path: Path) -> None:
             assert answer["choices"][0]["text"]
         assert server.metric("vllm:adadecode_accepted_tokens_total") > 0
         (stats,) = starting_with(".venv/bin/adadecode stats")
-        shown = run(stats.replace("http://localhost:8000", server.url) + " --once")
-        assert "accepted" in shown
+        output = run(stats.replace("http://localhost:8000", server.url) + " --once")
+        assert "accepted" in output
 
 
 def test_the_program(tmp_path: Path) -> None:

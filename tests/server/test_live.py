@@ -175,15 +175,15 @@ def test_the_page_in_a_browser(
     main = re.search(r"<main.*?</main>", document, re.DOTALL)
     assert main is not None
     assert "hidden" not in main[0].split(">")[0]
-    shown = main[0]
+    content = main[0]
     forward = stats["since_start"]["tokens_per_forward"]
-    assert f"{forward:.2f} since the start" in shown
+    assert f"{forward:.2f} since the start" in content
     for exit_ in stats["since_start"]["exits"]:
-        assert f"<td>{exit_['accepted']:,}</td>" in shown
-    rows = re.findall(r"<tr>", shown[shown.index('id="requests"') :])
+        assert f"<td>{exit_['accepted']:,}</td>" in content
+    rows = re.findall(r"<tr>", content[content.index('id="requests"') :])
     assert len(rows) == len(stats["requests"])
     # What a client sent is text, however it reads.
-    assert "&lt;img src=x onerror=alert(1)&gt;" in shown
+    assert "&lt;img src=x onerror=alert(1)&gt;" in content
     assert "<img" not in document
     # Two readings at least, so the curve has points.
     (points,) = re.findall(r'<polyline points="([^"]*)"', document)
@@ -194,7 +194,7 @@ def test_the_page_in_a_browser(
 def test_a_server_without_the_plugin_says_so(
     tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ) -> None:
-    log = tmp_path_factory.mktemp("ordinary") / "log"
+    log = tmp_path_factory.mktemp("plain") / "log"
     with live_page(), serve(log) as server:
         with pytest.raises(urllib.error.HTTPError) as caught:
             server.get_json("/adadecode/stats")

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from openai import BadRequestError, OpenAI
 
-from tests.harness import HEADS, MODEL, ROOT, demo_corpus, ordinary_texts
+from tests.harness import HEADS, MODEL, ROOT, baseline_texts, demo_corpus
 from tests.server_process import ENGINE, PLUGIN, VLLM, Server, complete, serve
 
 pytestmark = pytest.mark.server
@@ -36,8 +36,8 @@ def _complete_all(client: OpenAI, prompts: list[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def expected(prompts: list[str]) -> list[str]:
-    """Ordinary vLLM's texts."""
-    return ordinary_texts(prompts, max_tokens=64)
+    """Plain vLLM's texts."""
+    return baseline_texts(prompts, max_tokens=64)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def server(
         yield server
 
 
-def test_sixteen_concurrent_clients_get_ordinary_texts(
+def test_sixteen_concurrent_clients_get_baseline_texts(
     server: Server, prompts: list[str], expected: list[str]
 ) -> None:
     counters = [
@@ -95,20 +95,20 @@ def test_metrics_by_exit(server: Server, prompts: list[str]) -> None:
 
 def test_the_dashboard_finds_all_its_metrics(server: Server) -> None:
     dashboard = (ROOT / "examples" / "grafana" / "adadecode.json").read_text()
-    asked = set(re.findall(r"vllm:\w+", dashboard))
-    assert len(asked) > 10
-    for name in asked:
+    queried = set(re.findall(r"vllm:\w+", dashboard))
+    assert len(queried) > 10
+    for name in queried:
         server.metric(name)  # fails where there is none
 
 
 def test_stats_in_the_terminal(server: Server) -> None:
     command = [Path(sys.executable).with_name("adadecode"), "stats", server.url]
-    shown = subprocess.run(
+    table = subprocess.run(
         [*command, "--once"], capture_output=True, text=True, timeout=60, check=True
     ).stdout
-    assert "threshold 0.5, max_early_predictions 5" in shown
+    assert "threshold 0.5, max_early_predictions 5" in table
     accepted = server.metric("vllm:adadecode_accepted_tokens_total", exit_layer="2")
-    assert re.search(rf"2 │.* {int(accepted):,} │", shown), shown
+    assert re.search(rf"2 │.* {int(accepted):,} │", table), table
     ours, theirs = os.openpty()
     live = subprocess.Popen([*command, "--interval=0.2"], stdout=theirs)
     os.close(theirs)

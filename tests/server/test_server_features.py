@@ -81,7 +81,7 @@ Expected = tuple[list[str], list[list[tuple[str, str]]]]
 @pytest.fixture(scope="module")
 def expected(prompts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Expected:
     """Texts and tool calls of an ordinary server."""
-    with serve(tmp_path_factory.mktemp("ordinary") / "log", *TOOLS) as server:
+    with serve(tmp_path_factory.mktemp("plain") / "log", *TOOLS) as server:
         calls = [_call_tool(server, prompt) for prompt in prompts[:4]]
         return _complete_all(server, prompts), calls
 

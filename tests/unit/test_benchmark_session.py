@@ -375,7 +375,7 @@ def test_every_study_has_a_plan(study: str, tmp_path: Path) -> None:
     assert len(set(labels)) == len(labels)
 
 
-def test_a_cap_study_reserves_room_for_its_largest_cap() -> None:
+def test_a_cap_study_reserves_its_largest_cap() -> None:
     arguments = ["cap", "--values", "2,8", "--model", MODEL, "--adadecode-heads", HEADS]
     args = study_parser().parse_args(arguments)
     plan = STUDIES["cap"][1](settings_from(args), args)

@@ -169,7 +169,7 @@ def test_unknown_model(
         assert f"MODEL {name}: neither a local directory nor a repository" in error
 
 
-def spoil_config(directory: Path, **values: object) -> None:
+def damage_config(directory: Path, **values: object) -> None:
     path = directory / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
@@ -195,7 +195,7 @@ def test_a_model_without_safetensors(tmp_path: Path) -> None:
 
 def test_a_model_whose_configuration_disagrees(tmp_path: Path) -> None:
     save_tiny_llama(tmp_path)
-    spoil_config(tmp_path, vocab_size=VOCAB_SIZE + 1)
+    damage_config(tmp_path, vocab_size=VOCAB_SIZE + 1)
     with pytest.raises(AdaDecodeError, match=r"LM head has shape \(96, 16\), but its"):
         init_heads(str(tmp_path), tmp_path / "heads", [1])
 

@@ -240,7 +240,7 @@ def test_cuda_engines_get_model_runner_v2(
 @pytest.mark.parametrize(
     ("backend", "able"), [("uni", True), ("mp", True), ("ray", True), (Executor, False)]
 )
-def test_model_runner_v2_schedules_ahead(
+def test_model_runner_v2_schedules_asynchronously(
     asked: bool | None, backend: Any, able: bool
 ) -> None:
     """Where the executor can, unless the user switched it off."""
@@ -252,12 +252,14 @@ def test_model_runner_v2_schedules_ahead(
         scheduler_config=SimpleNamespace(async_scheduling=False, scheduler_cls="S"),
     )
     enable_async_scheduling(config, asked)
-    ahead = able and asked is not False
-    assert config.scheduler_config.async_scheduling is ahead
-    assert config.scheduler_config.scheduler_cls == (ASYNC_SCHEDULER if ahead else "S")
+    enabled = able and asked is not False
+    assert config.scheduler_config.async_scheduling is enabled
+    assert config.scheduler_config.scheduler_cls == (
+        ASYNC_SCHEDULER if enabled else "S"
+    )
 
 
-def test_model_runner_v1_does_not_schedule_ahead() -> None:
+def test_model_runner_v1_does_not_schedule_asynchronously() -> None:
     scheduler = SimpleNamespace(async_scheduling=False)
     config: Any = SimpleNamespace(use_v2_model_runner=False, scheduler_config=scheduler)
     enable_async_scheduling(config, None)

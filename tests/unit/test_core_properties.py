@@ -19,7 +19,7 @@ from adadecode_vllm.method.cycle import DraftRequests
 from adadecode_vllm.method.executor import TokenSubset
 from adadecode_vllm.method.ledger import Resumable
 from adadecode_vllm.method.resume import ScheduledBatch
-from tests.reference_engine import EVENTS, Engine, Event, RandomExits, ordinary
+from tests.reference_engine import EVENTS, Engine, Event, RandomExits, plain_decoding
 from tests.reference_model import WIDTH, ReferenceModel, View
 
 VOCAB_SIZE = 7
@@ -141,7 +141,9 @@ def run_scenario(scenario: Scenario) -> Engine:
     expected = []
     for prompt, max_tokens in zip(scenario.prompts, scenario.max_tokens, strict=True):
         stops = scenario.stop_token_ids
-        tokens, finals = ordinary(ReferenceModel(**shape), prompt, max_tokens, stops)
+        tokens, finals = plain_decoding(
+            ReferenceModel(**shape), prompt, max_tokens, stops
+        )
         request = engine.add(prompt, max_tokens, stops)
         exits.continuations[request.number] = prompt + tokens
         engine.finals |= finals
@@ -171,7 +173,7 @@ def check_counters(engine: Engine) -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(scenario=scenarios())
-def test_output_is_that_of_the_ordinary_loop(scenario: Scenario) -> None:
+def test_output_is_that_of_plain_decoding(scenario: Scenario) -> None:
     engine = run_scenario(scenario)
     if engine.stats.accepted.any():
         event("accepted")

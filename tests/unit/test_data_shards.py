@@ -223,10 +223,10 @@ REFUSALS = [
 ]
 
 
-@pytest.mark.parametrize(("spoil", "message"), REFUSALS)
-def test_refusal(data: Path, spoil: Callable[[Path], object], message: str) -> None:
+@pytest.mark.parametrize(("damage", "message"), REFUSALS)
+def test_refusal(data: Path, damage: Callable[[Path], object], message: str) -> None:
     load_dataset_info(data)
-    spoil(data)
+    damage(data)
     for read in (load_dataset_info, lambda d: list(read_rows(d))):
         with pytest.raises(AdaDecodeError) as caught:
             read(data)

@@ -103,8 +103,8 @@ def test_every_option_of_the_engine_is_explained() -> None:
     for name, default in rows.items():
         value = fields[name].default
         if isinstance(value, bool | int | float | str):
-            shown = default.strip("`")
-            assert shown == json.dumps(value), name
+            documented = default.strip("`")
+            assert documented == json.dumps(value), name
 
 
 def test_every_option_of_a_request_is_explained() -> None:

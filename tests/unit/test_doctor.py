@@ -385,7 +385,7 @@ def test_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_list_is_readable(
     heads: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    spoil(heads, "config.json", hidden_size=17)
+    damage(heads, "config.json", hidden_size=17)
     assert run(model, heads) == 1
     out = " ".join(capsys.readouterr().out.split())
     assert "problem heads HEADS" in out
@@ -393,7 +393,7 @@ def test_the_list_is_readable(
     assert "1 problem and" in out
 
 
-def spoil(directory: Path, file: str, **values: Any) -> None:
+def damage(directory: Path, file: str, **values: Any) -> None:
     path = directory / file
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
@@ -498,10 +498,10 @@ def test_the_evaluation_tells_the_speed(heads: Path) -> None:
     assert "1.50x with threshold 0.6 and cap 4, predicted" in finding.text
     assert '{"threshold": 0.6, "max_early_predictions": 4}' in finding.remedy
     assert finding.figures["source"] == "evaluation/evaluation.json"
-    spoil(heads, "evaluation/evaluation.json", simulation=None)
+    damage(heads, "evaluation/evaluation.json", simulation=None)
     assert '"gate"' not in speed(heads).remedy
     simulation = {**make_evaluation()["simulation"], "gate": "acceptance"}
-    spoil(heads, "evaluation/evaluation.json", simulation=simulation)
+    damage(heads, "evaluation/evaluation.json", simulation=simulation)
     assert '"gate": "acceptance"' in speed(heads).remedy
 
 
@@ -514,9 +514,9 @@ def test_no_speedup_is_a_warning(heads: Path) -> None:
 
 def test_the_evaluation_of_other_exits_says_nothing(heads: Path) -> None:
     evaluate(heads)
-    spoiled = json.loads((heads / "evaluation/evaluation.json").read_text())
-    spoiled["exits"][0]["layer"] = 2
-    (heads / "evaluation/evaluation.json").write_text(json.dumps(spoiled))
+    damaged = json.loads((heads / "evaluation/evaluation.json").read_text())
+    damaged["exits"][0]["layer"] = 2
+    (heads / "evaluation/evaluation.json").write_text(json.dumps(damaged))
     assert speed(heads).text == "Unknown: these heads were not evaluated."
 
 

@@ -169,7 +169,7 @@ def wanted(size: int | None) -> AdaDecodeConfig:
         (5, VOCAB, 5),
     ],
 )
-def test_which_tokens_a_gate_looks_at(
+def test_which_tokens_an_exit_looks_at(
     size: int | None, stored: int | None, resolved: int
 ) -> None:
     assert resolve_draft_vocabulary(wanted(size), heads_config(stored)) == resolved

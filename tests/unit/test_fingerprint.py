@@ -67,16 +67,16 @@ def test_shards(
     padded = torch.zeros(rows * ranks, weight.shape[1], dtype=dtype)
     padded[:vocab_size] = weight
 
-    def verdicts() -> list[bool]:
+    def matches() -> list[bool]:
         return [
             check_fingerprint(fingerprint, shard, rank * rows, vocab_size)
             for rank, shard in enumerate(padded.split(rows))
         ]
 
-    assert all(verdicts())
+    assert all(matches())
     changed = data.draw(st.sampled_from(sampled(vocab_size)))
     padded[changed] *= -1
-    assert verdicts() == [rank != changed // rows for rank in range(ranks)]
+    assert matches() == [rank != changed // rows for rank in range(ranks)]
 
 
 def test_another_model_is_noticed() -> None:

@@ -428,10 +428,10 @@ REFUSALS = [
 ]
 
 
-@pytest.mark.parametrize(("spoil", "message"), REFUSALS)
-def test_refusal(heads: Path, spoil: Callable[[Path], object], message: str) -> None:
+@pytest.mark.parametrize(("damage", "message"), REFUSALS)
+def test_refusal(heads: Path, damage: Callable[[Path], object], message: str) -> None:
     load_heads_config(heads)
-    spoil(heads)
+    damage(heads)
     with pytest.raises(AdaDecodeError) as caught:
         load_heads_config(heads)
     text = str(caught.value)

@@ -352,7 +352,7 @@ def test_private_heads_are_not_published(api: type[FakeApi], heads: Path) -> Non
     assert api.made[0].files == {}
 
 
-def test_spoilt_heads_are_not_published(api: type[FakeApi], heads: Path) -> None:
+def test_damaged_heads_are_not_published(api: type[FakeApi], heads: Path) -> None:
     os.truncate(heads / "model.safetensors", 40)
     message = refusal(push_to_hub, heads, "ann/heads")
     assert "truncated or damaged" in message

@@ -55,15 +55,15 @@ def counted(**totals: float) -> Counted:
 
 
 def test_figures_of_a_minute() -> None:
-    shown = figures(
+    reported = figures(
         counted(early=80, request_steps=50, generated_tokens=110, ngram_drafts=5),
         20.0,
         host_times=False,
     )
-    assert shown["tokens_per_forward"] == 2.2
-    assert shown["tokens_per_second"] == 5.5
-    assert shown["accepted_share"] == pytest.approx(60 / 110)
-    assert shown["exits"] == [
+    assert reported["tokens_per_forward"] == 2.2
+    assert reported["tokens_per_second"] == 5.5
+    assert reported["accepted_share"] == pytest.approx(60 / 110)
+    assert reported["exits"] == [
         {
             "layer": 2,
             "asked": 160,
@@ -73,19 +73,19 @@ def test_figures_of_a_minute() -> None:
             "right": 0.75,
         }
     ]
-    assert shown["ngram"]["drafted"] == 5
-    assert shown["dropped"] == {"truncated": 3}
-    assert shown["estimated_ratio"] is None  # a device's times are not the host's
+    assert reported["ngram"]["drafted"] == 5
+    assert reported["dropped"] == {"truncated": 3}
+    assert reported["estimated_ratio"] is None  # a device's times are not the host's
 
 
 def test_nothing_was_served_yet() -> None:
-    shown = figures(counted(), None, host_times=True)
+    reported = figures(counted(), None, host_times=True)
     empty = ("tokens_per_forward", "tokens_per_second", "accepted_share")
-    assert [shown[name] for name in (*empty, "estimated_ratio")] == [None] * 4
-    json.dumps(shown, allow_nan=False)
+    assert [reported[name] for name in (*empty, "estimated_ratio")] == [None] * 4
+    json.dumps(reported, allow_nan=False)
 
 
-def test_the_estimate_without_drafts_is_ordinary_speed() -> None:
+def test_the_estimate_without_drafts_is_plain_speed() -> None:
     assert estimated_ratio(counted(request_steps=9, generated_tokens=9)) == 1.0
 
 
@@ -178,14 +178,14 @@ def test_stats(registered: AdaDecodeProm, monkeypatch: pytest.MonkeyPatch) -> No
     answer = client(OPTIONS).get("/adadecode/stats")
     assert answer.headers["content-type"] == "application/json"
     assert answer.headers["cache-control"] == "no-store"
-    shown = answer.json()
-    assert (shown["model"], shown["layers"]) == (["some/model"], 16)
-    assert (shown["api_servers"], shown["device"]) == (2, "cpu")
-    assert shown["options"]["threshold"] == 0.5
-    assert shown["lately"] is None
-    assert shown["since_start"]["accepted"] == 8
-    assert shown["since_start"]["tokens_per_forward"] == 3.0
-    (request,) = shown["requests"]
+    reported = answer.json()
+    assert (reported["model"], reported["layers"]) == (["some/model"], 16)
+    assert (reported["api_servers"], reported["device"]) == (2, "cpu")
+    assert reported["options"]["threshold"] == 0.5
+    assert reported["lately"] is None
+    assert reported["since_start"]["accepted"] == 8
+    assert reported["since_start"]["tokens_per_forward"] == 3.0
+    (request,) = reported["requests"]
     assert request == {
         "id": evil,
         "ended": 1.0,

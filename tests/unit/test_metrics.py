@@ -275,19 +275,19 @@ def test_the_dashboard_asks_for_metrics_that_exist() -> None:
     dashboard = json.loads(path.read_text(encoding="utf-8"))
     panels = dashboard["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels) >= 8
-    asked: set[str] = set()
+    queried: set[str] = set()
     for panel in panels:
         assert panel["title"]
         assert panel["description"]
         for target in panel["targets"]:
-            asked.update(re.findall(r"vllm:\w+", target["expr"]))
-    ours = {name for name in asked if name.startswith(PREFIX)}
+            queried.update(re.findall(r"vllm:\w+", target["expr"]))
+    ours = {name for name in queried if name.startswith(PREFIX)}
     assert ours <= _documented()
     # All but how often pending tokens are resumed.
     resumed = {f"{PREFIX}resumed_tokens_total", f"{PREFIX}resumed_forwards_total"}
     assert ours == _documented() - resumed
     known = Path(loggers.__file__).read_text(encoding="utf-8")
-    for name in asked - ours:
+    for name in queried - ours:
         family = re.sub("_(total|bucket)$", "", name)
         assert f'"{family}"' in known, name
 
@@ -364,15 +364,15 @@ def test_stats_once(
     dropped = [12.0 if reason == "not_scheduled" else 0.0 for reason in REASONS]
     reader.observe({CONFIG_KEY: [*stats.reported().tolist(), *dropped]})
     assert _run(answering(200, _values()), "--once") == 0
-    shown = capsys.readouterr().out
-    rows = [re.findall(r"[\d.,]+(?: %)?", line) for line in shown.splitlines()]
+    output = capsys.readouterr().out
+    rows = [re.findall(r"[\d.,]+(?: %)?", line) for line in output.splitlines()]
     assert ["2", "2,000", "1,500", "75.0 %", "1,330", "70", "95.0 %"] in rows
     assert ["4", "500", "100", "20.0 %", "50", "50", "50.0 %"] in rows
-    assert "threshold 0.5, max_early_predictions 4" in shown
-    assert re.search(r"tokens per target forward +2\.38", shown)
-    assert re.search(r"drafting +1\.2 s", shown)
-    assert re.search(r"dropped, not scheduled +12 tokens", shown)
-    assert "skipped step" not in shown
+    assert "threshold 0.5, max_early_predictions 4" in output
+    assert re.search(r"tokens per target forward +2\.38", output)
+    assert re.search(r"drafting +1\.2 s", output)
+    assert re.search(r"dropped, not scheduled +12 tokens", output)
+    assert "skipped step" not in output
 
 
 @pytest.mark.parametrize(

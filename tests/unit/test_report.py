@@ -362,7 +362,7 @@ def test_an_exit_after_every_layer(report: Path, tmp_path: Path) -> None:
     assert len(write_report(tmp_path, evaluation)) == 5
 
 
-def test_slower_than_ordinary_is_said(report: Path, tmp_path: Path) -> None:
+def test_slower_than_plain_decoding_is_said(report: Path, tmp_path: Path) -> None:
     best = {"threshold": 0.9, "cap": 1, "speedup": 0.97}
     files = write_report(tmp_path, make_evaluation(best=best))
     text = Page(files[-1]).text

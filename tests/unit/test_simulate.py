@@ -73,7 +73,7 @@ def test_no_prediction_beyond_the_limit_of_tokens() -> None:
     # Six tokens by six forwards cost six ordinary steps.
     [(0.0, 6.0), (0.3, 6.0)],
 )
-def test_ordinary_decoding_costs_its_steps(head_share: float, expected: float) -> None:
+def test_plain_decoding_costs_its_steps(head_share: float, expected: float) -> None:
     counters = Counters((2, 4), 8)
     counters.segments_run = [6, 6, 6]
     counters.forwards = counters.generated_tokens = 6

@@ -304,7 +304,7 @@ def test_a_full_disk_is_a_sentence_and_costs_nothing(
     assert len(steps) == (2 * STEPS if failing == "checkpoint" else 0)
 
 
-def test_left_overs_of_a_killed_run_are_no_obstacle(
+def test_left_overs_of_a_killed_run_do_not_stop_the_next(
     teacher: Teacher, data: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(Killed):

@@ -539,7 +539,7 @@ def test_early_stopping_keeps_the_best(
 
 
 def test_automatic_exits(teacher: Teacher, data: Path, tmp_path: Path) -> None:
-    shown: list[Any] = []
+    choices: list[Any] = []
     record = train_heads(
         teacher,
         [data],
@@ -547,12 +547,12 @@ def test_automatic_exits(teacher: Teacher, data: Path, tmp_path: Path) -> None:
         TrainSettings(**SETTINGS),
         RunOptions(tmp_path, threshold=0.01),
         Accelerator(cpu=True),
-        Reporter(choices=shown.extend),
+        Reporter(choices=choices.extend),
     )
-    assert len(shown) == 14  # all sets of up to three of the layers 0 to 3
-    speedups = [choice.speedup for choice in shown]
+    assert len(choices) == 14  # all sets of up to three of the layers 0 to 3
+    speedups = [choice.speedup for choice in choices]
     assert speedups == sorted(speedups, reverse=True)
-    assert record["exit_layers"] == list(shown[0].exit_layers)
+    assert record["exit_layers"] == list(choices[0].exit_layers)
     assert load_heads_config(tmp_path).exit_layers == record["exit_layers"]
 
 

@@ -262,7 +262,7 @@ def test_gates_remember_what_the_drafts_heads_said(
         teacher, layers, weights, texts, draft_token_ids=token_ids, memory=memory
     )
     assert len(answers) == 3
-    asked = 0
+    scored = 0
 
     def expected(text: tuple[int, ...], drafts: tuple[int, ...], last: int) -> int:
         streams = teacher.streams([text], [*layers, NUM_LAYERS])
@@ -287,8 +287,8 @@ def test_gates_remember_what_the_drafts_heads_said(
             inner: Callable[..., tuple[int, float]] = inner,
             prompt: tuple[int, ...] = text.prompt,
         ) -> tuple[int, float]:
-            nonlocal asked
-            asked += len(drafted_by) > 1
+            nonlocal scored
+            scored += len(drafted_by) > 1
             found = inner(prefix, drafted_by, exit_index)
             assert found[0] == expected((*prompt, *prefix), drafted_by, exit_index)
             # Asking again, which the grid does, changes nothing.
@@ -299,7 +299,7 @@ def test_gates_remember_what_the_drafts_heads_said(
         for threshold in (-5.0, -4.35, 0.0):
             counters = total([answer], layers, NUM_LAYERS, [threshold] * len(layers), 4)
             assert counters.generated_tokens == len(answer.tokens) - 1
-    assert asked > 50
+    assert scored > 50
 
 
 def test_without_memory_drafts_are_tokens_like_any_other(

@@ -126,21 +126,21 @@ def test_a_replaced_function_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.fixture
 def validations(monkeypatch: pytest.MonkeyPatch) -> list[bool | None]:
-    """What vLLM's validation was shown of ``async_scheduling``, the patch installed."""
-    shown: list[bool | None] = []
+    """What vLLM's validation saw of ``async_scheduling``, the patch installed."""
+    seen: list[bool | None] = []
 
     def validate(self: Any) -> None:
-        shown.append(self.scheduler_config.async_scheduling)
+        seen.append(self.scheduler_config.async_scheduling)
         self.scheduler_config.async_scheduling = False
 
     monkeypatch.setattr(VllmConfig, "__post_init__", validate)
     v2_async_scheduling.install()
     v2_async_scheduling.install()
-    return shown
+    return seen
 
 
 @pytest.mark.parametrize(
-    ("model", "asked", "shown", "kept"),
+    ("model", "asked", "seen", "kept"),
     [
         (SPECULATOR, True, None, True),
         (SPECULATOR, False, False, False),
@@ -152,7 +152,7 @@ def test_only_our_speculator_keeps_asynchronous_scheduling(
     validations: list[bool | None],
     model: str,
     asked: bool | None,
-    shown: bool | None,
+    seen: bool | None,
     kept: bool,
 ) -> None:
     scheduler = SimpleNamespace(async_scheduling=asked)
@@ -160,7 +160,7 @@ def test_only_our_speculator_keeps_asynchronous_scheduling(
         speculative_config=SimpleNamespace(model=model), scheduler_config=scheduler
     )
     VllmConfig.__post_init__(config)
-    assert validations == [shown]
+    assert validations == [seen]
     assert scheduler.async_scheduling is kept
 
 
@@ -174,7 +174,7 @@ def test_engines_without_speculation_are_validated_as_they_are(
     assert validations == [True]
 
 
-def test_vllm_032_lists_the_methods_that_schedule_ahead() -> None:
+def test_vllm_032_lists_the_methods_that_schedule_asynchronously() -> None:
     """Once 0.32 is no longer supported, the patch can go."""
     source = inspect.getsource(inspect.unwrap(VllmConfig.__post_init__))
     listed = "async scheduling is only supported" in source
@@ -217,9 +217,9 @@ def test_an_outcome_that_is_there_is_taken_at_once(
     assert outcome[1] == "outcome"
     assert executed
     assert step(_Queue(done=False)) == (None, True)
-    ordinary = _Queue(done=True)
-    ordinary.scheduler = SimpleNamespace()
-    assert step(ordinary) == (None, True)
+    plain = _Queue(done=True)
+    plain.scheduler = SimpleNamespace()
+    assert step(plain) == (None, True)
 
 
 def test_the_engine_still_schedules_before_it_takes_an_outcome() -> None:

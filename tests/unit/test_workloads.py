@@ -218,7 +218,7 @@ def test_prose_is_long_and_was_never_trained_on() -> None:
     assert len(known) <= 4
 
 
-def test_random_tokens_are_ordinary_ones() -> None:
+def test_random_tokens_are_no_special_ones() -> None:
     workload = load_workload("random", MODEL, count=200)
     assert {len(ids) for ids in workload.prompts} == {32}
     found = set(itertools.chain.from_iterable(workload.prompts))

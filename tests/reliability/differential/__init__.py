@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A differential fuzzer: random engines and requests, ordinary vLLM and AdaDecode.
+"""A differential fuzzer: random engines and requests, plain vLLM and AdaDecode.
 
     python -m tests.reliability.differential --engines 60 --requests 50 --seed 0
 

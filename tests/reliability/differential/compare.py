@@ -35,14 +35,14 @@ class Difference:
 
 def differences(
     requests: Sequence[Request],
-    ordinary: Sequence[Mapping[str, Any]],
+    baseline: Sequence[Mapping[str, Any]],
     ours: Sequence[Mapping[str, Any]],
 ) -> list[Difference]:
     """Compare the answers to a stream.
 
     Args:
         requests: The stream.
-        ordinary: Ordinary vLLM's answers, as `drive.Driver.run` gives them.
+        baseline: Plain vLLM's answers, as `drive.Driver.run` gives them.
         ours: The other engine's.
 
     Returns:
@@ -50,7 +50,7 @@ def differences(
     """
     found = []
     for number, (request, expected, answer) in enumerate(
-        zip(requests, ordinary, ours, strict=True)
+        zip(requests, baseline, ours, strict=True)
     ):
         difference = _answers(number, request, expected, answer)
         if difference is not None:
@@ -69,7 +69,7 @@ def _answers(
             return None
         return Difference(
             number,
-            f"ordinary vLLM says {expected['error'] or 'nothing against it'}, "
+            f"baseline vLLM says {expected['error'] or 'nothing against it'}, "
             f"AdaDecode {answer['error'] or 'nothing against it'}",
         )
     cut = expected["aborted"] or answer["aborted"]

@@ -3,7 +3,7 @@
 
 To see whether the fuzzer finds them. Each is a function without arguments that gives a
 context; what it replaces must be replaced before the engine starts, and it never
-touches ordinary vLLM, which runs in another process.
+touches plain vLLM, which runs in another process.
 """
 
 from __future__ import annotations

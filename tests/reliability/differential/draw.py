@@ -263,12 +263,12 @@ class _Stream:
         # The end of a problem rather than its beginning: an answer follows.
         return found[-length:]
 
-    def _params(self, room: int) -> dict[str, Any]:
+    def _params(self, longest: int) -> dict[str, Any]:
         draw = self._draw
         some, many = draw.randint(3, 12), draw.randint(13, 40)
-        most = draw.choice((1, 2, some, some, many, many, room))
+        most = draw.choice((1, 2, some, some, many, many, longest))
         params: dict[str, Any] = {"max_tokens": max(1, most)}
-        if most == room and draw.random() < 0.5:
+        if most == longest and draw.random() < 0.5:
             params["max_tokens"] = None
         if draw.random() < 0.6:
             params["temperature"] = 0
@@ -285,7 +285,7 @@ class _Stream:
                 params["min_p"] = draw.choice((0.05, 0.5))
             if self._odds():
                 params["top_p"] = 0.9
-        params |= self._ends(params["max_tokens"] or room)
+        params |= self._ends(params["max_tokens"] or longest)
         params |= self._masks(params)
         params |= self._logprobs()
         params |= self._extra_args()
@@ -302,7 +302,7 @@ class _Stream:
     def _odds(self) -> bool:
         return self._draw.random() < self._odd
 
-    def _ends(self, room: int) -> dict[str, Any]:
+    def _ends(self, longest: int) -> dict[str, Any]:
         """What ends a text."""
         draw = self._draw
         params: dict[str, Any] = {}
@@ -317,7 +317,7 @@ class _Stream:
         if self._odds():
             params["stop_token_ids"] = self._some(draw.choice((1, 5, 40)))
         if self._odds():
-            params["min_tokens"] = draw.randint(1, min(room, 20))
+            params["min_tokens"] = draw.randint(1, min(longest, 20))
         if self._odds():
             params["repetition_detection"] = {"max_pattern_size": 4, "min_count": 3}
         return params

@@ -28,7 +28,7 @@ class Report:
         cases: Requests that were run on both engines.
         failures: Number of the stream and what was wrong with it.
         refused: Why there was no such engine.
-        void: Streams that ordinary vLLM itself failed.
+        void: Streams that plain vLLM itself failed.
         ties: Texts that part at a tie.
         counts: What happened on the engine with AdaDecode, by name.
         seconds: Duration.

@@ -35,8 +35,8 @@ class Outcome:
 
     Attributes:
         failure: What is wrong with AdaDecode.
-        void: Why nothing can be said: ordinary vLLM failed itself.
-        ties: Texts that part where ordinary vLLM's two best tokens are as good.
+        void: Why nothing can be said: plain vLLM failed itself.
+        ties: Texts that part where plain vLLM's two best tokens are as good.
         counts: What happened, by name.
     """
 
@@ -51,7 +51,7 @@ class Refused(Exception):
 
 
 class Pair:
-    """Ordinary vLLM and AdaDecode, in two processes that outlive their engines.
+    """Plain vLLM and AdaDecode, in two processes that outlive their engines.
 
     Attributes:
         defect: What is put in where AdaDecode runs; see `defects.py`.
@@ -60,12 +60,12 @@ class Pair:
     def __init__(self) -> None:
         """Start nothing yet."""
         self.defect: str | None = None
-        self._ordinary = _Seat()
+        self._baseline = _Seat()
         self._ours = _Seat()
 
     def close(self) -> None:
         """End the processes."""
-        self._ordinary.leave()
+        self._baseline.leave()
         self._ours.leave()
 
     def check(self, engine: Engine, requests: Sequence[Request]) -> Outcome:
@@ -79,10 +79,10 @@ class Pair:
             What became of it.
 
         Raises:
-            Refused: If ordinary vLLM or AdaDecode refuses the engine.
+            Refused: If plain vLLM or AdaDecode refuses the engine.
         """
         # Ordinary Model Runner V1 says the same as V2, many times faster.
-        expected = self._run_ordinary("v1", engine, requests)
+        expected = self._run_baseline("v1", engine, requests)
         if expected["failure"]:
             return Outcome(void=expected["failure"][1])
         try:
@@ -114,8 +114,8 @@ class Pair:
         outcome = Outcome(counts=found["counts"])
         wrong = differences(requests, expected["answers"], found["answers"])
         if wrong and engine.runner == "v2":
-            # Unless the two runners of ordinary vLLM differ.
-            expected = self._run_ordinary("v2", engine, requests)
+            # Unless the two runners of plain vLLM differ.
+            expected = self._run_baseline("v2", engine, requests)
             if expected["failure"]:
                 outcome.void = expected["failure"][1]
                 return outcome
@@ -141,7 +141,7 @@ class Pair:
         expected: dict[str, Any],
         found: dict[str, Any],
     ) -> bool:
-        """Ask ordinary vLLM again, alone and greedily, how good both tokens are."""
+        """Ask plain vLLM again, alone and greedily, how good both tokens are."""
         if difference.token is None:
             return False
         index, at = difference.token
@@ -161,27 +161,27 @@ class Pair:
             abort_after=None,
         )
         processed = {**engine.arguments, "logprobs_mode": "processed_logprobs"}
-        again = self._run_ordinary("v1", replace(engine, arguments=processed), [alone])
+        again = self._run_baseline("v1", replace(engine, arguments=processed), [alone])
         output = again["answers"][0]["outputs"].get(0)
         if output is None or len(output["token_ids"]) <= at:
             return False
         if output["token_ids"][:at] != texts[0][:at]:
-            return True  # ordinary vLLM's own text depends on the batch
+            return True  # plain vLLM's own text depends on the batch
         values = [output["logprobs"][at].get(text[at]) for text in texts]
         if None in values:
             return False
         return abs(values[0][0] - values[1][0]) <= TIE
 
-    def _run_ordinary(
+    def _run_baseline(
         self, runner: str, engine: Engine, requests: Sequence[Request]
     ) -> dict[str, Any]:
-        seat = self._ordinary
+        seat = self._baseline
         try:
             seat.start(runner, engine.arguments)
             found = seat.run(requests)
         except EngineFailed as error:
             last = str(error).strip().splitlines()[-1]
-            raise Refused(f"ordinary vLLM: {last}") from error
+            raise Refused(f"plain vLLM: {last}") from error
         except HostDied as error:
             found = {"failure": ("death", str(error))}
         if found["failure"]:

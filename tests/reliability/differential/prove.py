@@ -85,9 +85,9 @@ def main(arguments: list[str] | None = None) -> int:
                 pair, defect, args.seed, args.engines, args.requests, args.runner
             )
             found.append(one)
-            verdict = "not found" if one["found"] is None else f"found ({one['found']})"
+            outcome = "not found" if one["found"] is None else f"found ({one['found']})"
             sys.stdout.write(
-                f"{defect}: {verdict} after {one['engines']} engines, {one['cases']} "
+                f"{defect}: {outcome} after {one['engines']} engines, {one['cases']} "
                 f"cases, {one['seconds']} s\n"
             )
             sys.stdout.flush()

@@ -55,7 +55,7 @@ def run(llm: Any, *arrivals: tuple[int, list[int], dict[str, Any]]) -> list[list
 
 
 @pytest.fixture(scope="module")
-def ordinary() -> Iterator[Any]:
+def baseline() -> Iterator[Any]:
     with start_engine(max_model_len=512) as llm:
         yield llm
 
@@ -72,14 +72,14 @@ def eager() -> Iterator[Any]:
 
 
 def test_a_request_with_one_token_to_compute_joins_drafts(
-    ordinary: Any, eager: Any
+    baseline: Any, eager: Any
 ) -> None:
     """vLLM fills such a request up with drafts that nobody made."""
     sampled = {"temperature": 1, "ignore_eos": True}
     drafting = {**sampled, "allowed_token_ids": [1023], "max_tokens": 60}
     joining = {**sampled, "top_k": 1, "max_tokens": 20}
     arrivals = [(0, [338, 20, 30, 40], drafting), (3, [338], joining)]
-    expected = run(ordinary, *arrivals)
+    expected = run(baseline, *arrivals)
     assert expected[1][:5] == [28, 223, 20, 18, 652]
     assert run(eager, *arrivals) == expected
 
@@ -102,7 +102,7 @@ def test_nothing_is_counted_that_was_never_drafted(eager: Any) -> None:
 
 
 @pytest.mark.parametrize("budget", [8, 17])
-def test_a_token_budget_below_the_room_for_drafts(ordinary: Any, budget: int) -> None:
+def test_a_token_budget_below_the_drafts(baseline: Any, budget: int) -> None:
     greedy = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
     arrivals = [(0, LONG, greedy), (6, LONG, greedy), (7, LONG[:20], greedy)]
     with start_engine(
@@ -111,12 +111,12 @@ def test_a_token_budget_below_the_room_for_drafts(ordinary: Any, budget: int) ->
         max_num_batched_tokens=budget,
         max_num_seqs=8,
     ) as llm:
-        assert run(llm, *arrivals) == run(ordinary, *arrivals)
+        assert run(llm, *arrivals) == run(baseline, *arrivals)
         counted = stats(llm)
         assert sum(counted["accepted"]) + sum(counted["rejected"]) > 0
 
 
-def test_no_request_is_preempted_for_drafts(ordinary: Any) -> None:
+def test_no_request_is_preempted_for_drafts(baseline: Any) -> None:
     """Two texts of one block each, and two blocks beside vLLM's own."""
     greedy = {"temperature": 0, "max_tokens": 8, "ignore_eos": True}
     arrivals = [(0, LONG[:24], greedy), (1, LONG[4:28], greedy)]
@@ -125,5 +125,5 @@ def test_no_request_is_preempted_for_drafts(ordinary: Any) -> None:
         max_model_len=64,
         num_gpu_blocks_override=3,
     ) as llm:
-        assert run(llm, *arrivals) == run(ordinary, *arrivals)
+        assert run(llm, *arrivals) == run(baseline, *arrivals)
         assert metric(llm, "vllm:num_preemptions") == 0
