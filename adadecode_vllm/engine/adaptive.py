@@ -142,6 +142,16 @@ class _Size:
             promise = self.draft_cost.usual * self._requests
         return min(max(promise, ADMISSION[0]), ADMISSION[1])
 
+    def compare(self, drafted: bool, tokens: int, seconds: float) -> Compared:
+        """A step beside one without drafts, where the speed of these is known."""
+        plain, own = self.rates[False], self.rates[drafted]
+        seconds = _usual(seconds, own.seconds, own.steps)
+        if not drafted:
+            return Compared(seconds, seconds)
+        if not plain.tokens:
+            return Compared()
+        return Compared(seconds, tokens / plain.value)
+
     def count(self, drafted: bool, drafts: int, tokens: int, seconds: float) -> bool:
         """Note a step, and whether the next ones go another way."""
         self.rates[drafted].add(tokens, seconds)
@@ -169,6 +179,26 @@ class _Size:
         return changed
 
 
+@dataclass(frozen=True)
+class Compared:
+    """Steps of which it is known how long they would have taken without drafts.
+
+    Attributes:
+        seconds: What they took.
+        plain_seconds: What their tokens would have taken without drafts, by the speed
+            of the last steps without any and about as many requests.
+    """
+
+    seconds: float = 0.0
+    plain_seconds: float = 0.0
+
+    def __add__(self, other: Compared) -> Compared:
+        """Both together."""
+        return Compared(
+            self.seconds + other.seconds, self.plain_seconds + other.plain_seconds
+        )
+
+
 class AdaptiveDrafting:
     """Decides for each number of requests whether a step drafts.
 
@@ -190,6 +220,7 @@ class AdaptiveDrafting:
         self._ended: float | None = None
         self._drafted: bool | None = None
         self._same = 0
+        self._compared = Compared()
 
     def drafts(self, requests: int) -> bool:
         """Whether a step of so many requests drafts; at least one."""
@@ -198,6 +229,11 @@ class AdaptiveDrafting:
     def admission(self, requests: int) -> float:
         """The least probability of a draft that pays in a step of so many requests."""
         return self._sizes[requests.bit_length() - 1].admission
+
+    def take_compared(self) -> Compared | None:
+        """What was compared since the last call; None for nothing."""
+        taken, self._compared = self._compared, Compared()
+        return taken if taken.seconds else None
 
     def step(
         self,
@@ -228,7 +264,9 @@ class AdaptiveDrafting:
         changed = False
         if began is not None and requests and decodes and self._same >= SETTLE_STEPS:
             size = self._sizes[requests.bit_length() - 1]
-            changed = size.count(drafted, drafts, tokens, self._ended - began)
+            seconds = self._ended - began
+            changed = size.count(drafted, drafts, tokens, seconds)
+            self._compared += size.compare(drafted, tokens, seconds)
             if changed:
                 logger.debug(
                     "adadecode: steps of about %d requests %s drafts: %.1f tokens/s "

@@ -10,6 +10,10 @@ import numpy as np
 from adadecode_vllm.method.ledger import REASONS
 from adadecode_vllm.method.stats import REPORTED, REPORTED_PER_EXIT
 
+COMPARED_KEY = "adadecode_compared"
+"""Of a step's statistics: seconds of :class:`~adadecode_vllm.engine.adaptive.Compared`
+and plain seconds, added since the last."""
+
 
 class CounterReport:
     """What a worker's counters gained since they were last taken."""

@@ -15,9 +15,10 @@ from vllm.distributed.ec_transfer.ec_connector.metrics import (
 from vllm.logger import init_logger
 
 from adadecode_vllm.config import CONFIG_KEY, AdaDecodeConfig, engine_config
-from adadecode_vllm.engine.counter_report import split_counters
+from adadecode_vllm.engine.counter_report import COMPARED_KEY, split_counters
 from adadecode_vllm.engine.finished_requests import FINISHED_KEY, RECENT
 from adadecode_vllm.engine.metric_names import (
+    COMPARED,
     CONFIG_INFO,
     DROPPED,
     PER_EXIT,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.adadecode")
 
-_OURS = {CONFIG_KEY, FINISHED_KEY}
+_OURS = {CONFIG_KEY, COMPARED_KEY, FINISHED_KEY}
 
 
 class AdaDecodeProm(ECConnectorProm):
@@ -52,7 +53,8 @@ class AdaDecodeProm(ECConnectorProm):
             per_engine_labelvalues: Their values, by engine.
         """
         super().__init__(vllm_config, labelnames, per_engine_labelvalues)
-        self._counters: dict[int, list[Counter]] = {}
+        # By engine and key of a step's statistics, in their order.
+        self._counters: dict[int, dict[str, list[Counter]]] = {}
         config = engine_config(vllm_config)
         if config is not None:
             self._register(config, labelnames, per_engine_labelvalues)
@@ -63,12 +65,13 @@ class AdaDecodeProm(ECConnectorProm):
             super().observe(transfer_stats_data, engine_idx)
             return
         RECENT.add(transfer_stats_data.get(FINISHED_KEY, []))
-        added = transfer_stats_data.get(CONFIG_KEY)
-        if added is None:
-            return
-        for counter, value in zip(self._counters[engine_idx], added, strict=True):
-            if value:
-                counter.inc(value)
+        for key, counters in self._counters[engine_idx].items():
+            added = transfer_stats_data.get(key)
+            if added is None:
+                continue
+            for counter, value in zip(counters, added, strict=True):
+                if value:
+                    counter.inc(value)
 
     def _register(
         self,
@@ -78,18 +81,25 @@ class AdaDecodeProm(ECConnectorProm):
     ) -> None:
         assert config.exit_layers is not None, "resolved at start-up"
         exits = [str(layer) for layer in config.exit_layers]
-        # In the order in which the worker reports them.
-        families: list[tuple[tuple[str, str], str | None, Sequence[str]]] = [
-            *((PER_EXIT[name], "exit_layer", exits) for name in REPORTED_PER_EXIT),
-            *((TOTALS[name], None, [""]) for name in REPORTED),
-            (DROPPED, "reason", REASONS),
+        # In the order in which worker and scheduler report them.
+        families: list[tuple[str, tuple[str, str], str | None, Sequence[str]]] = [
+            *(
+                (CONFIG_KEY, PER_EXIT[name], "exit_layer", exits)
+                for name in REPORTED_PER_EXIT
+            ),
+            *((CONFIG_KEY, TOTALS[name], None, [""]) for name in REPORTED),
+            (CONFIG_KEY, DROPPED, "reason", REASONS),
+            *((COMPARED_KEY, name, None, [""]) for name in COMPARED.values()),
         ]
-        self._counters = {engine: [] for engine in per_engine_labelvalues}
-        for (name, help_text), label, values in families:
+        self._counters = {
+            engine: {CONFIG_KEY: [], COMPARED_KEY: []}
+            for engine in per_engine_labelvalues
+        }
+        for key, (name, help_text), label, values in families:
             names = [*labelnames, label] if label else labelnames
             family = self._counter_cls(PREFIX + name, help_text, labelnames=names)
             for engine, labelvalues in per_engine_labelvalues.items():
-                self._counters[engine] += [
+                self._counters[engine][key] += [
                     family.labels(*labelvalues, *([value] if label else []))
                     for value in values
                 ]

@@ -56,6 +56,17 @@ TOTALS = {
         "Wall time that the host spent in forwards with resumed tokens.",
     ),
 }
+# Of the scheduler: with `policy: "cost"` it times steps with drafts and without.
+COMPARED = {
+    "compared_seconds": (
+        "compared_seconds",
+        "Time of steps whose speed without drafts is known, by the engine's own looks.",
+    ),
+    "plain_seconds": (
+        "plain_seconds",
+        "What the tokens of those steps would have taken without drafts.",
+    ),
+}
 CONFIG_INFO = ("config_info", "The engine's options, as labels.")
 DROPPED = (
     "dropped_tokens",

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from adadecode_vllm.engine.metric_names import (
+    COMPARED,
     CONFIG_INFO,
     DROPPED,
     PER_EXIT,
@@ -19,7 +20,7 @@ Sample = tuple[str, Mapping[str, str], float]
 """A sample's full name, its labels and its value."""
 
 _PER_EXIT_KEYS = {name: key for key, (name, _) in PER_EXIT.items()}
-_TOTAL_KEYS = {name: key for key, (name, _) in TOTALS.items()}
+_TOTAL_KEYS = {name: key for key, (name, _) in {**TOTALS, **COMPARED}.items()}
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Counted:
     Attributes:
         per_exit: By exit layer, each counter of
             :data:`adadecode_vllm.engine.metric_names.PER_EXIT` by its key.
-        totals: Each counter of :data:`adadecode_vllm.engine.metric_names.TOTALS`.
+        totals: Each counter of :data:`adadecode_vllm.engine.metric_names.TOTALS` and
+            of :data:`adadecode_vllm.engine.metric_names.COMPARED`.
         dropped: Dropped tokens, by reason.
         options: The engine's options.
     """
@@ -77,7 +79,7 @@ def sum_samples(samples: Iterable[Sample]) -> Counted | None:
     if not layers:
         return None
     per_exit = {layer: dict.fromkeys(PER_EXIT, 0.0) for layer in sorted(layers)}
-    totals = dict.fromkeys(TOTALS, 0.0)
+    totals = dict.fromkeys([*TOTALS, *COMPARED], 0.0)
     dropped: defaultdict[str, float] = defaultdict(float)
     options: dict[str, str] = {}
     for full_name, labels, value in ours:

@@ -16,7 +16,7 @@ from vllm.v1.request import Request
 
 from adadecode_vllm.config import CONFIG_KEY, engine_config
 from adadecode_vllm.engine.adaptive import AdaptiveDrafting
-from adadecode_vllm.engine.counter_report import CounterReport
+from adadecode_vllm.engine.counter_report import COMPARED_KEY, CounterReport
 from adadecode_vllm.engine.finished_requests import FINISHED_KEY, RequestLog
 from adadecode_vllm.engine.outcomes import ADMISSION, COUNTERS, UNUSED_DRAFTS
 from adadecode_vllm.patches import finished_outcomes
@@ -171,6 +171,8 @@ class AdaDecodeScheduler(Scheduler):
             ours: dict[str, Any] = {}
             if (added := self._report.take()) is not None:
                 ours[CONFIG_KEY] = added
+            if self._adaptive and (compared := self._adaptive.take_compared()):
+                ours[COMPARED_KEY] = [compared.seconds, compared.plain_seconds]
             if ended := self._requests.take():
                 ours[FINISHED_KEY] = ended
             if ours:

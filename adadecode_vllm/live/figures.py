@@ -90,6 +90,7 @@ def figures(
         "dropped": {
             reason: int(tokens) for reason, tokens in counted.dropped.items() if tokens
         },
+        "measured_ratio": _ratio(totals["plain_seconds"], totals["compared_seconds"]),
         "estimated_ratio": estimated_ratio(counted) if host_times else None,
     }
 

@@ -61,6 +61,29 @@ def costs(step: int, drafted: bool) -> tuple[int, float]:
     return (5, 1.6) if drafted else (4, 1.0)
 
 
+def test_what_drafts_bring_is_known() -> None:
+    steps = Steps(pays)
+    steps.run(12)
+    assert steps.adaptive.take_compared() is None  # no step without drafts yet
+    steps.run(3000)
+    compared = steps.adaptive.take_compared()
+    assert compared is not None
+    # Tokens per second 6 / 1.2 and 4 / 1, but for the looks at the other way.
+    assert compared.plain_seconds / compared.seconds == pytest.approx(1.25, rel=0.02)
+    assert compared.seconds == pytest.approx(steps.seconds, rel=0.03)
+    assert steps.adaptive.take_compared() is None
+
+
+def test_steps_without_drafts_are_plain() -> None:
+    steps = Steps(costs)
+    steps.run(3000)
+    steps.adaptive.take_compared()
+    steps.run(1000)
+    compared = steps.adaptive.take_compared()
+    assert compared is not None
+    assert 0.98 < compared.plain_seconds / compared.seconds <= 1.0
+
+
 def test_drafting_that_pays_goes_on() -> None:
     steps = Steps(pays)
     steps.run(3000)

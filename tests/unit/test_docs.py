@@ -114,6 +114,7 @@ def test_every_option_of_a_request_is_explained() -> None:
 
 def test_every_metric_is_explained() -> None:
     from adadecode_vllm.engine.metric_names import (
+        COMPARED,
         CONFIG_INFO,
         DROPPED,
         PER_EXIT,
@@ -124,7 +125,7 @@ def test_every_metric_is_explained() -> None:
 
     assert f"`{METRICS}`" in read("docs/metrics.md")
     rows = {row[0].strip("`") for row in table("docs/metrics.md", "metric")}
-    counters = [*PER_EXIT.values(), *TOTALS.values(), DROPPED]
+    counters = [*PER_EXIT.values(), *TOTALS.values(), *COMPARED.values(), DROPPED]
     assert rows == {*(f"{name}_total" for name, _ in counters), CONFIG_INFO[0]}
     explained = " ".join(row[0] for row in table("docs/metrics.md", "reason"))
     assert {reason for reason in REASONS if f"`{reason}`" not in explained} == set()

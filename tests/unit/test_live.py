@@ -22,7 +22,7 @@ from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 from adadecode_vllm.config import CONFIG_KEY
 from adadecode_vllm.engine.finished_requests import RecentRequests
 from adadecode_vllm.engine.metric_loggers import AdaDecodeProm
-from adadecode_vllm.engine.metric_names import TOTALS
+from adadecode_vllm.engine.metric_names import COMPARED, TOTALS
 from adadecode_vllm.engine.metric_samples import Counted
 from adadecode_vllm.live import endpoint
 from adadecode_vllm.live.endpoint import LiveEndpoint
@@ -46,7 +46,7 @@ def counted(**totals: float) -> Counted:
     }
     return Counted(
         per_exit={2: exit_},
-        totals={**dict.fromkeys(TOTALS, 0.0), **totals},
+        totals={**dict.fromkeys([*TOTALS, *COMPARED], 0.0), **totals},
         dropped={"truncated": 3.0, "moved": 0.0},
     )
 
@@ -76,6 +76,12 @@ def test_figures_of_a_minute() -> None:
     assert reported["ngram"]["drafted"] == 5
     assert reported["dropped"] == {"truncated": 3}
     assert reported["estimated_ratio"] is None  # a device's times are not the host's
+
+
+def test_the_ratio_is_measured_where_the_engine_compared() -> None:
+    own = counted(request_steps=5, compared_seconds=2.0, plain_seconds=3.0)
+    assert figures(own, 9.0, host_times=False)["measured_ratio"] == 1.5
+    assert figures(counted(), 9.0, host_times=True)["measured_ratio"] is None
 
 
 def test_nothing_was_served_yet() -> None:

@@ -26,7 +26,11 @@ from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 from adadecode_vllm.cli import main
 from adadecode_vllm.config import CONFIG_KEY
 from adadecode_vllm.engine import metric_loggers
-from adadecode_vllm.engine.counter_report import CounterReport, split_counters
+from adadecode_vllm.engine.counter_report import (
+    COMPARED_KEY,
+    CounterReport,
+    split_counters,
+)
 from adadecode_vllm.engine.finished_requests import (
     FINISHED_KEY,
     RecentRequests,
@@ -34,6 +38,7 @@ from adadecode_vllm.engine.finished_requests import (
 )
 from adadecode_vllm.engine.metric_loggers import AdaDecodeLogging, AdaDecodeProm
 from adadecode_vllm.engine.metric_names import (
+    COMPARED,
     CONFIG_INFO,
     DROPPED,
     PER_EXIT,
@@ -126,14 +131,17 @@ def test_prometheus_adds_up_by_engine(prom: Callable[..., AdaDecodeProm]) -> Non
     added = [float(number) for number in range(NUMBERS)]
     reader.observe({CONFIG_KEY: added}, 0)
     reader.observe({CONFIG_KEY: added}, 1)
-    reader.observe({CONFIG_KEY: added}, 1)
+    reader.observe({CONFIG_KEY: added, COMPARED_KEY: [2.0, 3.0]}, 1)
+    reader.observe({COMPARED_KEY: [0.5, 0.5]}, 0)
     snapshot = parse(_values(), 0.0, "here").counted
     per_exit, totals, dropped = split_counters(added)
     assert snapshot.per_exit == {
         layer: {name: 3 * per_exit[name][index] for name in per_exit}
         for index, layer in enumerate(EXITS)
     }
-    assert snapshot.totals == {name: 3 * value for name, value in totals.items()}
+    expected = {name: 3 * value for name, value in totals.items()}
+    compared = {"compared_seconds": 2.5, "plain_seconds": 3.5}
+    assert snapshot.totals == expected | compared
     assert snapshot.dropped == {name: 3 * value for name, value in dropped.items()}
     assert snapshot.options["threshold"] == "0.5"
     assert snapshot.options["exit_layers"] == "2,4"
@@ -262,7 +270,7 @@ def test_the_document_has_every_metric_with_its_help() -> None:
     assert f"All names begin with `{PREFIX}`" in text
     counters, reasons = text.split("The reasons for dropping a pending token:")
     rows = dict(re.findall(r"^\| `(\w+)` \|.*\| (.+) \|$", counters, re.MULTILINE))
-    helps = [*PER_EXIT.values(), *TOTALS.values(), DROPPED]
+    helps = [*PER_EXIT.values(), *TOTALS.values(), *COMPARED.values(), DROPPED]
     assert rows == {f"{name}_total": text for name, text in helps} | {
         CONFIG_INFO[0]: CONFIG_INFO[1]
     }

@@ -94,6 +94,16 @@ def _summary(columns: list[Snapshot]) -> dict[str, list[str]]:
             )
             for part in columns
         ],
+        "times the speed without drafts": [
+            decimal(
+                _ratio(
+                    part.counted.totals["plain_seconds"],
+                    part.counted.totals["compared_seconds"],
+                ),
+                2,
+            )
+            for part in columns
+        ],
         "generated tokens": [
             count(int(part.counted.totals["generated_tokens"])) for part in columns
         ],
