@@ -172,7 +172,7 @@ def engine_config(vllm_config: VllmConfig) -> AdaDecodeConfig | None:
         The options; None for an engine without AdaDecode.
     """
     additional_config = vllm_config.additional_config
-    if not isinstance(additional_config, dict):
+    if not isinstance(additional_config, Mapping):
         return None
     options = additional_config.get(CONFIG_KEY)
     if options is None:

@@ -6,9 +6,11 @@ Every message names the flag, the reason and the remedy.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from adadecode_vllm.config import CONFIG_KEY, AdaDecodeConfig
+from adadecode_vllm.engine.additional_config import AdditionalConfig
 from adadecode_vllm.engine.arguments import expects_v2
 from adadecode_vllm.engine.families import SUPPORTED_ARCHITECTURES
 from adadecode_vllm.errors import AdaDecodeError
@@ -128,8 +130,8 @@ def check_engine(
     """Refuse models, features and heads that do not fit, with all of it known.
 
     Resolves the exits and the heads' name and writes them into ``additional_config``,
-    which goes to all workers and is part of the compile cache's key: the name says the
-    same on every machine.
+    which goes to all workers: the name says the same on every machine. The segments
+    are part of the compile cache's key, see :class:`AdditionalConfig`.
 
     Args:
         vllm_config: The engine's configuration.
@@ -172,11 +174,10 @@ def check_engine(
         }
     )
     additional_config = vllm_config.additional_config
-    assert isinstance(additional_config, dict), "the options came from it"
-    vllm_config.additional_config = {
-        **additional_config,
-        CONFIG_KEY: resolved.model_dump(mode="json"),
-    }
+    assert isinstance(additional_config, Mapping), "the options came from it"
+    vllm_config.additional_config = AdditionalConfig(
+        {**additional_config, CONFIG_KEY: resolved.model_dump(mode="json")}
+    )
 
 
 def _check_model(model: ModelConfig) -> None:

@@ -357,6 +357,16 @@ SOURCES = [
         "engine/runner_v1.py: the resumed forward",
     ),
     (
+        "vllm.config.VllmConfig.compute_hash",
+        "additional_config_hash = additional_config.compute_hash()",
+        "engine/additional_config.py: asked for the hash of the options",
+    ),
+    (
+        "vllm.v1.worker.startup_plan.compute_plan_fingerprint",
+        "vllm_config.compute_hash()",
+        "engine/additional_config.py: all options count where plans are kept",
+    ),
+    (
         "vllm.v1.worker.cpu_worker.CPUWorker.init_device",
         "CPUModelRunner(",
         "patches/cpu_model_runner.py",

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What vLLM compiled for one start serves the next, also with other options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.harness import adadecode_options, generate, start_engine, stats
+from tests.short_model import save_short_model
+
+pytestmark = pytest.mark.slow
+
+
+def compiled_code(cache: Path) -> set[Path]:
+    """The libraries that compiling left in vLLM's cache."""
+    return set((cache / "torch_compile_cache").rglob("*.so"))
+
+
+def test_another_start_with_other_options(
+    tmp_path: Path, prompts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, heads = save_short_model(tmp_path, layers=4, exits=[1, 2])
+    with start_engine(model) as llm:
+        texts = generate(llm, prompts)
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(cache))
+
+    def start(**options: Any) -> int:
+        """Start, compare texts, and say how much was compiled."""
+        before = compiled_code(cache)
+        compiled = adadecode_options(heads, **options)
+        with start_engine(
+            model, **compiled, enforce_eager=False, multiprocessing=True
+        ) as llm:
+            assert generate(llm, prompts) == texts
+            assert sum(stats(llm)["early_predictions"]) > 0
+        return len(compiled_code(cache) - before)
+
+    assert start(threshold=0.5) > 0
+    assert start(threshold=0.2, max_early_predictions=3, ngram="tail") == 0
+    assert start(threshold=0.5, exit_layers=[2]) > 0
