@@ -8,6 +8,7 @@ import json
 from collections import UserDict
 from typing import Any
 
+import torch
 from pydantic_core import SchemaSerializer, core_schema
 from vllm import envs
 
@@ -37,7 +38,7 @@ class AdditionalConfig(UserDict[str, Any]):
         """Hash what vLLM has to tell apart; called by ``VllmConfig.compute_hash()``.
 
         Returns:
-            A hexadecimal digest, the same in every process.
+            A hexadecimal digest, the same in every process on machines of a kind.
 
         Raises:
             TypeError: If another's entry is not JSON, as vLLM itself does.
@@ -50,5 +51,8 @@ class AdditionalConfig(UserDict[str, Any]):
             # An exit at the embedding ends no segment.
             ends = [layer for layer in exits if layer > 0]
             factors[CONFIG_KEY] = {"exit_layers": ends}
+        # Code for vectors of another width would read past the ends of its own. torch
+        # does not look when it loads what was compiled, see `patches/aot_artifacts.py`.
+        factors["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
         text = json.dumps(factors, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()

@@ -6,7 +6,7 @@ from __future__ import annotations
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from adadecode_vllm.engine.worker import AdaDecodeWorker
-from adadecode_vllm.patches import cpu_expand_kernel, cpu_model_runner
+from adadecode_vllm.patches import aot_artifacts, cpu_expand_kernel, cpu_model_runner
 
 
 class AdaDecodeCPUWorker(AdaDecodeWorker, CPUWorker):
@@ -18,6 +18,7 @@ class AdaDecodeCPUWorker(AdaDecodeWorker, CPUWorker):
 
     def init_device(self) -> None:
         """Set the worker up, with our runner in place of vLLM's."""
+        aot_artifacts.install()
         cpu_expand_kernel.install()
         with cpu_model_runner.use(self._runner_class()):
             super().init_device()

@@ -14,9 +14,10 @@ from tests.short_model import save_short_model
 pytestmark = pytest.mark.slow
 
 
-def compiled_code(cache: Path) -> set[Path]:
-    """The libraries that compiling left in vLLM's cache."""
-    return set((cache / "torch_compile_cache").rglob("*.so"))
+def compiled(cache: Path) -> dict[Path, int]:
+    """The files of compiled code in vLLM's cache, by name, and when they were made."""
+    files = (cache / "torch_compile_cache").rglob("rank_0_0/model")
+    return {file: file.stat().st_mtime_ns for file in files}
 
 
 def test_another_start_with_other_options(
@@ -28,17 +29,19 @@ def test_another_start_with_other_options(
     cache = tmp_path / "cache"
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(cache))
 
-    def start(**options: Any) -> int:
-        """Start, compare texts, and say how much was compiled."""
-        before = compiled_code(cache)
-        compiled = adadecode_options(heads, **options)
+    def start(**options: Any) -> dict[Path, int]:
+        """Start, compare texts, and say what is compiled afterwards."""
+        arguments = adadecode_options(heads, **options)
         with start_engine(
-            model, **compiled, enforce_eager=False, multiprocessing=True
+            model, **arguments, enforce_eager=False, multiprocessing=True
         ) as llm:
             assert generate(llm, prompts) == texts
             assert sum(stats(llm)["early_predictions"]) > 0
-        return len(compiled_code(cache) - before)
+        return compiled(cache)
 
-    assert start(threshold=0.5) > 0
-    assert start(threshold=0.2, max_early_predictions=3, ngram="tail") == 0
-    assert start(threshold=0.5, exit_layers=[2]) > 0
+    first = start(threshold=0.5)
+    assert len(first) == 4  # the model and three segments
+    assert start(threshold=0.2, max_early_predictions=3, ngram="tail") == first
+    fewer = start(threshold=0.5, exit_layers=[2])
+    assert len(fewer) == 4 + 3
+    assert fewer.items() > first.items()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import TypeAdapter
 from vllm.config import VllmConfig
 from vllm.config.utils import replace
@@ -96,6 +97,13 @@ def test_a_kept_plan_of_the_memory_is_for_the_same_options(
     first, same = create(model, heads), create(model, heads)
     more = create(model, heads, {"max_early_predictions": 9})
     assert first.compute_hash() == same.compute_hash() != more.compute_hash()
+
+
+def test_another_cpus_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where machines of several kinds share a cache."""
+    found = key([1])
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "ANOTHER")
+    assert key([1]) != found
 
 
 def test_workers_get_the_same(model: Path, heads: Path) -> None:
