@@ -23,7 +23,7 @@ def compiled(cache: Path) -> dict[Path, int]:
 def test_another_start_with_other_options(
     tmp_path: Path, prompts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, heads = save_short_model(tmp_path, layers=4, exits=[1, 2])
+    model, heads = save_short_model(tmp_path, layers=6, exits=[2, 4])
     with start_engine(model) as llm:
         texts = generate(llm, prompts)
     cache = tmp_path / "cache"
@@ -42,6 +42,6 @@ def test_another_start_with_other_options(
     first = start(threshold=0.5)
     assert len(first) == 4  # the model and three segments
     assert start(threshold=0.2, max_early_predictions=3, ngram="tail") == first
-    fewer = start(threshold=0.5, exit_layers=[2])
+    fewer = start(threshold=0.5, exit_layers=[4])
     assert len(fewer) == 4 + 3
     assert fewer.items() > first.items()
