@@ -6,6 +6,9 @@ warns ``Compiling model again due to a load failure from ..., reason: 'function'
 has no attribute 'finalize_loading'``. What was loaded is complete; only vLLM's own
 backend, which CPUs do not use, has something left to do, and a method for it.
 
+Quantized models and mixtures of experts compile again as in plain vLLM: whether what
+their kernels keep outlives a process was not tried.
+
 Upstream: ``_try_load_aot_compiled_fn`` in
 https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/compilation/decorators.py
 The change to propose there: finish loading only what has such a method.
@@ -33,6 +36,9 @@ def install() -> None:
     def _try_load_aot_compiled_fn(model: Any, aot_compilation_path: str) -> Any:
         import torch
 
+        config = model.vllm_config.model_config
+        if config.quantization is not None or config.is_moe:
+            return original(model, aot_compilation_path)
         load = torch.compiler.load_compiled_function
         torch.compiler.load_compiled_function = _with_finish(load)
         try:

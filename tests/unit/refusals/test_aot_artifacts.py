@@ -25,7 +25,9 @@ def patched(monkeypatch: pytest.MonkeyPatch) -> None:
     aot_artifacts.install()
 
 
-def load(compiled: Any, path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def load(
+    compiled: Any, path: Path, monkeypatch: pytest.MonkeyPatch, **model_config: Any
+) -> Any:
     """What vLLM makes of a file from which torch reads a compiled function."""
     read = SimpleNamespace(
         _artifacts=SimpleNamespace(compiled_fn=compiled),
@@ -36,10 +38,13 @@ def load(compiled: Any, path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(torch.compiler, "load_compiled_function", lambda *_, **__: read)
     before = torch.compiler.load_compiled_function
     config = SimpleNamespace(
+        model_config=SimpleNamespace(
+            **{"quantization": None, "is_moe": False, **model_config}
+        ),
         compilation_config=SimpleNamespace(
             dynamic_shapes_config=SimpleNamespace(evaluate_guards=False),
             traced_files=set(),
-        )
+        ),
     )
     model = SimpleNamespace(
         vllm_config=config,
@@ -72,6 +77,14 @@ def test_what_has_something_left_to_do_does_it(
     compiled = SimpleNamespace(finalize_loading=finished.append)
     assert load(compiled, tmp_path / "model", monkeypatch) is not None
     assert len(finished) == 1
+
+
+@pytest.mark.parametrize("kind", [{"quantization": "awq"}, {"is_moe": True}])
+def test_other_kernels_are_compiled_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: dict[str, Any]
+) -> None:
+    loaded = load(lambda: None, tmp_path / "model", monkeypatch, **kind)
+    assert loaded is None
 
 
 def test_vllm_still_finishes_everything(
