@@ -26,7 +26,10 @@ _SCORINGS_KEPT = 0.95
 """Share of a request's record of scoring that a further cycle keeps."""
 
 _TRY_EVERY = 16
-"""What does nothing for a request is tried again in one of so many cycles."""
+"""What does nothing for a request is tried again in one of so many cycles at most."""
+
+_TRY_COST = 0.01
+"""Share of a request's tokens that trying a draft which comes to nothing may cost."""
 
 _DECIDED = (1 - _SCORINGS_KEPT**_SCORINGS_BEFORE) / (1 - _SCORINGS_KEPT)
 
@@ -118,13 +121,21 @@ class _Record:
     passed: int = 0
     not_looked_up: int = 0
 
+    def is_due(self, cycles: int) -> bool:
+        """Whether a draft is worth a try after so many cycles without.
+
+        It takes the time of as many tokens as it would have to promise, and a cycle
+        yields one at least.
+        """
+        return cycles >= max(_TRY_EVERY, np.nan_to_num(self.least) / _TRY_COST)
+
     @property
     def uses_exits(self) -> bool:
         """Whether the exits shall score in this cycle."""
         if (
             np.isnan(self.least)
             or self.scorings < _DECIDED
-            or self.passed >= _TRY_EVERY
+            or self.is_due(self.passed)
         ):
             return True
         return self.gain > _SCORING_COST * self.least * self.scorings
@@ -159,7 +170,7 @@ class AcceptanceRecord:
                 record.passed += 1
                 record.not_looked_up += 1
                 use_exits[index] = record.uses_exits
-                due[index] = record.not_looked_up >= _TRY_EVERY
+                due[index] = record.is_due(record.not_looked_up)
                 trust[index] = (record.right + _PRIOR_DRAFTS) / (
                     record.expected + _PRIOR_DRAFTS
                 )

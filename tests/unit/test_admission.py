@@ -91,10 +91,20 @@ def test_requests_that_the_exits_do_nothing_for_use_them_rarely() -> None:
                     )
     assert scored["right"] == scored["own"] == 200
     assert found.use_exits[-1]
-    # At first, and then once in sixteen cycles.
-    assert scored["wrong"] == scored["silent"] == 8 + (200 - 8) // 16
+    # At first, and then once in twenty cycles: a fifth of a token in twenty.
+    assert scored["wrong"] == scored["silent"] == 8 + (200 - 8) // 20
     # Its drafts by lookup are verified every time, those of the others never.
     assert found.due.tolist() == [True, True, True, True, False]
+
+
+@pytest.mark.parametrize(("least", "cycles"), [(0.02, 16), (0.5, 50), (0.9, 90)])
+def test_trying_costs_a_hundredth_at_most(least: float, cycles: int) -> None:
+    """Where rows are dear, as in large batches, what is hopeless is tried seldom."""
+    record = AcceptanceRecord()
+    record.record_acceptance("a", np.full(1, -1, np.int8), np.ones(1), 0)
+    promise = np.array([least])
+    due = [bool(record.admission(["a"], promise).due[0]) for _ in range(100)]
+    assert due.index(True) + 1 == cycles
 
 
 def test_a_request_whose_text_changes_uses_the_exits_again() -> None:
