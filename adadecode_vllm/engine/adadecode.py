@@ -5,8 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from adadecode_vllm.engine.settings import Settings
 from adadecode_vllm.engine.split_model import SplitModel
 from adadecode_vllm.engine.vllm_executor import Backend, VllmExecutor
 from adadecode_vllm.method.admission import AcceptanceRecord
+from adadecode_vllm.method.combined import CombinedDrafter, Drafts
 from adadecode_vllm.method.cycle import DraftRequests
 from adadecode_vllm.method.drafting import Drafter
 from adadecode_vllm.method.ledger import REASONS, Ledger, Resumable
@@ -30,21 +30,6 @@ from adadecode_vllm.method.policy import ThresholdPolicy
 from adadecode_vllm.method.resume import Resumer, ScheduledBatch
 from adadecode_vllm.method.states import PendingStates
 from adadecode_vllm.method.stats import Stats
-
-
-class Drafts(NamedTuple):
-    """A request's drafts.
-
-    Attributes:
-        token_ids: m tokens.
-        exits: (m,) int8, the exit of each; -1 for those by n-gram lookup.
-        expected: (m,) float64, how probably each early prediction is accepted where
-            those before it are; None where nobody asks.
-    """
-
-    token_ids: list[int]
-    exits: np.ndarray
-    expected: np.ndarray | None = None
 
 
 class AdaDecode:
@@ -62,6 +47,7 @@ class AdaDecode:
 
     executor: VllmExecutor
     _drafter: Drafter
+    _combined: CombinedDrafter
     _resumer: Resumer
 
     def __init__(
@@ -114,6 +100,9 @@ class AdaDecode:
         self._drafter = Drafter(
             self.executor, self.states, self.settings.policy, self.stats
         )
+        self._combined = CombinedDrafter(
+            self._drafter, self.record, self.stats, self._lookup
+        )
         self._resumer = Resumer(self.executor, self.states, self.stats)
 
     @property
@@ -148,67 +137,18 @@ class AdaDecode:
         if len(drafting) < len(request_ids):
             requests = requests.select(drafting)
         drafting_ids = [request_ids[request] for request in drafting]
-        looked_up = self._look_up_first(requests)
-        if found := [row for row, tail in looked_up.items() if tail]:
-            # What was found costs no layer: the exits are skipped.
-            limits = requests.limits.copy()
-            limits[found] = 0
-            requests = replace(requests, limits=limits)
-        if (admission := requests.admission) is not None:
-            for row in np.flatnonzero((requests.limits > 0) & admission.use_exits):
-                self.record.record_scoring(drafting_ids[row], admission.least[row])
-        window = self._drafter.draft(requests)
+        window, found = self._combined.draft(drafting_ids, requests)
         self.ledger.record(step, drafting_ids, window)
-        for row, (request, request_id) in enumerate(
-            zip(drafting, drafting_ids, strict=True)
-        ):
-            predicted = slice(1, window.length[row])
-            early = window.token_ids[row, predicted].tolist()
-            exits = window.exits[row, predicted]
-            expected = window.expected
-            if expected is not None:
-                expected = expected[row, predicted]
-            if early or row not in looked_up:
-                tail = self._look_up(requests, row, early, expected)
-            else:
-                tail = looked_up[row]
-            if tail:
-                exits = np.concatenate((exits, np.full(len(tail), -1, exits.dtype)))
-                if expected is not None:
-                    expected = np.concatenate((expected, np.ones(len(tail))))
-            drafts[request] = early + tail
-            self._drafts[request_id] = Drafts(drafts[request], exits, expected)
+        for request, request_id, own in zip(drafting, drafting_ids, found, strict=True):
+            drafts[request] = own.token_ids
+            self._drafts[request_id] = own
         return drafts
 
-    def _look_up_first(self, requests: DraftRequests) -> dict[int, list[int]]:
-        """Drafts, if any, of the requests whose lookup comes before the exits."""
-        if requests.lookup_first is None:
-            return {}
-        return {
-            int(row): self._look_up(requests, row, [], None)
-            for row in np.flatnonzero(requests.lookup_first)
-        }
-
-    def _look_up(
-        self,
-        requests: DraftRequests,
-        row: int,
-        early: list[int],
-        expected: np.ndarray | None,
-    ) -> list[int]:
-        """Drafts by n-gram lookup behind a request's early predictions."""
-        context = None if requests.contexts is None else requests.contexts[row]
-        if context is None:
-            return []
+    def _lookup(self) -> NgramTail:
+        """The n-gram lookup; compiled now where a request is the first to ask."""
         if self._ngram is None:
             self._ngram = NgramTail(self._max_model_len)
-        most = int(requests.limits[row]) - len(early)
-        if (admission := requests.admission) is not None:
-            survival = 1.0 if expected is None else admission.survival(row, expected)
-            most = admission.looked_up(row, survival, most)
-        tail = self._ngram.extend(context, early, most, requests.stop_token_ids[row])
-        self.stats.ngram_drafts += len(tail)
-        return tail
+        return self._ngram
 
     def runs_in_steps(self, batch: ScheduledBatch) -> bool:
         """Whether :meth:`forward` can run outside vLLM's forward context."""

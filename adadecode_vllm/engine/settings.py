@@ -61,7 +61,7 @@ class Settings:
         self._apply(config)
 
     def _apply(self, config: AdaDecodeConfig) -> None:
-        self.policy = _policy(config, self._heads)
+        self.policy = threshold_policy(config, self._heads)
         self._config = config
         # Of this engine's heads: another one in the same process has its own.
         self._own_thresholds = lru_cache(maxsize=1024)(
@@ -202,7 +202,15 @@ class Settings:
             self._options.pop(request_id, None)
 
 
-def _policy(config: AdaDecodeConfig, heads: ExitHeadsConfig) -> ThresholdPolicy:
+def threshold_policy(
+    config: AdaDecodeConfig, heads: ExitHeadsConfig
+) -> ThresholdPolicy:
+    """When an engine with some options predicts early.
+
+    Args:
+        config: Resolved options: ``exit_layers`` is set.
+        heads: The heads' description.
+    """
     assert config.exit_layers is not None, "resolved at start-up"
     last_exit, rate = config.exit_layers[-1], config.synthetic_acceptance_rate
     return ThresholdPolicy(

@@ -12,9 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from adadecode_vllm.heads import load_exit_weights, load_heads_config, save_heads
+from adadecode_vllm.heads import load_exit_weights, load_heads_config
 from tests.harness import (
-    HEADS,
     MODEL,
     OUTPUT_TOKENS,
     Reference,
@@ -35,30 +34,8 @@ CAP = 4
 
 
 @pytest.fixture(scope="module")
-def heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's T, one for the embedding, and made-up U that change predictions."""
-    trained = load_heads_config(HEADS)
-    weights = load_exit_weights(HEADS, trained)
-    generator = torch.Generator().manual_seed(0)
-    size = trained.hidden_size
-
-    def noise(scale: float) -> torch.Tensor:
-        return torch.randn(size, size, generator=generator) * scale / size**0.5
-
-    weights[0] = torch.eye(size) + noise(0.3)
-    layers = sorted(weights)
-    config = trained.model_copy(
-        update={"exit_layers": layers, "calibration": None, "dtype": "float32"}
-    )
-    memory = {layer: noise(0.7) for layer in layers}
-    directory = tmp_path_factory.mktemp("memory") / "heads"
-    save_heads(
-        directory,
-        {layer: weight.float() for layer, weight in weights.items()},
-        config.model_copy(update={"draft_vocabulary": None}),
-        memory=memory,
-    )
-    return directory
+def heads(memory_heads: Path) -> Path:
+    return memory_heads
 
 
 @pytest.fixture(scope="module", params=["0", "0+2", "2+4"])

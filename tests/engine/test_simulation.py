@@ -5,19 +5,24 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from adadecode_vllm.config import parse_config
+from adadecode_vllm.engine.ngram import NgramTail
+from adadecode_vllm.engine.settings import threshold_policy
 from adadecode_vllm.toolkit.evaluation.answers import known_answers
-from adadecode_vllm.toolkit.evaluation.run import (
-    gate_log_odds,
-    guess_log_odds,
-    load_heads_for,
+from adadecode_vllm.toolkit.evaluation.defaults import some_exits
+from adadecode_vllm.toolkit.evaluation.run import load_heads_for
+from adadecode_vllm.toolkit.evaluation.simulate import (
+    Counters,
+    Setting,
+    StepCosts,
+    total,
 )
-from adadecode_vllm.toolkit.evaluation.simulate import Counters, total
 from adadecode_vllm.toolkit.states.teacher import Teacher
 from adadecode_vllm.toolkit.states.texts import Text
 from tests.harness import (
@@ -72,10 +77,10 @@ def simulated(
     llm: Any,
     prompts: list[str],
     outputs: list[list[int]],
-    threshold: float,
-    cap: int,
-    gate: str,
     draft_vocabulary: int | None = None,
+    requests: int | None = None,
+    costs: StepCosts | None = None,
+    **options: Any,
 ) -> Counters:
     tokenizer = llm.get_tokenizer()
     texts = []
@@ -84,30 +89,51 @@ def simulated(
         texts.append(Text((*ids, *output), len(ids) - 1, prompted=True))
     config, tensors = load_heads_for(teacher, heads)
     ranking = tensors.draft_token_ids
-    assert ranking is not None
+    if draft_vocabulary:
+        assert ranking is not None
+        ranking = ranking[:draft_vocabulary]
+    options = {"heads": str(heads), "exit_layers": config.exit_layers, **options}
+    engine = parse_config(options)
+    assert engine.exit_layers is not None
     answers = known_answers(
         teacher,
         config.exit_layers,
         tensors.weights,
         texts,
         max_length=MAX_MODEL_LEN,
-        draft_token_ids=ranking[:draft_vocabulary] if draft_vocabulary else None,
+        draft_token_ids=ranking if draft_vocabulary else None,
         memory=tensors.memory,
     )
     assert [list(answer.tokens) for answer in answers] == outputs
-    return total(
-        answers,
-        config.exit_layers,
+    indices = [config.exit_layers.index(layer) for layer in engine.exit_layers]
+    setting = Setting(
+        engine.exit_layers,
         config.num_hidden_layers,
-        gate_log_odds(config, threshold, gate),
-        cap,
-        guess_log_odds(config),
+        threshold_policy(engine, config),
+        ngram=engine.ngram,
+        lookup=NgramTail(MAX_MODEL_LEN),
+        by_costs=engine.policy == "cost",
+        requests=requests,
     )
+    return total([some_exits(answer, indices) for answer in answers], setting, costs)
 
 
-def assert_same(found: dict[str, Any], counters: Counters) -> None:
-    for name in ("early_predictions", "accepted", "rejected", "gates"):
+SAME = (
+    "early_predictions",
+    "accepted",
+    "rejected",
+    "gates",
+    "ngram_drafts",
+    "ngram_accepted",
+    "ngram_rejected",
+)
+
+
+def assert_same(found: dict[str, Any], counters: Counters, requests: int) -> None:
+    for name in SAME:
         assert found[name] == getattr(counters, name), name
+    # The engine counts the forwards of the prompts too.
+    assert found["request_steps"] == counters.forwards + requests
 
 
 @pytest.mark.parametrize(("threshold", "cap"), [(0.75, 5), (0.2, 5), (0.0, 3)])
@@ -120,17 +146,40 @@ def test_early_predictions_and_acceptances_are_equal(
     cap: int,
 ) -> None:
     configure(
-        engine, gate="probability", threshold=threshold, max_early_predictions=cap
+        engine,
+        gate="probability",
+        threshold=threshold,
+        max_early_predictions=cap,
+        ngram="off",
     )
     outputs = generate(engine, prompts)
     counters = simulated(
-        teacher, calibrated, engine, prompts, outputs, threshold, cap, "probability"
-    )
+        teacher, calibrated, engine, prompts, outputs,
+        threshold=threshold, max_early_predictions=cap,
+    )  # fmt: skip
     found = stats(engine)
     assert sum(found["accepted"]) > 50
     if threshold < 0.5:
         assert sum(found["rejected"]) > 10
-    assert_same(found, counters)
+    assert_same(found, counters, len(prompts))
+
+
+@pytest.mark.parametrize("ngram", ["first", "tail"])
+def test_ngram_drafts_are_equal(
+    engine: Any, teacher: Teacher, calibrated: Path, prompts: list[str], ngram: str
+) -> None:
+    options: dict[str, Any] = {
+        "threshold": 0.6,
+        "max_early_predictions": 5,
+        "ngram": ngram,
+    }
+    configure(engine, gate="probability", **options)
+    outputs = generate(engine, prompts)
+    found = stats(engine)
+    counters = simulated(teacher, calibrated, engine, prompts, outputs, **options)
+    assert_same(found, counters, len(prompts))
+    assert min(found["ngram_accepted"], found["ngram_rejected"]) > 0
+    assert sum(found["accepted"]) > 10
 
 
 def test_the_acceptance_gate_weighs_the_exits_over_fewer_tokens(
@@ -146,16 +195,95 @@ def test_the_acceptance_gate_weighs_the_exits_over_fewer_tokens(
     with start_engine(**options) as llm:
         outputs = generate(llm, prompts)
         found = stats(llm)
-        counters = simulated(
-            teacher, calibrated, llm, prompts, outputs, 0.6, 4, "acceptance", 100
-        )
-        whole = simulated(
-            teacher, calibrated, llm, prompts, outputs, 0.6, 4, "acceptance"
-        )
-        plain = simulated(
-            teacher, calibrated, llm, prompts, outputs, 0.6, 4, "probability", 100
-        )
+
+        def play(gate: str, draft_vocabulary: int | None) -> Counters:
+            return simulated(
+                teacher, calibrated, llm, prompts, outputs, draft_vocabulary,
+                threshold=0.6, max_early_predictions=4, gate=gate,
+            )  # fmt: skip
+
+        counters = play("acceptance", 100)
+        whole = play("acceptance", None)
+        plain = play("probability", 100)
     assert outputs == reference["texts"]
-    assert_same(found, counters)
+    assert_same(found, counters, len(prompts))
     assert found["early_predictions"] != plain.early_predictions
     assert found["early_predictions"] != whole.early_predictions
+
+
+@pytest.mark.parametrize("exit_layers", [[0], [0, 2], [2, 4]])
+def test_heads_with_memory_beside_ngram_drafts(
+    memory_heads: Path, teacher: Teacher, prompts: list[str], exit_layers: list[int]
+) -> None:
+    options: dict[str, Any] = {
+        "exit_layers": exit_layers,
+        "threshold": 0.2,
+        "max_early_predictions": 4,
+    }
+    with start_engine(**adadecode_options(str(memory_heads), **options)) as llm:
+        for ngram in ("first", "tail", "off"):
+            configure(llm, ngram=ngram)
+            outputs = generate(llm, prompts)
+            found = stats(llm)
+            counters = simulated(
+                teacher, memory_heads, llm, prompts, outputs, ngram=ngram, **options
+            )
+            assert (found["ngram_accepted"] > 0) is (ngram != "off")
+            assert min(sum(found["accepted"]), sum(found["rejected"])) > 10
+            assert_same(found, counters, len(prompts))
+
+
+class RowsCost:
+    """A forward costs its rows alone, in numbers that add up exactly."""
+
+    def __init__(self, row: float) -> None:
+        self.row = row
+
+    def drafting(self, share: float, tokens: int, asked: int) -> float:
+        return 0.0
+
+    def verifying(self, segments: Sequence[tuple[float, int]]) -> float:
+        return 1.0 + self.row * segments[-1][1]
+
+
+def fix_costs(llm: Any, costs: RowsCost) -> None:
+    """Let an engine's steps take what they are said to cost."""
+    adaptive = llm.llm_engine.engine_core.engine_core.scheduler._adaptive
+    step, clock = adaptive.step, [0.0]
+
+    def timed(**outcome: Any) -> bool:
+        rows = outcome["requests"] + outcome["drafts"]
+        clock[0] += costs.verifying([(1.0, rows)])
+        return bool(step(**outcome))
+
+    adaptive._clock = lambda: clock[0]
+    adaptive.step = timed
+
+
+@pytest.mark.parametrize(
+    ("row", "requests"), [(1 / 64, 1), (1 / 2, 1), (4.0, 1), (1 / 16, 3)]
+)
+def test_drafts_by_costs_are_equal(
+    calibrated: Path, teacher: Teacher, prompts: list[str], row: float, requests: int
+) -> None:
+    """The engine's defaults, on a clock that runs equally in both."""
+    costs = RowsCost(row)
+    options = adadecode_options(str(calibrated))
+    with start_engine(max_num_seqs=requests, **options) as llm:
+        fix_costs(llm, costs)
+        outputs = generate(llm, prompts)
+        found = stats(llm)
+        counters = simulated(
+            teacher, calibrated, llm, prompts, outputs,
+            requests=requests, costs=costs,
+        )  # fmt: skip
+        free = simulated(
+            teacher, calibrated, llm, prompts, outputs,
+            requests=requests, costs=RowsCost(0.0),
+        )  # fmt: skip
+    assert_same(found, counters, len(prompts))
+    assert min(sum(found["accepted"]), found["ngram_accepted"]) > 0
+    # Where rows are dear, fewer drafts pay.
+    if row >= 0.5:
+        assert counters.ngram_drafts < free.ngram_drafts
+        assert sum(counters.early_predictions) < sum(free.early_predictions)

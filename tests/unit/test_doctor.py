@@ -507,9 +507,23 @@ def test_the_evaluation_tells_the_speed(heads: Path) -> None:
 
 def test_no_speedup_is_a_warning(heads: Path) -> None:
     evaluate(heads, speedup=0.97)
+    damage(heads, "evaluation/evaluation.json", defaults=None)
     finding = speed(heads)
     assert finding.status == "warning"
     assert "No setting is predicted to be faster" in finding.text
+
+
+def test_the_defaults_are_told_where_nothing_is_faster(heads: Path) -> None:
+    evaluate(heads, speedup=1.3)
+    finding = speed(heads)
+    assert (finding.status, finding.figures["speedup"]) == ("ok", 1.4123)
+    assert "With the engine's defaults 1.41x" in finding.text
+    assert "without further options" in finding.remedy
+    defaults = make_evaluation()["defaults"] | {"speedup": 1.0}
+    damage(heads, "evaluation/evaluation.json", best=None, defaults=defaults)
+    finding = speed(heads)
+    assert finding.status == "warning"
+    assert "the engine's defaults reach 1.00x" in finding.text
 
 
 def test_the_evaluation_of_other_exits_says_nothing(heads: Path) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import resource
 from collections.abc import Iterator
@@ -158,11 +159,38 @@ def test_progress_without_a_terminal(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(progress_module, "EVERY", 0.05)
-    assert run("eval", model, heads, "--data", data, "--no-plots") == 0
+    argv = ("eval", model, heads, "--data", data, "--no-plots")
+    assert run(*argv, "--row-costs", "1:1,6:1.6", "--batch-size", 2) == 0
     err = capsys.readouterr().err
     for line in (
         r"measuring: 12 of 12 texts after \d s, \S+ texts/s",
         r"reading exits: 12 of 12 answers after \d s, \S+ answers/s",
         r"simulating: 63 of 63 settings after \d s, \S+ settings/s",
+        r"playing the defaults: 12 of 12 answers after \d s, \S+ answers/s",
     ):
         assert re.search(f"^{line}$", err, re.MULTILINE), err
+
+
+def test_the_engines_defaults_are_played(
+    model: Path, heads: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ("eval", model, heads, "--data", data, "--no-plots", "--row-costs")
+    assert run(*argv, "6:1") == 2
+    assert "error: --row-costs 6:1: expected" in capsys.readouterr().err
+    found = []
+    for _ in range(2):
+        assert run(*argv, "1:1,6:1.6") == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        report = json.loads((heads / "evaluation" / EVALUATION_FILE).read_text())
+        defaults = report["defaults"]
+        assert "where 6 rows cost 1.60 times one" in shown
+        assert f"With the engine's defaults {defaults['speedup']:.2f}x" in shown
+        found.append(defaults)
+    assert found[0] == found[1]
+    assert (defaults["policy"], defaults["ngram"]) == ("cost", "first")
+    assert defaults["exit_layers"] == [1, 2]
+    assert defaults["requests"] == 1
+    assert defaults["answers"] == report["simulation"]["answers"]
+    # Untrained heads are never sure enough of this random model.
+    assert defaults["exits"]["drafts"] == 0
+    assert defaults["lookup"]["drafts"] > 0

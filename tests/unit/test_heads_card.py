@@ -178,10 +178,22 @@ def test_card_names_the_other_gate() -> None:
 
 
 def test_card_recommends_nothing_that_is_slower() -> None:
-    evaluation = make_evaluation(best={"threshold": 0.9, "cap": 1, "speedup": 0.97})
+    evaluation = make_evaluation(
+        best={"threshold": 0.9, "cap": 1, "speedup": 0.97}, defaults=None
+    )
     card = render_card(make_config(), "heads", evaluation=evaluation)
     assert "--adadecode-config" not in card
     assert "No setting is predicted to be faster" in card
+
+
+def test_card_sets_no_option_where_the_defaults_are_fastest() -> None:
+    evaluation = make_evaluation()
+    card = render_card(make_config(), "heads", evaluation=evaluation)
+    assert "With the engine's defaults 1.41x over ordinary decoding" in card
+    evaluation["defaults"]["speedup"] = 1.75
+    card = render_card(make_config(), "heads", evaluation=evaluation)
+    assert "--adadecode-config" not in card
+    assert "Predicted speedup with the engine's defaults: 1.75x." in card
 
 
 def test_card_of_training(heads: Path) -> None:

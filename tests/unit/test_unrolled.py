@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch.nn import functional
 
+from adadecode_vllm.method.policy import ThresholdPolicy
 from adadecode_vllm.toolkit.evaluation.answers import known_answers
 from adadecode_vllm.toolkit.evaluation.measure import measure
-from adadecode_vllm.toolkit.evaluation.simulate import total
+from adadecode_vllm.toolkit.evaluation.simulate import Setting, total
 from adadecode_vllm.toolkit.states.teacher import Teacher
 from adadecode_vllm.toolkit.states.texts import load_texts
 from adadecode_vllm.toolkit.training import ridge
@@ -27,6 +28,8 @@ D, V = 6, 19
 LENGTHS = [7, 1, 2, 11, 3]
 N = sum(LENGTHS)
 UNROLL = 3
+LOW = 0.0127
+"""The tiny model is hardly ever surer."""
 
 Cycle = Callable[[int, int, torch.Tensor], None]
 
@@ -296,8 +299,9 @@ def test_gates_remember_what_the_drafts_heads_said(
             return found
 
         object.__setattr__(answer, "gates", gates)
-        for threshold in (-5.0, -4.35, 0.0):
-            counters = total([answer], layers, NUM_LAYERS, [threshold] * len(layers), 4)
+        for threshold in (0.0, LOW, 0.5):
+            policy = ThresholdPolicy([threshold] * len(layers), 4)
+            counters = total([answer], Setting(layers, NUM_LAYERS, policy))
             assert counters.generated_tokens == len(answer.tokens) - 1
     assert scored > 50
 
@@ -311,10 +315,7 @@ def test_without_memory_drafts_are_tokens_like_any_other(
     counters = [
         total(
             known_answers(teacher, (0, 2), weights, texts, memory=chosen),
-            (0, 2),
-            NUM_LAYERS,
-            [-4.35, -4.35],  # the tiny model is hardly ever surer
-            4,
+            Setting((0, 2), NUM_LAYERS, ThresholdPolicy([LOW, LOW], 4)),
         )
         for chosen in (None, zeros, memory)
     ]

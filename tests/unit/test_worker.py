@@ -14,9 +14,10 @@ import torch
 from torch import nn
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
-from adadecode_vllm.engine.adadecode import AdaDecode, Drafts
+from adadecode_vllm.engine.adadecode import AdaDecode
 from adadecode_vllm.engine.outcomes import COUNTERS
 from adadecode_vllm.engine.worker import AdaDecodeWorker
+from adadecode_vllm.method.combined import Drafts
 from adadecode_vllm.method.ledger import Ledger, Window
 from adadecode_vllm.method.stats import Stats
 

@@ -15,7 +15,8 @@ from adadecode_vllm.toolkit.doctor.finding import Finding
 from adadecode_vllm.toolkit.evaluation.output import EVALUATION_FILE
 from adadecode_vllm.toolkit.publishing.card import predicted_best
 from adadecode_vllm.toolkit.report import parse_evaluation, parse_history
-from adadecode_vllm.toolkit.report.schema import Best
+from adadecode_vllm.toolkit.report.defaults import expected_by_default
+from adadecode_vllm.toolkit.report.schema import Best, Defaults, Evaluation
 from adadecode_vllm.toolkit.report.text import percent, ratio, short
 from adadecode_vllm.toolkit.training.output import HISTORY_FILE, RUN_DIRECTORY
 
@@ -38,7 +39,10 @@ def expected_speed(heads: Heads, identities: list[int]) -> Finding:
     Returns:
         A warning where nothing is known, or where nothing is to be gained.
     """
-    found = _evaluated(heads)
+    evaluation = _evaluation(heads)
+    if evaluation and evaluation.defaults and evaluation.defaults_are_best:
+        return _by_default(evaluation.defaults)
+    found = _evaluated(heads, evaluation)
     if found is None:
         return _unknown(heads, identities)
     best, gate, source = found
@@ -80,16 +84,52 @@ def expected_speed(heads: Heads, identities: list[int]) -> Finding:
     )
 
 
-def _evaluated(heads: Heads) -> tuple[Best, str | None, str] | None:
-    """The best setting, its gate if that is known, and where it is written."""
+def _by_default(defaults: Defaults) -> Finding:
+    """The engine's defaults are predicted to be fastest."""
+    figures = {
+        "speedup": defaults.speedup,
+        "max_early_predictions": defaults.max_early_predictions,
+        "batch_sizes": [defaults.requests],
+        "source": str(_EVALUATION),
+    }
+    if defaults.speedup <= 1:
+        return Finding(
+            "speed",
+            "warning",
+            "Nothing is predicted to be faster than ordinary decoding: the engine's "
+            f"defaults reach {ratio(defaults.speedup)} ({_EVALUATION}).",
+            "Train better heads, or leave the plugin off for this text.",
+            figures,
+        )
+    return Finding(
+        "speed",
+        "ok",
+        f"{expected_by_default(defaults)} That is predicted, not measured "
+        f"({_EVALUATION}), for text like the held-out one. The host's work is left out "
+        "of it, so small models gain less.",
+        "Serve the heads without further options.",
+        figures,
+    )
+
+
+def _evaluation(heads: Heads) -> Evaluation | None:
+    """What was written of these heads, and of all of their exits."""
     path = heads.directory / _EVALUATION
     with suppress(OSError, ValueError, RecursionError, AdaDecodeError):
         evaluation = parse_evaluation(json.loads(path.read_text(encoding="utf-8")))
         layers = [exit_.layer for exit_ in evaluation.exits]
-        if evaluation.best is not None and layers == heads.config.exit_layers:
-            simulation = evaluation.simulation
-            gate = "probability" if simulation is None else simulation.gate
-            return evaluation.best, gate, str(_EVALUATION)
+        return evaluation if layers == heads.config.exit_layers else None
+    return None
+
+
+def _evaluated(
+    heads: Heads, evaluation: Evaluation | None
+) -> tuple[Best, str | None, str] | None:
+    """The best setting, its gate if that is known, and where it is written."""
+    if evaluation is not None and evaluation.best is not None:
+        simulation = evaluation.simulation
+        gate = "probability" if simulation is None else simulation.gate
+        return evaluation.best, gate, str(_EVALUATION)
     with suppress(OSError, UnicodeDecodeError):
         card = (heads.directory / CARD_FILE).read_text(encoding="utf-8")
         if (best := predicted_best(card)) is not None:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from adadecode_vllm.toolkit.evaluation.known_exits import Answer, Gate
 from adadecode_vllm.toolkit.evaluation.measure import read_exit
-from adadecode_vllm.toolkit.evaluation.simulate import Answer, Gate
 from adadecode_vllm.toolkit.states.teacher import KeyValues, Teacher
 from adadecode_vllm.toolkit.states.texts import Text
 
@@ -84,6 +84,7 @@ def known_answers(
                     # One that did not end by itself was cut at its limit.
                     max_tokens=1 << 30 if ended else len(tokens),
                     length_limit=max_length - len(text.prompt),
+                    prompt=text.prompt,
                 )
             )
         advance(len(members))
@@ -149,7 +150,7 @@ class Gates:
     def __call__(
         self, prefix: tuple[int, ...], drafted_by: tuple[int, ...], exit_index: int
     ) -> Gate:
-        """Top token and its log-odds at an exit.
+        """Top token and its probability at an exit.
 
         Args:
             prefix: The answer tokens so far, drafts included.
@@ -227,9 +228,10 @@ class Gates:
         return known, prefix[same:]
 
     def _read(self, outputs: torch.Tensor) -> list[Gate]:
-        """Top tokens and their log-odds, by row."""
+        """Top tokens and their probabilities, by row."""
         logits, log_odds = read_exit(outputs, None, self._lm_head)
         tokens = logits.argmax(-1).cpu()
         if self._token_ids is not None:
             tokens = self._token_ids[tokens]
-        return list(zip(tokens.tolist(), log_odds.tolist(), strict=True))
+        probabilities = log_odds.double().sigmoid().float()
+        return list(zip(tokens.tolist(), probabilities.tolist(), strict=True))

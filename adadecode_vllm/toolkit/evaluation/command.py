@@ -47,6 +47,16 @@ def eval_command(
             help="Submit unsure guesses of the last exit where they pay.",
         ),
     ] = True,
+    row_costs: Annotated[
+        str,
+        typer.Option(
+            help="Cost of a pass by its rows, for the engine's defaults: measured on "
+            "this device, free, or such as 1:1,6:1.6."
+        ),
+    ] = "measured",
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Requests at a time, for the engine's defaults.")
+    ] = 1,
     max_length: Annotated[
         int | None, typer.Option(help="Tokens after which a text is cut.")
     ] = None,
@@ -73,6 +83,7 @@ def eval_command(
         check_evaluation_output,
         write_evaluation,
     )
+    from adadecode_vllm.toolkit.evaluation.row_costs import RowCosts
     from adadecode_vllm.toolkit.evaluation.run import SimulationGrid, evaluate_heads
     from adadecode_vllm.toolkit.publishing.card import write_card
     from adadecode_vllm.toolkit.states.teacher import Teacher, resolve_dtype
@@ -81,6 +92,7 @@ def eval_command(
         raise AdaDecodeError(
             f"--gate {gate}: unknown; choose probability or acceptance"
         )
+    rows = None if row_costs == "measured" else RowCosts.parse(row_costs)
     # What can be refused is refused before the model's minutes.
     output = output or heads / "evaluation"
     check_evaluation_output(output, plots=plots)
@@ -103,7 +115,12 @@ def eval_command(
         trust_remote_code=trust_remote_code,
     )
     grid = SimulationGrid(
-        gate=gate, most_answers=answers, overhead=overhead, last_guess=last_guess
+        gate=gate,
+        most_answers=answers,
+        overhead=overhead,
+        last_guess=last_guess,
+        row_costs=rows,
+        requests=batch_size,
     )
     with Meter() as meter, heads_named("HEADS"):
         report = evaluate_heads(
@@ -155,6 +172,12 @@ def _print(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from adadecode_vllm.toolkit.report import parse_evaluation
+    from adadecode_vllm.toolkit.report.defaults import (
+        drafts_by_source,
+        expected_by_default,
+    )
+
     console = Console()
     table = Table(title=f"{report['tokens']} tokens of {report['data']}")
     columns = ("exit", "agreement", "KL (nats)", "coverage", "precision", "ECE")
@@ -194,3 +217,8 @@ def _print(report: dict[str, Any]) -> None:
         f"Best: threshold {best['threshold']:g}, cap {best['cap']}: "
         f"{best['speedup']:.2f}x"
     )
+    defaults = parse_evaluation(report).defaults
+    if defaults is None:
+        console.print("vLLM is not installed: the engine's defaults were not played.")
+    else:
+        console.print(f"{expected_by_default(defaults)} {drafts_by_source(defaults)}")

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from adadecode_vllm.toolkit.evaluation.row_costs import FREE, RowCosts
 from adadecode_vllm.toolkit.evaluation.simulate import Counters
 
 
@@ -19,12 +21,14 @@ class CostModel:
         overhead: o, everything else that a draft adds.
         gate_head_share: The LM head's where a gate reads it: less than h for a reduced
             draft vocabulary; None for h.
+        row_costs: What several rows of a step cost; nothing more by default.
     """
 
     head_share: float
     transform_share: float
     overhead: float = 0.0
     gate_head_share: float | None = None
+    row_costs: RowCosts = FREE
 
     @classmethod
     def of_model(
@@ -74,10 +78,37 @@ class CostModel:
             for segment, runs in enumerate(counters.segments_run)
         )
         body = (1 - self.head_share) * layers / counters.num_layers
-        at_gates = self.gate_head_share
-        gate = self.head_share if at_gates is None else at_gates
-        gate += self.transform_share + self.overhead
+        gate = self._gate + self.overhead
         return body + gate * sum(counters.gates) + self.head_share * counters.forwards
+
+    @property
+    def _gate(self) -> float:
+        """What reading an exit's weights costs."""
+        at_gates = self.gate_head_share
+        head = self.head_share if at_gates is None else at_gates
+        return head + self.transform_share
+
+    def drafting(self, share: float, tokens: int, asked: int) -> float:
+        """A segment and the exit behind it, in ordinary steps.
+
+        Args:
+            share: The segment's share of the layers; 0 for an exit at the embedding.
+            tokens: Tokens that the segment runs.
+            asked: Tokens that the exit is asked about.
+        """
+        body = (1 - self.head_share) * share * self.row_costs(tokens)
+        return body + self._gate * self.row_costs(asked) + self.overhead
+
+    def verifying(self, segments: Sequence[tuple[float, int]]) -> float:
+        """A forward, with the LM head, in ordinary steps.
+
+        Args:
+            segments: Each segment's share of the layers, and the tokens that it runs;
+                the last one runs all that are verified.
+        """
+        body = sum(share * self.row_costs(rows) for share, rows in segments if rows)
+        head = self.head_share * self.row_costs(segments[-1][1])
+        return (1 - self.head_share) * body + head
 
     def speedup(self, counters: Counters) -> float:
         """Speedup over ordinary decoding of the same tokens."""

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 
 import torch
 
+from adadecode_vllm.config import parse_config
+from adadecode_vllm.engine.settings import threshold_policy
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.heads.config import ExitHeadsConfig, load_heads_config
 from adadecode_vllm.heads.fingerprint import check_fingerprint
@@ -18,12 +19,19 @@ from adadecode_vllm.heads.io import HeadsTensors, load_tensors
 from adadecode_vllm.heads.module import is_identity
 from adadecode_vllm.toolkit.evaluation.answers import known_answers
 from adadecode_vllm.toolkit.evaluation.cost import CostModel
+from adadecode_vllm.toolkit.evaluation.defaults import (
+    can_play_defaults,
+    default_options,
+    play_defaults,
+)
+from adadecode_vllm.toolkit.evaluation.known_exits import Answer
 from adadecode_vllm.toolkit.evaluation.measure import (
     equal_acceptance,
     measure,
     summarize,
 )
-from adadecode_vllm.toolkit.evaluation.simulate import Answer, Counters, total
+from adadecode_vllm.toolkit.evaluation.row_costs import RowCosts, measure_row_costs
+from adadecode_vllm.toolkit.evaluation.simulate import Counters, Setting, total
 from adadecode_vllm.toolkit.progress import Meter
 from adadecode_vllm.toolkit.states.cache import LiveStates
 from adadecode_vllm.toolkit.states.teacher import Teacher
@@ -48,6 +56,9 @@ class SimulationGrid:
         overhead: o of the cost formula.
         last_guess: Whether unsure guesses of the last exit are submitted where they
             pay, as the engine does by default.
+        row_costs: What rows cost where the engine's defaults are played; None to
+            measure that on this device.
+        requests: Requests at a time there.
     """
 
     thresholds: Sequence[float] = THRESHOLDS
@@ -56,6 +67,8 @@ class SimulationGrid:
     most_answers: int = 200
     overhead: float = 0.0
     last_guess: bool = True
+    row_costs: RowCosts | None = None
+    requests: int = 1
 
 
 def load_heads_for(
@@ -167,6 +180,7 @@ def evaluate_heads(
         "equal_acceptance": equal_acceptance(measures, maps) if maps else None,
         "simulation": None,
         "best": None,
+        "defaults": None,
     }
     overhead = grid.overhead if grid else 0.0
     cost = CostModel.of_model(
@@ -192,35 +206,19 @@ def evaluate_heads(
         if answers:
             report["simulation"] = _simulate_grid(answers, config, cost, grid, meter)
             report["best"] = _best(report["simulation"])
+            if can_play_defaults():
+                options = default_options(config, str(directory))
+                rows = grid.row_costs
+                if rows is None:
+                    window = options.max_early_predictions + 1
+                    rows = measure_row_costs(teacher, grid.requests * window)
+                meter.start("playing the defaults", "answers", len(answers))
+                report["defaults"] = play_defaults(
+                    answers, config, options, replace(cost, row_costs=rows),
+                    requests=grid.requests, max_length=teacher.max_length,
+                    advance=meter.advance,
+                )  # fmt: skip
     return report
-
-
-def gate_log_odds(
-    config: ExitHeadsConfig, threshold: float, gate: str = "probability"
-) -> list[float]:
-    """Log-odds that each exit's top token must exceed.
-
-    Args:
-        config: The heads' configuration.
-        threshold: Of the gate.
-        gate: `probability` or `acceptance`.
-
-    Returns:
-        By exit.
-
-    Raises:
-        AdaDecodeError: If the heads are not calibrated and the gate needs it.
-    """
-    return [_log_odds(t) for t in config.thresholds(gate, threshold)]
-
-
-def guess_log_odds(config: ExitHeadsConfig) -> float:
-    """Log-odds that an unsure guess of the last exit must exceed to be submitted."""
-    return _log_odds(config.guess_threshold(config.exit_layers[-1]))
-
-
-def _log_odds(p: float) -> float:
-    return -math.inf if p <= 0 else math.inf if p >= 1 else math.log(p / (1 - p))
 
 
 def _simulate_grid(
@@ -233,16 +231,17 @@ def _simulate_grid(
     meter.start("simulating", "settings", len(grid.thresholds) * len(grid.caps))
 
     def play(threshold: float, cap: int) -> Counters:
-        # At threshold 1 the engine does not even start drafting.
-        guesses = grid.last_guess and threshold < 1
-        counters = total(
-            answers,
-            config.exit_layers,
-            config.num_hidden_layers,
-            gate_log_odds(config, threshold, grid.gate),
-            cap,
-            guess_log_odds(config) if guesses else math.inf,
-        )
+        options = {
+            "heads": "simulated",
+            "exit_layers": config.exit_layers,
+            "threshold": threshold,
+            "max_early_predictions": cap,
+            "gate": grid.gate,
+            "last_guess": grid.last_guess,
+        }
+        policy = threshold_policy(parse_config(options), config)
+        setting = Setting(tuple(config.exit_layers), config.num_hidden_layers, policy)
+        counters = total(answers, setting)
         meter.advance()
         return counters
 

@@ -3,18 +3,32 @@
 
 The answer of a model at temperature 0 is known, so nothing is generated: the simulation
 walks along it and asks, at every token, what the exits would have said. Where a wrong
-prediction leads off the answer, the model is run on that text too. Its counters are
-therefore those of the engine, not an estimate.
+prediction leads off the answer, the model is run on that text too. Drafting, n-gram
+lookup and the decisions by cost are the engine's own code, which runs here on a clock
+that costs drive. The counters are therefore those of the engine, not an estimate.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, cast
 
-Gate = tuple[int, float]
-"""An exit's top token and what the gate compares with the threshold."""
+import numpy as np
+import torch
+
+from adadecode_vllm.config import Ngram
+from adadecode_vllm.engine.adaptive import AdaptiveDrafting
+from adadecode_vllm.method.admission import AcceptanceRecord
+from adadecode_vllm.method.combined import CombinedDrafter, Drafts, Lookup
+from adadecode_vllm.method.cycle import DraftRequests
+from adadecode_vllm.method.drafting import Drafter
+from adadecode_vllm.method.executor import SegmentExecutor
+from adadecode_vllm.method.policy import ThresholdPolicy
+from adadecode_vllm.method.states import PendingStates
+from adadecode_vllm.method.stats import Stats
+from adadecode_vllm.toolkit.evaluation.known_exits import Answer, KnownExits
 
 
 @dataclass
@@ -28,9 +42,14 @@ class Counters:
         accepted: By exit.
         rejected: By exit.
         gates: By exit, times it was asked.
-        segments_run: By segment, while drafting and in all decoding forwards.
+        segments_run: By segment, while drafting and in all decoding forwards, as if
+            each request were alone.
+        ngram_drafts: Drafts by n-gram lookup.
+        ngram_accepted: Of those, confirmed by the model.
+        ngram_rejected: Of those, contradicted by the model.
         forwards: Decoding forwards, each of which verifies.
         generated_tokens: Tokens that those yielded and that were kept.
+        time: What decoding took by the costs that were given, in their unit.
     """
 
     exit_layers: tuple[int, ...]
@@ -40,8 +59,12 @@ class Counters:
     rejected: list[int] = field(init=False)
     gates: list[int] = field(init=False)
     segments_run: list[int] = field(init=False)
+    ngram_drafts: int = 0
+    ngram_accepted: int = 0
+    ngram_rejected: int = 0
     forwards: int = 0
     generated_tokens: int = 0
+    time: float = 0.0
 
     def __post_init__(self) -> None:
         """Start at zero."""
@@ -69,140 +92,294 @@ class Counters:
         return sum(self.accepted) / max(1, self.generated_tokens)
 
 
+class StepCosts(Protocol):
+    """What the parts of a step take; the unit is the caller's."""
+
+    def drafting(self, share: float, tokens: int, asked: int) -> float:
+        """A segment and the exit behind it.
+
+        Args:
+            share: The segment's share of the layers; 0 for an exit at the embedding.
+            tokens: Tokens that the segment runs.
+            asked: Tokens that the exit is asked about.
+        """
+
+    def verifying(self, segments: Sequence[tuple[float, int]]) -> float:
+        """A forward, with the LM head.
+
+        Args:
+            segments: Each segment's share of the layers, and the tokens that it runs;
+                the last one runs all that are verified.
+        """
+
+
+class NoCosts:
+    """Where nobody asks what decoding takes."""
+
+    def drafting(self, share: float, tokens: int, asked: int) -> float:
+        """Nothing; see `StepCosts`."""
+        return 0.0
+
+    def verifying(self, segments: Sequence[tuple[float, int]]) -> float:
+        """Nothing; see `StepCosts`."""
+        return 0.0
+
+
 @dataclass(frozen=True)
-class Answer:
-    """A request and what the model answers.
+class Setting:
+    """How a simulated engine is started.
 
     Attributes:
-        tokens: (n,) the answer, the model's own at temperature 0.
-        gates: ``gates(prefix, drafted_by, exit_index)`` returns what an exit says after
-            the prompt and these answer tokens. The last of them are drafts that the
-            exits `drafted_by` made, and may leave the answer.
-        stops: Tokens that end the text.
-        max_tokens: Most tokens the request may generate.
-        length_limit: Most tokens that the model's length allows after the prompt.
+        exit_layers: Layer counts of the exits.
+        num_layers: L.
+        policy: When an exit's prediction is taken, and the cap.
+        ngram: Drafts by n-gram lookup.
+        lookup: What looks up; None where `ngram` is off.
+        by_costs: Whether drafts are made where and as far as they pay, instead of by
+            the policy's thresholds.
+        requests: Most requests at a time; None for all at once.
     """
 
-    tokens: Sequence[int]
-    gates: Callable[[tuple[int, ...], tuple[int, ...], int], Gate]
-    stops: Collection[int]
-    max_tokens: int
-    length_limit: int = 1 << 30
-
-
-def simulate(
-    answer: Answer,
-    counters: Counters,
-    thresholds: Sequence[float],
-    max_early_predictions: int,
-    guess_threshold: float = math.inf,
-) -> None:
-    """Decode one answer and add to the counters.
-
-    Args:
-        answer: The answer.
-        counters: Added to.
-        thresholds: By exit, the value that the gate must exceed.
-        max_early_predictions: The cap.
-        guess_threshold: What an unsure guess of the last exit must exceed to be
-            submitted.
-    """
-    tokens = list(answer.tokens)
-    done = 1  # the prefill's forward yields the first token
-    while done < len(tokens):
-        limit = min(
-            max_early_predictions,
-            answer.max_tokens - done - 1,
-            answer.length_limit - done - 1,
-        )
-        # As in method.drafting: levels of the window's tokens, newest last.
-        drafts: list[int] = []
-        exits: list[int] = []
-        levels = [0]
-        if limit > 0:
-            _draft(
-                answer,
-                counters,
-                thresholds,
-                limit,
-                tokens[:done],
-                drafts,
-                exits,
-                levels,
-                guess_threshold,
-            )
-        accepted = 0
-        for draft, exit_index in zip(drafts, exits, strict=True):
-            if done + accepted >= len(tokens) or draft != tokens[done + accepted]:
-                counters.rejected[exit_index] += 1
-                break
-            counters.accepted[exit_index] += 1
-            accepted += 1
-        lowest = min(levels)
-        for segment in range(lowest, len(counters.segments_run)):
-            counters.segments_run[segment] += 1
-        counters.forwards += 1
-        kept = min(accepted + 1, len(tokens) - done)
-        counters.generated_tokens += kept
-        done += kept
-
-
-def _draft(
-    answer: Answer,
-    counters: Counters,
-    thresholds: Sequence[float],
-    limit: int,
-    prefix: list[int],
-    drafts: list[int],
-    exits: list[int],
-    levels: list[int],
-    guess_threshold: float,
-) -> None:
-    """One drafting cycle of one request; the lists are extended in place."""
-    last_exit = len(thresholds) - 1
-    while True:
-        segment = levels[-1]
-        for index, level in enumerate(levels):
-            if level == segment:
-                levels[index] = segment + 1
-        counters.segments_run[segment] += 1
-        counters.gates[segment] += 1
-        token, confidence = answer.gates((*prefix, *drafts), tuple(exits), segment)
-        confident = confidence > thresholds[segment]
-        guess = segment == last_exit and confidence > guess_threshold
-        if confident or guess:
-            drafts.append(token)
-            exits.append(segment)
-            levels.append(0)
-            counters.early_predictions[segment] += 1
-            if not confident or len(drafts) >= limit or token in answer.stops:
-                return
-        elif segment == last_exit:
-            return
+    exit_layers: tuple[int, ...]
+    num_layers: int
+    policy: ThresholdPolicy
+    ngram: Ngram = "off"
+    lookup: Lookup | None = None
+    by_costs: bool = False
+    requests: int | None = None
 
 
 def total(
     answers: Sequence[Answer],
-    exit_layers: Sequence[int],
-    num_layers: int,
-    thresholds: Sequence[float],
-    max_early_predictions: int,
-    guess_threshold: float = math.inf,
+    setting: Setting,
+    costs: StepCosts | None = None,
+    advance: Callable[[int], None] = lambda answers: None,
 ) -> Counters:
-    """Simulate all answers.
+    """Decode answers, in their order.
 
     Args:
         answers: The answers.
-        exit_layers: Layer counts of the exits.
-        num_layers: L.
-        thresholds: By exit.
-        max_early_predictions: The cap.
-        guess_threshold: See `simulate`.
+        setting: The engine.
+        costs: What its steps take; None for nothing, where `by_costs` is off.
+        advance: Called with how many further answers were decoded.
 
     Returns:
-        Their counters.
+        The counters. Prompts cost nothing.
     """
-    counters = Counters(tuple(exit_layers), num_layers)
-    for answer in answers:
-        simulate(answer, counters, thresholds, max_early_predictions, guess_threshold)
-    return counters
+    return _Engine(answers, setting, costs or NoCosts()).run(advance)
+
+
+@dataclass
+class _Request:
+    """A request that runs.
+
+    Attributes:
+        request_id: Its name.
+        row: Its row in the batch.
+        answer: Its answer.
+        token_ids: (n,) int32, prompt and answer.
+        done: Answer tokens that are verified.
+        drafts: Waiting for their verification.
+        levels: (w,) of the window's tokens and the drafts by lookup behind it.
+    """
+
+    request_id: str
+    row: int
+    answer: Answer
+    token_ids: np.ndarray
+    done: int = 0
+    drafts: Drafts | None = None
+    levels: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
+
+    @property
+    def position(self) -> int:
+        """Of the newest token."""
+        return len(self.answer.prompt) + self.done - 1
+
+    @property
+    def ended(self) -> bool:
+        """Whether the whole answer is verified."""
+        return self.done >= len(self.answer.tokens)
+
+    def limit(self, most: int) -> int:
+        """Most drafts; see :func:`adadecode_vllm.engine.limits.draft_limits`."""
+        answer = self.answer
+        left = min(answer.max_tokens, answer.length_limit) - self.done - 1
+        return max(0, min(most, left))
+
+
+class _Engine:
+    """Scheduler and worker of one simulated engine."""
+
+    def __init__(
+        self, answers: Sequence[Answer], setting: Setting, costs: StepCosts
+    ) -> None:
+        rows = min(setting.requests or len(answers), len(answers))
+        cap = setting.policy.max_draft_tokens
+        self._setting, self._costs = setting, costs
+        self._counters = Counters(setting.exit_layers, setting.num_layers)
+        self._waiting = deque(enumerate(answers))
+        self._running: list[_Request] = []
+        self._free = list(range(rows))[::-1]
+        self._clock = 0.0
+        self._adaptive = None
+        if setting.by_costs and rows:
+            self._adaptive = AdaptiveDrafting(rows, lambda: self._clock)
+        self._exits = KnownExits(
+            setting.exit_layers, setting.num_layers, cap + 1, costs.drafting
+        )
+        self._stats = Stats(setting.exit_layers, setting.num_layers)
+        self._record = AcceptanceRecord()
+        self._drafter = CombinedDrafter(
+            Drafter(
+                # All that drafting asks of an executor whose steps are prepared.
+                cast(SegmentExecutor, self._exits),
+                PendingStates(rows, cap + 1, 1, torch.float32, torch.device("cpu")),
+                setting.policy,
+                self._stats,
+            ),
+            self._record,
+            self._stats,
+            self._lookup,
+        )
+
+    def _lookup(self) -> Lookup:
+        assert self._setting.lookup is not None, "given where n-grams are looked up"
+        return self._setting.lookup
+
+    def run(self, advance: Callable[[int], None]) -> Counters:
+        """Decode everything."""
+        while self._waiting or self._running:
+            if ended := self._step():
+                advance(ended)
+        counters, stats = self._counters, self._stats
+        for name in ("early_predictions", "accepted", "rejected", "gates"):
+            setattr(counters, name, getattr(stats, name).tolist())
+        for name in ("ngram_drafts", "ngram_accepted", "ngram_rejected"):
+            setattr(counters, name, getattr(stats, name))
+        ran = zip(counters.segments_run, self._exits.segments_run, strict=True)
+        counters.segments_run = [sum(pair) for pair in ran]
+        counters.time = self._clock
+        return counters
+
+    def _step(self) -> int:
+        """One engine step, and the drafting behind it.
+
+        Returns:
+            Requests that ended.
+        """
+        while self._waiting and self._free:
+            index, answer = self._waiting.popleft()
+            token_ids = np.array((*answer.prompt, *answer.tokens), np.int32)
+            self._running.append(
+                _Request(str(index), self._free.pop(), answer, token_ids)
+            )
+        requests, adaptive = len(self._running), self._adaptive
+        most = self._setting.policy.max_draft_tokens
+        admission = None
+        if adaptive is not None:
+            admission = adaptive.admission(requests)
+            most = most if adaptive.drafts(requests) else 0
+        decoding = [request for request in self._running if request.done]
+        drafts = sum(len(r.drafts.token_ids) for r in decoding if r.drafts)
+        self._forward(decoding)
+        sampled = sum(map(self._verify, self._running))
+        ended = [request for request in self._running if request.ended]
+        for request in ended:
+            self._free.append(request.row)
+            self._record.forget([request.request_id])
+        self._running = [request for request in self._running if not request.ended]
+        if adaptive is not None:
+            adaptive.step(
+                requests=requests,
+                drafted=most > 0,
+                drafts=drafts,
+                tokens=sampled,
+                decodes=len(decoding) == requests,
+                busy=bool(self._running),
+            )
+        if most and self._running:
+            self._draft(most, admission)
+        return len(ended)
+
+    def _forward(self, decoding: Sequence[_Request]) -> None:
+        """Run the rest of the model for what is pending and new."""
+        if not decoding:
+            return
+        first = self._exits.exits_at_embedding
+        rows = np.zeros(self._exits.num_segments, np.int64)
+        for request in decoding:
+            levels = request.levels
+            for segment in range(int(levels.min()), len(rows)):
+                rows[segment] += int((levels <= segment).sum())
+                self._counters.segments_run[first + segment] += 1
+        self._counters.forwards += len(decoding)
+        self._clock += self._costs.verifying(
+            list(zip(self._exits.shares, rows.tolist(), strict=True))
+        )
+
+    def _verify(self, request: _Request) -> int:
+        """Compare drafts with the answer.
+
+        Returns:
+            Tokens that the request sampled.
+        """
+        if not request.done:
+            request.done = 1  # the prefill's forward yields the first token
+            return 1
+        accepted, drafts = 0, request.drafts
+        rest = request.answer.tokens[request.done :]
+        if drafts is not None and drafts.token_ids:
+            for draft, own in zip(drafts.token_ids, rest, strict=False):
+                if draft != own:
+                    break
+                accepted += 1
+            if drafts.expected is not None:
+                self._record.record_acceptance(
+                    request.request_id, drafts.exits, drafts.expected, accepted
+                )
+            self._stats.record_acceptance(drafts.exits, accepted)
+        kept = min(accepted + 1, len(rest))
+        self._counters.generated_tokens += kept
+        request.done += kept
+        request.drafts, request.levels = None, np.zeros(1, np.int64)
+        return accepted + 1
+
+    def _draft(self, most: int, admission: float | None) -> None:
+        """One drafting cycle of all requests that go on."""
+        running, setting = self._running, self._setting
+        contexts = lookup_first = None
+        if setting.ngram != "off":
+            contexts = [
+                request.token_ids[: request.position + 1] for request in running
+            ]
+            lookup_first = np.full(len(running), setting.ngram == "first")
+        request_ids = [request.request_id for request in running]
+        requests = DraftRequests(
+            rows=np.array([request.row for request in running]),
+            token_ids=np.array(
+                [request.answer.tokens[request.done - 1] for request in running]
+            ),
+            positions=np.array([request.position for request in running]),
+            limits=np.array([request.limit(most) for request in running]),
+            stop_token_ids=[request.answer.stops for request in running],
+            contexts=contexts,
+            lookup_first=lookup_first,
+            admission=None
+            if admission is None
+            else self._record.admission(request_ids, np.full(len(running), admission)),
+        )
+        drafting = requests.going_on()
+        if not len(drafting):
+            return
+        requests = requests.select(drafting)
+        chosen = [running[index] for index in drafting]
+        self._exits.begin([(r.row, r.answer, r.done) for r in chosen])
+        window, drafts = self._drafter.draft([r.request_id for r in chosen], requests)
+        self._clock += self._exits.time
+        for row, (request, found) in enumerate(zip(chosen, drafts, strict=True)):
+            request.drafts = found
+            request.levels = np.zeros(1 + len(found.token_ids), np.int64)
+            request.levels[: window.length[row]] = window.levels[
+                row, : window.length[row]
+            ]

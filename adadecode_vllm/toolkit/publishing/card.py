@@ -18,6 +18,10 @@ from adadecode_vllm.heads.config import ExitHeadsConfig
 from adadecode_vllm.heads.files import CARD_FILE
 from adadecode_vllm.heads.hub import LIBRARY, is_hub_id
 from adadecode_vllm.toolkit.publishing.signed import change_signed, is_as_written, sign
+from adadecode_vllm.toolkit.report.defaults import (
+    drafts_by_source,
+    expected_by_default,
+)
 from adadecode_vllm.toolkit.report.schema import (
     Best,
     Evaluation,
@@ -274,9 +278,10 @@ def _shares(values: Sequence[float | None]) -> str:
 def _figures(figures: Evaluation | None) -> dict[str, Any]:
     """What the card says of an evaluation."""
     if figures is None:
-        return {"figures": None, "best": None, "options": None}
-    best, options = figures.best, None
-    if best and best.speedup > 1:
+        return dict.fromkeys(("figures", "best", "options", "preferred", "by_default"))
+    best, options, defaults = figures.best, None, figures.defaults
+    preferred = defaults if figures.defaults_are_best else None
+    if best and best.speedup > 1 and preferred is None:
         values: dict[str, Any] = {
             "threshold": best.threshold,
             "max_early_predictions": best.cap,
@@ -289,6 +294,9 @@ def _figures(figures: Evaluation | None) -> dict[str, Any]:
         "figures": figures,
         "best": best,
         "options": options,
+        "preferred": preferred,
+        "by_default": defaults
+        and [expected_by_default(defaults), drafts_by_source(defaults)],
         "data": _public(figures.data),
         "gates": [(found, _nearest(found, threshold)) for found in figures.exits],
     }

@@ -168,6 +168,50 @@ class Best(_Record):
     speedup: float
 
 
+class DraftSource(_Record):
+    """What exits or n-gram lookup contribute.
+
+    Attributes:
+        drafts: Tokens that they drafted.
+        acceptance: Share of those that were verified which are right; None without any.
+        coverage: Share of all tokens that are such drafts.
+    """
+
+    drafts: int
+    acceptance: float | None = None
+    coverage: float
+
+
+class Defaults(_Record):
+    """An engine that is given no option but the heads, simulated.
+
+    Attributes:
+        exit_layers: Layer counts of the exits that it uses.
+        max_early_predictions: The cap.
+        policy: `cost` or `threshold`.
+        ngram: How it drafts by n-gram lookup.
+        requests: Requests at a time.
+        answers: Answers that were decoded.
+        row_costs: Cost of a pass over the weights by its rows, in those of one row.
+        speedup: Ratio to ordinary decoding.
+        tokens_per_forward: Tokens per full forward.
+        exits: What the exits contribute.
+        lookup: What n-gram lookup contributes.
+    """
+
+    exit_layers: list[int]
+    max_early_predictions: int
+    policy: str
+    ngram: str
+    requests: int
+    answers: int
+    row_costs: Annotated[dict[str, float], Field(min_length=1)]
+    speedup: float
+    tokens_per_forward: float
+    exits: DraftSource
+    lookup: DraftSource
+
+
 class Evaluation(_Record):
     """All of `evaluation.json`.
 
@@ -182,6 +226,7 @@ class Evaluation(_Record):
         simulation: The policy, simulated.
         cost: What its speedups assume.
         best: Its fastest cell.
+        defaults: The engine's defaults, simulated.
     """
 
     model: str
@@ -194,6 +239,15 @@ class Evaluation(_Record):
     simulation: Simulation | None = None
     cost: Cost | None = None
     best: Best | None = None
+    defaults: Defaults | None = None
+
+    @property
+    def defaults_are_best(self) -> bool:
+        """Whether no setting of the grid is predicted to be faster."""
+        best, defaults = self.best, self.defaults
+        return defaults is not None and (
+            best is None or defaults.speedup >= best.speedup
+        )
 
 
 class TrainingStep(_Record):

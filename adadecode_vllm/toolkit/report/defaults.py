@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the engine's defaults are predicted to do, in words."""
+
+from adadecode_vllm.toolkit.report.schema import Defaults
+from adadecode_vllm.toolkit.report.text import percent, ratio
+
+
+def expected_by_default(defaults: Defaults) -> str:
+    """Say what speed the defaults are predicted to reach.
+
+    Args:
+        defaults: The figures.
+
+    Returns:
+        A sentence.
+    """
+    requests = (
+        "one request at a time"
+        if defaults.requests == 1
+        else f"{defaults.requests} requests at a time"
+    )
+    rows, cost = max((int(rows), cost) for rows, cost in defaults.row_costs.items())
+    return (
+        f"With the engine's defaults {ratio(defaults.speedup)} over ordinary decoding "
+        f"is predicted, {defaults.tokens_per_forward:.2f} tokens per forward, "
+        f"{requests}, where {_rows_cost(rows, cost)}."
+    )
+
+
+def _rows_cost(rows: int, cost: float) -> str:
+    if cost == 1:
+        return "rows cost nothing"
+    return f"{rows} rows cost {cost:.2f} times one"
+
+
+def drafts_by_source(defaults: Defaults) -> str:
+    """Say what exits and n-gram lookup contribute.
+
+    Args:
+        defaults: The figures.
+
+    Returns:
+        A sentence.
+    """
+    exits, lookup = defaults.exits, defaults.lookup
+    return (
+        f"Of the verified drafts, {percent(exits.acceptance)} of the exits' and "
+        f"{percent(lookup.acceptance)} of n-gram lookup's are right; they make "
+        f"{percent(exits.coverage)} and {percent(lookup.coverage)} of the tokens."
+    )
