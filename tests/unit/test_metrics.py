@@ -261,7 +261,8 @@ def test_vllm_still_has_no_field_for_a_methods_statistics() -> None:
 
 
 def _documented() -> set[str]:
-    names = {name for name, _ in [*PER_EXIT.values(), *TOTALS.values(), DROPPED]}
+    families = [*PER_EXIT.values(), *TOTALS.values(), *COMPARED.values(), DROPPED]
+    names = {name for name, _ in families}
     return {f"{PREFIX}{name}_total" for name in names} | {PREFIX + CONFIG_INFO[0]}
 
 
