@@ -132,11 +132,7 @@ class _Record:
     @property
     def uses_exits(self) -> bool:
         """Whether the exits shall score in this cycle."""
-        if (
-            np.isnan(self.least)
-            or self.scorings < _DECIDED
-            or self.is_due(self.passed)
-        ):
+        if np.isnan(self.least) or self.scorings < _DECIDED or self.is_due(self.passed):
             return True
         return self.gain > _SCORING_COST * self.least * self.scorings
 
