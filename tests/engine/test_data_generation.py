@@ -219,6 +219,7 @@ def test_ray_keeps_the_answers_of_an_unfinished_shard(
     assert info.fingerprint == load_dataset_info(made.out).fingerprint
 
 
+@pytest.mark.slow
 @needs_ray
 def test_mistakes_with_ray(made: DataOptions, cluster: None) -> None:
     options = replace(made, out=made.out.with_name("mistakes"), ray_actors=1)

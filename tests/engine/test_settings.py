@@ -114,7 +114,7 @@ def test_compiled_as_vllm_does_by_default(tmp_path: Path, prompts: list[str]) ->
         assert sum(stats(llm)["rejected"]) > 0
 
 
-@pytest.mark.slow  # its neighbours: two ranks on V2, and those with a ranking below
+@pytest.mark.slow  # its neighbour: two ranks on V2
 @pytest.mark.feature("tensor parallel", "supported")
 def test_tensor_parallel_2(
     prompts: list[str], reference: Reference, a_core_each: None
@@ -131,6 +131,7 @@ def test_tensor_parallel_2(
     assert sum(ranks[0]["rejected"]) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.feature("tensor parallel", "supported")
 def test_a_ranking_of_half_the_vocabulary_is_used_by_default(
     tmp_path: Path, prompts: list[str], reference: Reference, a_core_each: None

@@ -261,7 +261,13 @@ def fix_costs(llm: Any, costs: RowsCost) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "requests"), [(1 / 64, 1), (1 / 2, 1), (4.0, 1), (1 / 16, 3)]
+    ("row", "requests"),
+    [
+        pytest.param(1 / 64, 1, marks=pytest.mark.slow),
+        (1 / 2, 1),
+        pytest.param(4.0, 1, marks=pytest.mark.slow),
+        (1 / 16, 3),
+    ],
 )
 def test_drafts_by_costs_are_equal(
     calibrated: Path, teacher: Teacher, prompts: list[str], row: float, requests: int

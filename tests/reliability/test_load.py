@@ -45,7 +45,7 @@ _SOUND = {
     ("requests", "max_growth"),
     [
         # Too few to tell a leak of memory from a warm-up.
-        (80, dict.fromkeys(MAX_GROWTH, math.inf)),
+        pytest.param(80, dict.fromkeys(MAX_GROWTH, math.inf), marks=pytest.mark.slow),
         pytest.param(500, MAX_GROWTH, marks=pytest.mark.slow),
     ],
 )

@@ -15,6 +15,7 @@ from tests.harness import HEADS, MODEL
 pytestmark = pytest.mark.server
 
 
+@pytest.mark.slow
 def test_two_servers_under_load(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
