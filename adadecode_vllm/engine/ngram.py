@@ -63,17 +63,7 @@ class NgramTail:
         most: int,
         stop_token_ids: Collection[int],
     ) -> list[int]:
-        """Draft what followed the same last tokens earlier in a request.
-
-        Args:
-            context: (n,) int32, the request's verified tokens.
-            early: Its early predictions, which follow them.
-            most: Most tokens to draft.
-            stop_token_ids: Tokens after which nothing will be kept.
-
-        Returns:
-            0 .. ``most`` tokens.
-        """
+        """Draft by lookup; see :class:`adadecode_vllm.method.combined.Lookup`."""
         if most <= 0 or (early and early[-1] in stop_token_ids):
             return []
         if early:
