@@ -173,10 +173,7 @@ def _print(report: dict[str, Any]) -> None:
     from rich.table import Table
 
     from adadecode_vllm.toolkit.report import parse_evaluation
-    from adadecode_vllm.toolkit.report.defaults import (
-        drafts_by_source,
-        expected_by_default,
-    )
+    from adadecode_vllm.toolkit.report.defaults import defaults_in_words
 
     console = Console()
     table = Table(title=f"{report['tokens']} tokens of {report['data']}")
@@ -217,8 +214,8 @@ def _print(report: dict[str, Any]) -> None:
         f"Best: threshold {best['threshold']:g}, cap {best['cap']}: "
         f"{best['speedup']:.2f}x"
     )
-    defaults = parse_evaluation(report).defaults
-    if defaults is None:
-        console.print("vLLM is not installed: the engine's defaults were not played.")
-    else:
-        console.print(f"{expected_by_default(defaults)} {drafts_by_source(defaults)}")
+    expected = defaults_in_words(parse_evaluation(report).defaults)
+    console.print(
+        " ".join(expected)
+        or "vLLM is not installed: the engine's defaults were not played."
+    )

@@ -18,10 +18,7 @@ from adadecode_vllm.heads.config import ExitHeadsConfig
 from adadecode_vllm.heads.files import CARD_FILE
 from adadecode_vllm.heads.hub import LIBRARY, is_hub_id
 from adadecode_vllm.toolkit.publishing.signed import change_signed, is_as_written, sign
-from adadecode_vllm.toolkit.report.defaults import (
-    drafts_by_source,
-    expected_by_default,
-)
+from adadecode_vllm.toolkit.report.defaults import defaults_in_words
 from adadecode_vllm.toolkit.report.schema import (
     Best,
     Evaluation,
@@ -295,8 +292,7 @@ def _figures(figures: Evaluation | None) -> dict[str, Any]:
         "best": best,
         "options": options,
         "preferred": preferred,
-        "by_default": defaults
-        and [expected_by_default(defaults), drafts_by_source(defaults)],
+        "by_default": defaults_in_words(defaults),
         "data": _public(figures.data),
         "gates": [(found, _nearest(found, threshold)) for found in figures.exits],
     }

@@ -5,6 +5,20 @@ from adadecode_vllm.toolkit.report.schema import Defaults
 from adadecode_vllm.toolkit.report.text import percent, ratio
 
 
+def defaults_in_words(defaults: Defaults | None) -> list[str]:
+    """Say what the defaults are predicted to do, and by which drafts.
+
+    Args:
+        defaults: The figures; None where the defaults were not played.
+
+    Returns:
+        Sentences; none without figures.
+    """
+    if defaults is None:
+        return []
+    return [expected_by_default(defaults), _drafts_by_source(defaults)]
+
+
 def expected_by_default(defaults: Defaults) -> str:
     """Say what speed the defaults are predicted to reach.
 
@@ -33,15 +47,8 @@ def _rows_cost(rows: int, cost: float) -> str:
     return f"{rows} rows cost {cost:.2f} times one"
 
 
-def drafts_by_source(defaults: Defaults) -> str:
-    """Say what exits and n-gram lookup contribute.
-
-    Args:
-        defaults: The figures.
-
-    Returns:
-        A sentence.
-    """
+def _drafts_by_source(defaults: Defaults) -> str:
+    """Say what exits and n-gram lookup contribute."""
     exits, lookup = defaults.exits, defaults.lookup
     return (
         f"Of the verified drafts, {percent(exits.acceptance)} of the exits' and "

@@ -9,10 +9,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from adadecode_vllm import __version__
-from adadecode_vllm.toolkit.report.defaults import (
-    drafts_by_source,
-    expected_by_default,
-)
+from adadecode_vllm.toolkit.report.defaults import defaults_in_words
 from adadecode_vllm.toolkit.report.plot import Plot
 from adadecode_vllm.toolkit.report.schema import Evaluation, History
 from adadecode_vllm.toolkit.report.text import count, decimal, percent, ratio, short
@@ -44,7 +41,7 @@ def render_page(
     page = environment.get_template("page.html.j2").render(
         title=f"Exit heads for {evaluation.model}",
         headline=headline(evaluation),
-        by_default=_by_default(evaluation),
+        by_default=defaults_in_words(evaluation.defaults),
         evaluation=evaluation,
         last_held_out=history.held_out[-1] if history and history.held_out else None,
         plots=plots,
@@ -76,14 +73,6 @@ def headline(evaluation: Evaluation) -> str:
         f"Predicted speedup: {ratio(best.speedup)} over ordinary decoding, with "
         f"threshold {short(best.threshold)} and at most {best.cap} early predictions."
     )
-
-
-def _by_default(evaluation: Evaluation) -> list[str]:
-    """What the engine's defaults are predicted to do, where they were played."""
-    defaults = evaluation.defaults
-    if defaults is None:
-        return []
-    return [expected_by_default(defaults), drafts_by_source(defaults)]
 
 
 def _base64(data: bytes) -> str:

@@ -84,26 +84,12 @@ def _exits(total: Snapshot) -> Table:
 def _summary(columns: list[Snapshot]) -> dict[str, list[str]]:
     """Label to one cell for each snapshot."""
     rows = {
-        "tokens per target forward": [
-            decimal(
-                _ratio(
-                    part.counted.totals["generated_tokens"],
-                    part.counted.totals["request_steps"],
-                ),
-                2,
-            )
-            for part in columns
-        ],
-        "times the speed without drafts": [
-            decimal(
-                _ratio(
-                    part.counted.totals["plain_seconds"],
-                    part.counted.totals["compared_seconds"],
-                ),
-                2,
-            )
-            for part in columns
-        ],
+        "tokens per target forward": _ratios(
+            columns, "generated_tokens", "request_steps"
+        ),
+        "times the speed without drafts": _ratios(
+            columns, "plain_seconds", "compared_seconds"
+        ),
         "generated tokens": [
             count(int(part.counted.totals["generated_tokens"])) for part in columns
         ],
@@ -125,6 +111,12 @@ def _summary(columns: list[Snapshot]) -> dict[str, list[str]]:
                 f"{count(int(part.counted.dropped[reason]))} tokens" for part in columns
             ]
     return rows
+
+
+def _ratios(columns: list[Snapshot], part: str, whole: str) -> list[str]:
+    """One total by another, for each snapshot."""
+    totals = [column.counted.totals for column in columns]
+    return [decimal(_ratio(own[part], own[whole]), 2) for own in totals]
 
 
 def _ratio(part: float, whole: float) -> float:
