@@ -127,7 +127,8 @@ class _Record:
         It takes the time of as many tokens as it would have to promise, and a cycle
         yields one at least.
         """
-        return cycles >= max(_TRY_EVERY, np.nan_to_num(self.least) / _TRY_COST)
+        # In this order NaN, where thresholds decide, leaves the first.
+        return cycles >= max(_TRY_EVERY, self.least / _TRY_COST)
 
     @property
     def uses_exits(self) -> bool:
