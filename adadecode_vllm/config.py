@@ -27,9 +27,12 @@ CONFIG_KEY = "adadecode"
 
 # vLLM's rejection sampler verifies at most this many drafts of a request at once
 # (vllm/v1/sample/rejection_sampler.py, MAX_SPEC_LEN).
+DEFAULT_CAP = 8
+"""Most unverified tokens of a request, where nobody says."""
+
 _MAX_EARLY_PREDICTIONS = 128
 
-Ngram = Literal["off", "tail", "first"]
+Ngram = Literal["off", "tail", "first", "chain"]
 """Drafts by n-gram lookup beside the exit heads'."""
 
 OF_THRESHOLDS = frozenset(
@@ -65,7 +68,7 @@ class AdaDecodeConfig(BaseModel):
         "and not where it probably pays. At 1 nothing is ever predicted early.",
     )
     max_early_predictions: int = Field(
-        default=5,
+        default=DEFAULT_CAP,
         ge=1,
         le=_MAX_EARLY_PREDICTIONS,
         description="Most unverified tokens of a request (the cap).",
@@ -89,11 +92,12 @@ class AdaDecodeConfig(BaseModel):
         "it is probably worth its verification.",
     )
     ngram: Ngram = Field(
-        default="first",
-        description="tail: behind the last early prediction, or where there is none, "
-        "draft what followed the same last tokens earlier in the request, up to the "
-        "cap. first: look there before any exit is asked, and ask the exits only where "
-        "nothing is found. Default: first; off where the policy is threshold.",
+        default="chain",
+        description="Draft what followed the same last tokens earlier in the request, "
+        "too. tail: behind the last early prediction, or where there is none. first: "
+        "look there first, and ask the exits only where nothing is found. chain: token "
+        "by token, whichever of lookup and exit is more probably right. Default: "
+        "chain; off where the policy is threshold.",
     )
     disable_by_batch_size: int | None = Field(
         default=None,

@@ -49,7 +49,7 @@ class RequestOptions(BaseModel):
 
     ngram: Ngram | None = Field(
         default=None,
-        description="tail or first to draft by n-gram lookup as well, or off.",
+        description="chain, first or tail to draft by n-gram lookup too, or off.",
     )
 
     def may_draft(self, *, early: bool, ngram: bool) -> bool:

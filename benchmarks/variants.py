@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from adadecode_vllm.config import DEFAULT_CAP
 from adadecode_vllm.errors import AdaDecodeError
 
 BASELINE = "baseline"
@@ -30,10 +31,14 @@ VARIANTS: Mapping[str, str] = {
     "as in draft-vocabulary:8192",
     "ngram-tail": "AdaDecode with n-gram drafts behind its early predictions",
     "ngram-first": "the same, the n-gram lookup before the exits",
+    "ngram-chain": "the same, token by token the more probable of both",
     "no-guess": "AdaDecode that never submits an unsure guess of the last exit",
-    "ngram": "vLLM's n-gram speculation (prompt look-up)",
-    "suffix": "vLLM's suffix decoding, where arctic-inference is installed",
-    "draft-model": "vLLM's speculation with a small model: --draft-model",
+    "ngram": "vLLM's n-gram speculation (prompt look-up); with other than AdaDecode's "
+    "number of drafts as in ngram:5",
+    "suffix": "vLLM's suffix decoding, where arctic-inference is installed; as in "
+    "suffix:5",
+    "draft-model": "vLLM's speculation with a small model, --draft-model; as in "
+    "draft-model:5",
     "transformers": "Hugging Face Transformers' generate",
     "transformers-early-exit": "the same with assistant_early_exit at the first exit",
 }
@@ -49,6 +54,7 @@ _VALUES = {
     "exits": "layers",
     "heads": "a directory",
     "draft-vocabulary": "a number of tokens",
+    **dict.fromkeys(_SPECULATIVE, "a number of drafts"),
 }
 
 
@@ -102,7 +108,7 @@ class EngineSettings:
     identity_heads: str | None = None
     draft_model: str | None = None
     threshold: float | None = None
-    max_early_predictions: int = 5
+    max_early_predictions: int = DEFAULT_CAP
     adadecode: dict[str, Any] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
     kv_cache_gib: float = 1.0
@@ -147,7 +153,7 @@ def parse_variants(text: str) -> list[Variant]:
 
 
 def _value_fits(kind: str, value: str) -> bool:
-    if kind == "single-exit":
+    if kind in ("single-exit", *_SPECULATIVE):
         return not value or value.isdecimal()
     if kind == "submit-all":
         return value.isdecimal()
@@ -251,7 +257,7 @@ def _adadecode(variant: Variant, settings: EngineSettings) -> dict[str, Any]:
         options["draft_vocabulary_size"] = int(variant.value)
     elif variant.kind == "no-guess":
         options["last_guess"] = False
-    elif variant.kind in ("ngram-tail", "ngram-first"):
+    elif variant.kind in ("ngram-tail", "ngram-first", "ngram-chain"):
         options["ngram"] = variant.kind.removeprefix("ngram-")
     elif variant.kind == "t-identity":
         assert settings.identity_heads is not None, "made before the variants start"
@@ -269,7 +275,7 @@ def _adadecode(variant: Variant, settings: EngineSettings) -> dict[str, Any]:
 
 
 def _speculation(variant: Variant, settings: EngineSettings) -> dict[str, Any]:
-    tokens = settings.max_early_predictions
+    tokens = int(variant.value or settings.max_early_predictions)
     if variant.kind == "ngram":
         return {
             "method": "ngram",

@@ -15,7 +15,7 @@ from vllm.config import VllmConfig
 from adadecode_vllm.config import AdaDecodeConfig
 from adadecode_vllm.engine.device_timer import DeviceTimer
 from adadecode_vllm.engine.exit_scorer import ExitScorer
-from adadecode_vllm.engine.ngram import NgramTail
+from adadecode_vllm.engine.ngram import NgramLookup
 from adadecode_vllm.engine.segments import build_segments, find_decoder
 from adadecode_vllm.engine.served_heads import load_served_heads
 from adadecode_vllm.engine.settings import Settings
@@ -85,7 +85,9 @@ class AdaDecode:
         )
         self._max_model_len = vllm_config.model_config.max_model_len
         # Compiled before anything is served where the engine asks for it.
-        self._ngram = NgramTail(self._max_model_len) if config.ngram != "off" else None
+        self._ngram = (
+            NgramLookup(self._max_model_len) if config.ngram != "off" else None
+        )
         self.timer: DeviceTimer | None = None
         self._drafts: dict[str, Drafts] = {}
         self._contradicted: set[str] = set()
@@ -144,10 +146,10 @@ class AdaDecode:
             self._drafts[request_id] = own
         return drafts
 
-    def _lookup(self) -> NgramTail:
+    def _lookup(self) -> NgramLookup:
         """The n-gram lookup; compiled now where a request is the first to ask."""
         if self._ngram is None:
-            self._ngram = NgramTail(self._max_model_len)
+            self._ngram = NgramLookup(self._max_model_len)
         return self._ngram
 
     def runs_in_steps(self, batch: ScheduledBatch) -> bool:
@@ -246,8 +248,8 @@ class AdaDecode:
         """Drafts that wait for their verification.
 
         Returns:
-            By request, in order, the token and the index of its exit; -1 for n-gram
-            lookup.
+            By request, in order, the token and the index of its exit; below 0 for
+            n-gram lookup.
         """
         return {
             request_id: list(zip(drafts.token_ids, drafts.exits.tolist(), strict=True))

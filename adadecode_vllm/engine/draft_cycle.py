@@ -143,12 +143,10 @@ class DraftCycle:
         """
         settings = self.adadecode.settings
         rows, positions = sampled.rows, sampled.positions
-        contexts = lookup_first = None
+        contexts = ways = None
         lookups = settings.lookups(sampled.options, len(rows))
         if lookups is not None and sampled.token_table is not None:
-            contexts, lookup_first = contexts_of(
-                lookups, sampled.token_table, rows, positions
-            )
+            contexts, ways = contexts_of(lookups, sampled.token_table, rows, positions)
         owned_slots = self.adadecode.executor.backend.batcher.owned_slots(rows)
         return self.adadecode.draft(
             self.step,
@@ -169,7 +167,7 @@ class DraftCycle:
                 thresholds=settings.thresholds(sampled.options),
                 alone=sampled.alone,
                 contexts=contexts,
-                lookup_first=lookup_first,
+                ways=ways,
                 final_states=sampled.final_states,
                 final_rows=sampled.final_rows,
                 admission=self._admit(sampled),

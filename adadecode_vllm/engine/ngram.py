@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drafts that follow the early predictions: what came after the same tokens before."""
+"""n-gram lookup by vLLM: what came after the same tokens before."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from adadecode_vllm.config import Ngram
+from adadecode_vllm.method.admission import MOST_MATCHES
+from adadecode_vllm.method.lookup import NOTHING, Continuation
 from adadecode_vllm.patches import llvmlite_library
-
-MIN_NGRAM = 2
-MAX_NGRAM = 5
-"""Last tokens that must have occurred before, and how many are compared."""
 
 
 def contexts_of(
@@ -30,17 +28,17 @@ def contexts_of(
         positions: (R,) int64, positions of their newest tokens.
 
     Returns:
-        ``contexts`` and ``lookup_first``.
+        ``contexts`` and ``ways``.
     """
     contexts = [
         None if way == "off" else token_ids[row, : position + 1]
         for row, position, way in zip(rows, positions, lookups, strict=True)
     ]
-    return contexts, np.array([way == "first" for way in lookups])
+    return contexts, np.array(lookups)
 
 
-class NgramTail:
-    """vLLM's n-gram lookup (prompt lookup decoding) behind a request's window."""
+class NgramLookup:
+    """vLLM's n-gram lookup (prompt lookup decoding)."""
 
     def __init__(self, max_model_len: int) -> None:
         """Compile the lookup, which takes vLLM a second at the first time.
@@ -54,24 +52,46 @@ class NgramTail:
         llvmlite_library.install()
         self._lookup = ngram_proposer._find_longest_matched_ngram_and_propose_tokens
         self._max_model_len = max_model_len
-        self.extend(np.zeros(MIN_NGRAM, np.int32), [], 1, ())
+        self.find(np.zeros(2, np.int32), 1, 1, ())
 
-    def extend(
+    def find(
         self,
         context: np.ndarray,
-        early: Sequence[int],
+        fewest_matches: int,
         most: int,
         stop_token_ids: Collection[int],
-    ) -> list[int]:
-        """Draft by lookup; see :class:`adadecode_vllm.method.combined.Lookup`."""
-        if most <= 0 or (early and early[-1] in stop_token_ids):
-            return []
-        if early:
-            context = np.concatenate((context, np.array(early, context.dtype)))
-        drafts = self._lookup(
-            context, MIN_NGRAM, MAX_NGRAM, self._max_model_len, most
-        ).tolist()
-        for index, token in enumerate(drafts):
+    ) -> Continuation:
+        """Look up; see :class:`adadecode_vllm.method.lookup.Lookup`."""
+        found = self._lookup(
+            context, fewest_matches, MOST_MATCHES, self._max_model_len, most
+        )
+        if not len(found):
+            return NOTHING
+        tokens = found.tolist()
+        for index, token in enumerate(tokens):
             if token in stop_token_ids:
-                return drafts[: index + 1]
-        return drafts
+                tokens = tokens[: index + 1]
+                break
+        return Continuation(tokens, _matches(context, found, fewest_matches))
+
+
+def _matches(context: np.ndarray, found: np.ndarray, fewest: int) -> int:
+    """How many tokens before what was found are the context's last ones.
+
+    vLLM returns a part of the context itself, so its address tells where it begins.
+    """
+    start = (_address(found) - _address(context)) // context.itemsize
+    if not fewest <= start < len(context):
+        return fewest
+    matches = fewest
+    while (
+        matches < min(start, MOST_MATCHES)
+        and context[start - 1 - matches] == context[-1 - matches]
+    ):
+        matches += 1
+    return matches
+
+
+def _address(array: np.ndarray) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address

@@ -1,42 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Early predictions and n-gram lookup in one window."""
+"""Early predictions and n-gram lookup together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
-from adadecode_vllm.method.admission import AcceptanceRecord
+from adadecode_vllm.method.admission import MOST_MATCHES, AcceptanceRecord
 from adadecode_vllm.method.cycle import DraftRequests
 from adadecode_vllm.method.drafting import Drafter
 from adadecode_vllm.method.ledger import Window
+from adadecode_vllm.method.lookup import (
+    NOTHING,
+    Candidates,
+    Contexts,
+    Continuation,
+    Lookup,
+)
 from adadecode_vllm.method.stats import Stats
-
-
-class Lookup(Protocol):
-    """Finds what followed the same tokens before."""
-
-    def extend(
-        self,
-        context: np.ndarray,
-        early: Sequence[int],
-        most: int,
-        stop_token_ids: Collection[int],
-    ) -> list[int]:
-        """Draft what followed the same last tokens earlier in a request.
-
-        Args:
-            context: (n,) int32, the request's verified tokens.
-            early: Its early predictions, which follow them.
-            most: Most tokens to draft.
-            stop_token_ids: Tokens after which nothing will be kept.
-
-        Returns:
-            0 .. ``most`` tokens.
-        """
 
 
 class Drafts(NamedTuple):
@@ -44,7 +28,8 @@ class Drafts(NamedTuple):
 
     Attributes:
         token_ids: m tokens.
-        exits: (m,) int8, the exit of each; -1 for those by n-gram lookup.
+        exits: (m,) int8, the exit of each. For those by n-gram lookup, minus the number
+            of tokens before it that match.
         expected: (m,) float64, how probably each early prediction is accepted where
             those before it are; None where nobody asks.
     """
@@ -87,62 +72,86 @@ class CombinedDrafter:
             requests: Their state. All of them go on.
 
         Returns:
-            The windows with the early predictions, and each request's drafts: early
-            predictions, then those by n-gram lookup.
+            The windows, and each request's drafts: those of its window, then what was
+            looked up behind them.
         """
-        looked_up = self._look_up_first(requests)
-        if found := [row for row, tail in looked_up.items() if tail]:
+        contexts = Contexts(requests, self._lookup) if requests.contexts else None
+        none = np.empty(0, np.int64)
+        first: dict[int, Continuation] = {}
+        candidates = None
+        if contexts is not None:
+            first = {
+                row: self._as_far_as_it_pays(requests, row, contexts.find(row, none))
+                for row in np.flatnonzero(contexts.ways == "first").tolist()
+            }
+            if (contexts.ways == "chain").any():
+                candidates = Candidates(contexts, requests.admission)
+        if found := [row for row, tail in first.items() if tail.token_ids]:
             # What was found costs no layer: the exits are skipped.
             limits = requests.limits.copy()
             limits[found] = 0
             requests = replace(requests, limits=limits)
-        if (admission := requests.admission) is not None:
-            for row in np.flatnonzero((requests.limits > 0) & admission.use_exits):
-                self._record.record_scoring(request_ids[row], admission.least[row])
-        window = self._drafter.draft(requests)
+        window = self._drafter.draft(requests, candidates)
+        self._record_scoring(request_ids, requests, candidates)
         drafts: list[Drafts] = []
         for row in range(len(request_ids)):
-            predicted = slice(1, window.length[row])
-            early = window.token_ids[row, predicted].tolist()
-            exits = window.exits[row, predicted]
+            in_window = slice(1, window.length[row])
+            tokens = window.token_ids[row, in_window]
+            exits = window.exits[row, in_window]
             expected = window.expected
             if expected is not None:
-                expected = expected[row, predicted]
-            if early or row not in looked_up:
-                tail = self._look_up(requests, row, early, expected)
-            else:
-                tail = looked_up[row]
-            if tail:
-                exits = np.concatenate((exits, np.full(len(tail), -1, exits.dtype)))
+                expected = expected[row, in_window]
+            self._stats.ngram_drafts += int(np.count_nonzero(exits < 0))
+            tail = first.get(row, NOTHING)
+            if contexts is not None and (len(tokens) or row not in first):
+                behind = None
+                if candidates is not None:
+                    behind = candidates.found_behind(row, len(tokens))
+                if behind is None:
+                    behind = contexts.find(row, tokens)
+                survival = 1.0 if window.survival is None else window.survival[row]
+                tail = self._as_far_as_it_pays(requests, row, behind, float(survival))
+            if more := len(tail.token_ids):
+                matches = (tail.matches + np.arange(more)).clip(max=MOST_MATCHES)
+                exits = np.concatenate((exits, -matches.astype(exits.dtype)))
                 if expected is not None:
-                    expected = np.concatenate((expected, np.ones(len(tail))))
-            drafts.append(Drafts(early + tail, exits, expected))
+                    expected = np.concatenate((expected, np.ones(more)))
+            drafts.append(Drafts(tokens.tolist() + tail.token_ids, exits, expected))
         return window, drafts
 
-    def _look_up_first(self, requests: DraftRequests) -> dict[int, list[int]]:
-        """Drafts, if any, of the requests whose lookup comes before the exits."""
-        if requests.lookup_first is None:
-            return {}
-        return {
-            int(row): self._look_up(requests, row, [], None)
-            for row in np.flatnonzero(requests.lookup_first)
-        }
+    def _record_scoring(
+        self,
+        request_ids: Sequence[str],
+        requests: DraftRequests,
+        candidates: Candidates | None,
+    ) -> None:
+        """Note the requests that the exits scored for."""
+        if (admission := requests.admission) is None:
+            return
+        scored = (requests.limits > 0) & admission.use_exits
+        if candidates is not None:
+            scored &= ~candidates.sure_at_once
+        for row in np.flatnonzero(scored):
+            self._record.record_scoring(request_ids[row], admission.least[row])
 
-    def _look_up(
+    def _as_far_as_it_pays(
         self,
         requests: DraftRequests,
         row: int,
-        early: list[int],
-        expected: np.ndarray | None,
-    ) -> list[int]:
-        """Drafts by n-gram lookup behind a request's early predictions."""
-        context = None if requests.contexts is None else requests.contexts[row]
-        if context is None:
-            return []
-        most = int(requests.limits[row]) - len(early)
-        if (admission := requests.admission) is not None:
-            survival = 1.0 if expected is None else admission.survival(row, expected)
-            most = admission.looked_up(row, survival, most)
-        tail = self._lookup().extend(context, early, most, requests.stop_token_ids[row])
-        self._stats.ngram_drafts += len(tail)
-        return tail
+        found: Continuation,
+        survival: float = 1.0,
+    ) -> Continuation:
+        """What to draft of what was found behind a request's other drafts.
+
+        Args:
+            requests: The requests.
+            row: The request.
+            found: What was found.
+            survival: The probability that all drafts before it are right.
+        """
+        tokens = found.token_ids
+        if tokens and (admission := requests.admission) is not None:
+            pays = admission.looked_up(row, survival, found.matches, len(tokens))
+            tokens = tokens[:pays]
+        self._stats.ngram_drafts += len(tokens)
+        return Continuation(tokens, found.matches)

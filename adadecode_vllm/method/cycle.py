@@ -34,8 +34,9 @@ class DraftRequests:
         contexts: R requests' verified tokens, (n,) int32 each, where drafts by n-gram
             lookup follow the early predictions, and None where none do; None for
             nowhere. With any, nothing of the next step is prefetched: they have to run.
-        lookup_first: (R,) bool, whether the lookup comes before the exits; None for
-            nowhere.
+        ways: (R,) str, how requests use the lookup: `first`, before the exits; `tail`,
+            behind them; `chain`, beside them, token by token; or `off`. None where none
+            does.
         final_states: (N, d) on the device, what the final norm returned in the step
             that sampled the newest tokens; None where no head has memory.
         final_rows: (R,) int64, the rows that the newest tokens were sampled from.
@@ -52,7 +53,7 @@ class DraftRequests:
     thresholds: np.ndarray | None = None
     alone: bool = False
     contexts: Sequence[np.ndarray | None] | None = None
-    lookup_first: np.ndarray | None = None
+    ways: np.ndarray | None = None
     final_states: torch.Tensor | None = None
     final_rows: np.ndarray | None = None
     admission: Admission | None = None
@@ -83,9 +84,7 @@ class DraftRequests:
             contexts=None
             if self.contexts is None
             else [self.contexts[request] for request in requests],
-            lookup_first=None
-            if self.lookup_first is None
-            else self.lookup_first[requests],
+            ways=None if self.ways is None else self.ways[requests],
             final_states=self.final_states,
             final_rows=None if self.final_rows is None else self.final_rows[requests],
             admission=self.admission and self.admission.select(requests),
@@ -181,36 +180,50 @@ class Cycle:
         self._count[:-1] = 0
         self.front_level[:] = len(self._count) - 1
 
-    def paying(self, chosen: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    @property
+    def tokens(self) -> tuple[np.ndarray, np.ndarray]:
+        """(R, W) and (R,) int64: the windows, and how many of their tokens count."""
+        return self._token_ids, self._length
+
+    def paying(self, chosen: np.ndarray, promise: np.ndarray) -> np.ndarray:
         """Whether one more draft of some requests pays.
 
         Args:
             chosen: (r,) int64, the requests.
-            expected: (r,) how probably it is accepted where those before it are.
+            promise: (r,) how probably it is accepted where those before it are.
 
         Returns:
             (r,) bool; False for requests whose thresholds decide.
         """
         admission = self._requests.admission
         assert admission is not None, "checked by the caller"
-        promised = self._survival[chosen] * admission.trust[chosen] * expected
-        return promised > admission.least[chosen]
+        return self._survival[chosen] * promise > admission.least[chosen]
 
     def predict(
         self,
         chosen: np.ndarray,
         token_ids: np.ndarray,
-        exit_index: int,
+        exits: np.ndarray,
         expected: np.ndarray | None,
+        promise: np.ndarray | None,
     ) -> None:
-        """Append early predictions; (r,) requests, tokens and their acceptance."""
+        """Append drafts.
+
+        Args:
+            chosen: (r,) int64, the requests.
+            token_ids: (r,) int64, a token for each.
+            exits: (r,) see :class:`Window`.
+            expected: (r,) see :class:`Window`; None where nobody asks.
+            promise: (r,) how probably it is accepted where those before it are, with
+                what is known of the request; None as well.
+        """
         length = self._length[chosen]
         self._token_ids[chosen, length] = token_ids
-        self._exits[chosen, length] = exit_index
+        self._exits[chosen, length] = exits
         admission = self._requests.admission
-        if expected is not None and admission is not None:
+        if expected is not None and promise is not None:
             self._expected[chosen, length] = expected
-            self._survival[chosen] *= np.minimum(expected * admission.trust[chosen], 1)
+            self._survival[chosen] *= promise
         self._front[chosen] = token_ids
         self.front_level[chosen] = self._first_level
         self._count[0][chosen] += 1
@@ -263,4 +276,5 @@ class Cycle:
             levels,
             self._exits,
             None if self._requests.admission is None else self._expected,
+            None if self._requests.admission is None else self._survival,
         )

@@ -11,6 +11,7 @@ import torch
 from adadecode_vllm.method.cycle import Cycle, DraftRequests
 from adadecode_vllm.method.executor import SegmentExecutor, StepRunner, TokenSubset
 from adadecode_vllm.method.ledger import Window
+from adadecode_vllm.method.lookup import Candidates
 from adadecode_vllm.method.policy import ThresholdPolicy
 from adadecode_vllm.method.states import Finished, PendingStates
 from adadecode_vllm.method.stats import Stats
@@ -47,7 +48,9 @@ class Drafter:
         self.stats = stats
         self._random = np.random.default_rng(0)
 
-    def draft(self, requests: DraftRequests) -> Window:
+    def draft(
+        self, requests: DraftRequests, candidates: Candidates | None = None
+    ) -> Window:
         """Predict early for a batch.
 
         All requests move together. Each round takes the lowest level at which some
@@ -57,9 +60,12 @@ class Drafter:
 
         Args:
             requests: The requests. Those whose limit is 0 are left alone.
+            candidates: What an n-gram lookup says of the next tokens; None where none
+                is asked beside the exits.
 
         Returns:
-            Their windows; ``length - 1`` early predictions each.
+            Their windows; ``length - 1`` drafts each. A request whose candidate is sure
+            stops: it is for the caller to go on with the lookup.
         """
         started = time.perf_counter()
         executor = self.executor
@@ -72,44 +78,95 @@ class Drafter:
             cycle.active &= requests.admission.use_exits
         if self.states.memory is not None:
             self.states.begin_memory(self._sampled_from(requests))
-        last_exit = executor.num_segments - 2 + at_embedding
-        while len(waiting := np.flatnonzero(cycle.active)):
+        while len(waiting := self._waiting(cycle, candidates)):
             front_level = cycle.front_level[waiting]
             segment = int(front_level.min())
             chosen = waiting[front_level == segment]
             predicted, confidence = self._step(cycle, chosen, segment)
-            exit_index = segment + at_embedding
-            own = requests.thresholds
-            confident = self.policy.confident(
-                exit_index, confidence, None if own is None else own[chosen, exit_index]
-            )
-            by_costs, expected = np.zeros(len(chosen), bool), None
-            if requests.admission is not None:
-                expected = self.policy.acceptance(exit_index, confidence)
-                by_costs = ~np.isnan(requests.admission.least[chosen])
-                confident &= ~by_costs
-                confident |= cycle.paying(chosen, expected)
-            if exit_index == last_exit:
-                cycle.active[chosen[~confident]] = False
-                confident |= self.policy.worth_a_guess(confidence) & ~by_costs
-            if confident.any():
-                token_ids = self.policy.corrupt(predicted[confident], self._random)
-                cycle.predict(
-                    chosen[confident],
-                    token_ids,
-                    exit_index,
-                    None if expected is None else expected[confident],
-                )
+            self._decide(
+                cycle, requests, candidates, chosen, segment + at_embedding,
+                predicted, confidence,
+            )  # fmt: skip
         ended = time.perf_counter()
         self.states.finished = None
         if requests.contexts is None:
             self._prefetch(cycle, requests.alone)
         window = cycle.window()
-        for exit_index in range(last_exit + 1):
+        for exit_index in range(executor.num_segments - 1 + at_embedding):
             predictions = np.count_nonzero(window.exits == exit_index)
             self.stats.early_predictions[exit_index] += predictions
         self.stats.drafting_seconds += ended - started
         return window
+
+    @staticmethod
+    def _waiting(cycle: Cycle, candidates: Candidates | None) -> np.ndarray:
+        """Requests that go on, (r,) int64, with what the lookup says of them."""
+        waiting = np.flatnonzero(cycle.active)
+        if candidates is not None and len(waiting):
+            candidates.look_up(waiting, *cycle.tokens)
+            cycle.active[waiting] = ~candidates.sure[waiting]
+            waiting = np.flatnonzero(cycle.active)
+        return waiting
+
+    def _decide(
+        self,
+        cycle: Cycle,
+        requests: DraftRequests,
+        candidates: Candidates | None,
+        chosen: np.ndarray,
+        exit_index: int,
+        predicted: np.ndarray,
+        confidence: np.ndarray,
+    ) -> None:
+        """Take what an exit says of some requests' next tokens, or do not.
+
+        Args:
+            cycle: The windows.
+            requests: All requests.
+            candidates: What the lookup says.
+            chosen: (r,) int64, the requests that the exit scored.
+            exit_index: The exit.
+            predicted: (r,) int64, its tokens.
+            confidence: (r,) float32, their probabilities.
+        """
+        own, admission = requests.thresholds, requests.admission
+        takes = self.policy.confident(
+            exit_index, confidence, None if own is None else own[chosen, exit_index]
+        )
+        exits = np.full(len(chosen), exit_index, np.int8)
+        expected = promise = None
+        by_costs = np.zeros(len(chosen), bool)
+        looked_up = np.zeros(len(chosen), bool)
+        if admission is not None:
+            by_costs = ~np.isnan(admission.least[chosen])
+            expected = self.policy.acceptance(exit_index, confidence)
+            promise = np.minimum(expected * admission.trust[chosen], 1.0)
+            if candidates is not None:
+                # The more probable of the two.
+                looked_up = by_costs & (candidates.promises[chosen] >= promise)
+                promise = np.where(looked_up, candidates.promises[chosen], promise)
+            takes = np.where(by_costs, cycle.paying(chosen, promise), takes)
+        if exit_index == len(self.stats.exit_layers) - 1:
+            if candidates is not None:
+                # With thresholds, where the exits are not sure.
+                fills = ~takes & ~by_costs & (candidates.token_ids[chosen] >= 0)
+                looked_up, takes = looked_up | fills, takes | fills
+            cycle.active[chosen[~takes]] = False
+            takes |= self.policy.worth_a_guess(confidence) & ~by_costs
+        if not takes.any():
+            return
+        if candidates is not None and looked_up.any():
+            predicted = np.where(looked_up, candidates.token_ids[chosen], predicted)
+            exits[looked_up] = -candidates.matches[chosen[looked_up]]
+            if expected is not None:
+                expected = np.where(looked_up, 1.0, expected)
+        cycle.predict(
+            chosen[takes],
+            self.policy.corrupt(predicted[takes], self._random),
+            exits[takes],
+            None if expected is None else expected[takes],
+            None if promise is None else promise[takes],
+        )
 
     def _sampled_from(self, requests: DraftRequests) -> torch.Tensor | None:
         """(R, d) the final states that the newest tokens were sampled from."""

@@ -117,8 +117,8 @@ class Stats:
         """Count the outcome of one request's verified drafts.
 
         Args:
-            exits: (m,) int8, the exit of each draft that was verified, in order; -1 for
-                those by n-gram lookup.
+            exits: (m,) int8, the exit of each draft that was verified, in order; below
+                0 for those by n-gram lookup.
             accepted: Number of drafts that were accepted, 0 .. m.
         """
         confirmed = exits[:accepted]

@@ -31,7 +31,7 @@ def engine(reference: Reference) -> Iterator[Any]:
 
 
 @NGRAM
-@pytest.mark.parametrize("ngram", ["tail", "first"])
+@pytest.mark.parametrize("ngram", ["tail", "first", "chain"])
 @pytest.mark.parametrize("threshold", [0.3, 0.9, 1.0])
 def test_texts_are_the_same(
     engine: Any,
@@ -58,7 +58,7 @@ def test_one_at_a_time_takes_fewer_steps(
 ) -> None:
     """And each step's tokens are what both kinds of drafts brought, and one more."""
     steps, early = {}, {}
-    for ngram in ("off", "tail", "first"):
+    for ngram in ("off", "tail", "first", "chain"):
         configure(engine, threshold=0.9, ngram=ngram)
         for prompt, text in zip(prompts[:6], reference["texts"], strict=False):
             assert generate(engine, [prompt]) == [text]
@@ -67,7 +67,7 @@ def test_one_at_a_time_takes_fewer_steps(
         early[ngram] = sum(counted["early_predictions"])
         drafts = sum(counted["accepted"]) + counted["ngram_accepted"]
         assert counted["generated_tokens"] == counted["request_steps"] + drafts
-    assert max(steps["tail"], steps["first"]) < steps["off"]
+    assert max(steps["tail"], steps["first"], steps["chain"]) < steps["off"]
     # No exit scores what the lookup finds.
     assert early["first"] < early["tail"]
 

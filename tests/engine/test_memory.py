@@ -77,7 +77,7 @@ def test_texts_are_the_same(
 def test_beside_ngram_drafts(
     engine: Any, prompts: list[str], reference: Reference
 ) -> None:
-    for ngram in ("tail", "first"):
+    for ngram in ("tail", "first", "chain"):
         configure(engine, threshold=0.2, ngram=ngram)
         assert generate(engine, prompts) == reference["texts"]
         counted = stats(engine)

@@ -249,7 +249,9 @@ def test_options_of_a_request(engine: EngineProcess, some: Case) -> None:
     assert sum(engine.stats()["accepted"]) > 0
 
 
-@pytest.mark.parametrize(("threshold", "ngram"), [(0.5, "tail"), (0.9, "first")])
+@pytest.mark.parametrize(
+    ("threshold", "ngram"), [(0.5, "tail"), (0.9, "first"), (0.9, "chain")]
+)
 def test_ngram_drafts_beside_the_exits(
     engine: EngineProcess, some: Case, threshold: float, ngram: str
 ) -> None:

@@ -12,14 +12,11 @@ from typing import Any
 import pytest
 
 from adadecode_vllm.config import parse_config
-from adadecode_vllm.engine.ngram import NgramTail
-from adadecode_vllm.engine.settings import threshold_policy
 from adadecode_vllm.toolkit.evaluation.answers import known_answers
-from adadecode_vllm.toolkit.evaluation.defaults import some_exits
+from adadecode_vllm.toolkit.evaluation.defaults import engine_with
 from adadecode_vllm.toolkit.evaluation.run import load_heads_for
 from adadecode_vllm.toolkit.evaluation.simulate import (
     Counters,
-    Setting,
     StepCosts,
     total,
 )
@@ -105,17 +102,7 @@ def simulated(
         memory=tensors.memory,
     )
     assert [list(answer.tokens) for answer in answers] == outputs
-    indices = [config.exit_layers.index(layer) for layer in engine.exit_layers]
-    setting = Setting(
-        engine.exit_layers,
-        config.num_hidden_layers,
-        threshold_policy(engine, config),
-        ngram=engine.ngram,
-        lookup=NgramTail(MAX_MODEL_LEN),
-        by_costs=engine.policy == "cost",
-        requests=requests,
-    )
-    return total([some_exits(answer, indices) for answer in answers], setting, costs)
+    return total(*engine_with(answers, config, engine, requests, MAX_MODEL_LEN), costs)
 
 
 SAME = (
@@ -164,7 +151,7 @@ def test_early_predictions_and_acceptances_are_equal(
     assert_same(found, counters, len(prompts))
 
 
-@pytest.mark.parametrize("ngram", ["first", "tail"])
+@pytest.mark.parametrize("ngram", ["first", "tail", "chain"])
 def test_ngram_drafts_are_equal(
     engine: Any, teacher: Teacher, calibrated: Path, prompts: list[str], ngram: str
 ) -> None:
@@ -221,7 +208,7 @@ def test_heads_with_memory_beside_ngram_drafts(
         "max_early_predictions": 4,
     }
     with start_engine(**adadecode_options(str(memory_heads), **options)) as llm:
-        for ngram in ("first", "tail", "off"):
+        for ngram in ("first", "tail", "chain", "off"):
             configure(llm, ngram=ngram)
             outputs = generate(llm, prompts)
             found = stats(llm)

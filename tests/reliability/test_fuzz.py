@@ -231,7 +231,7 @@ def test_engines_are_configured_or_refused(text: str) -> None:
 _OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "adadecode_enabled": st.booleans() | st.sampled_from(["true", "false", 0, 1, 2]),
     "adadecode_threshold": st.floats(-0.5, 1.5),
-    "adadecode_ngram": st.sampled_from(["off", "tail", "chain", ""]),
+    "adadecode_ngram": st.sampled_from(["off", "chain", "tails", ""]),
     "adadecode_max_early_predictions": st.integers(-1, 7),
 }
 _NAMES = st.sampled_from([*sorted(_OPTIONS), PREFIX, "other"]) | _TEXT.map(

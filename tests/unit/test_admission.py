@@ -4,53 +4,64 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from adadecode_vllm.method.admission import AcceptanceRecord, Admission
+from adadecode_vllm.method.admission import MOST_MATCHES, AcceptanceRecord, Admission
 from adadecode_vllm.method.policy import ThresholdPolicy
 
 
-def admission(least: float, lookup: float = 0.5, due: bool = False) -> Admission:
+def admission(
+    least: float, lookup: tuple[float, ...] = (0.5,), due: bool = False
+) -> Admission:
+    known = np.full((1, MOST_MATCHES), lookup[-1])
+    known[0, : len(lookup)] = lookup
     return Admission(
-        np.array([least]),
-        np.ones(1),
-        np.array([lookup]),
-        np.ones(1, bool),
-        np.array([due]),
+        np.array([least]), np.ones(1), known, np.ones(1, bool), np.array([due])
     )
 
 
 @pytest.mark.parametrize(
     ("least", "lookup", "survival", "most", "found"),
     [
-        (0.2, 0.5, 1.0, 8, 2),  # 0.5, 0.25, then 0.125
-        (0.2, 0.9, 1.0, 8, 8),
-        (0.2, 0.9, 0.25, 8, 2),
-        (0.2, 0.5, 0.25, 8, 0),
-        (0.2, 0.5, 0.1, 8, 0),
-        (0.2, 0.99, 1.0, 8, 8),
-        (0.2, 0.1, 1.0, 8, 0),
-        (math.nan, 0.5, 0.1, 8, 8),
-        (0.2, 0.5, 1.0, 0, 0),
-        (0.2, 0.5, 1.0, -1, 0),
+        (0.2, (0.5,), 1.0, 8, 2),  # 0.5, 0.25, then 0.125
+        (0.2, (0.9,), 1.0, 8, 8),
+        (0.2, (0.9,), 0.25, 8, 2),
+        (0.2, (0.5,), 0.25, 8, 0),
+        (0.2, (0.5,), 0.1, 8, 0),
+        (0.2, (0.99,), 1.0, 8, 8),
+        (0.2, (0.1,), 1.0, 8, 0),
+        (math.nan, (0.5,), 0.1, 8, 8),
+        (0.2, (0.5,), 1.0, 0, 0),
+        # Every right draft makes the match longer: 0.4, 0.24, then 0.168.
+        (0.2, (0.1, 0.4, 0.6, 0.7), 1.0, 8, 2),
+        (0.15, (0.1, 0.4, 0.6, 0.7), 1.0, 8, 3),
     ],
 )
 def test_how_many_drafts_by_lookup_pay(
-    least: float, lookup: float, survival: float, most: int, found: int
+    least: float, lookup: tuple[float, ...], survival: float, most: int, found: int
 ) -> None:
-    assert admission(least, lookup).looked_up(0, survival, most) == found
+    matches = 2 if len(lookup) > 1 else 1
+    own = admission(least, lookup)
+    assert own.looked_up(0, survival, matches, most) == found
     # What is never tried is never found out.
-    due = admission(least, lookup, due=True).looked_up(0, survival, most)
-    assert due == max(found, min(1, max(most, 0)))
+    due = admission(least, lookup, due=True).looked_up(0, survival, matches, most)
+    assert due == max(found, min(1, most))
+
+
+def test_longer_matches_than_are_told_apart_count_as_the_longest() -> None:
+    own = admission(0.2, (0.1,) * (MOST_MATCHES - 1) + (0.9,))
+    assert own.lookup_promise(0, MOST_MATCHES + 3) == 0.9
+    assert own.lookup_promise(0, 1) == 0.1
 
 
 def test_requests_are_trusted_by_their_own_record() -> None:
     record = AcceptanceRecord()
-    exits = np.array([0, 0, -1, -1], np.int8)
+    exits = np.array([0, 0, -2, -3], np.int8)
     expected = np.array([0.8, 0.8, 1.0, 1.0])
+    new = record.admission(["new"], np.full(1, 0.1)).lookup[0]
+    assert (np.diff(new) > 0).all()
     for _ in range(30):
         # Three drafts of it are never compared.
         record.record_acceptance("wrong", exits, expected, 0)
@@ -61,12 +72,16 @@ def test_requests_are_trusted_by_their_own_record() -> None:
     assert found.trust[0] == pytest.approx(0.2)  # the bound
     assert found.trust[1] == found.trust[2] == pytest.approx(1.2245, abs=0.01)
     assert found.trust[3] == 1.0
-    assert found.lookup[1] > 0.95
-    assert found.lookup[2] < 0.1
+    # Of two matching tokens: half of 60 were right; of three, all 30. Those of "wrong"
+    # were never compared, and nobody tried a single one.
+    wrong, right, half, unknown = found.lookup
+    assert unknown[1] == pytest.approx(0.49, abs=0.02)
+    assert unknown[2] == pytest.approx(0.92, abs=0.02)
+    assert unknown[0] == new[0]
+    assert wrong.tolist() == unknown.tolist()
+    assert (right > 1.1 * unknown).sum() > 3
+    assert half == pytest.approx(0.2 * unknown, rel=0.3)
     assert not found.due.any()
-    # What is known of all requests: 60 of 90 lookups were right, and 4 of 8 before.
-    assert found.lookup[3] == pytest.approx(0.65, abs=0.03)
-    assert found.lookup[0] == found.lookup[3]
     record.forget(["wrong", "gone"])
     assert record.admission(["wrong"], least[:1]).trust.tolist() == [1.0]
 
@@ -120,12 +135,6 @@ def test_a_request_whose_text_changes_uses_the_exits_again() -> None:
         scored.append(scores)
     assert sum(scored[100:200]) < 10
     assert all(scored[-100:])
-
-
-def test_survival_trusts_the_request() -> None:
-    doubted = replace(admission(0.1), trust=np.array([0.5]))
-    assert doubted.survival(0, np.array([0.8, 0.5])) == pytest.approx(0.1)
-    assert doubted.survival(0, np.empty(0)) == 1.0
 
 
 def test_acceptance_is_what_the_exit_was_calibrated_to() -> None:

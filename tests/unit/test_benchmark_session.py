@@ -52,7 +52,8 @@ def test_variants_are_read_in_order() -> None:
     [
         ("baseline,eagle", "unknown variant 'eagle'"),
         ("baseline,single-exit:four", "single-exit takes a layer"),
-        ("ngram:4", "ngram takes no value"),
+        ("ngram:four", "ngram takes a number of drafts"),
+        ("baseline:4", "baseline takes no value"),
         ("exits", "exits takes layers"),
         ("exits:2+x", "exits takes layers"),
         ("heads", "heads takes a directory"),
@@ -84,7 +85,9 @@ def test_each_variant_asks_for_its_own_engine() -> None:
     assert "additional_config" not in baseline
     assert "speculative_config" not in baseline
     ngram = llm_arguments(Variant("ngram", "ngram"), SETTINGS)
-    assert ngram["speculative_config"]["num_speculative_tokens"] == 5
+    assert ngram["speculative_config"]["num_speculative_tokens"] == 8
+    three = llm_arguments(Variant("ngram:3", "ngram", "3"), SETTINGS)
+    assert three["speculative_config"]["num_speculative_tokens"] == 3
     single = llm_arguments(Variant("single-exit:4", "single-exit", "4"), SETTINGS)
     assert single["additional_config"]["adadecode"]["exit_layers"] == (4,)
     first = llm_arguments(Variant("single-exit", "single-exit"), SETTINGS)

@@ -187,7 +187,7 @@ def test_the_engines_defaults_are_played(
         assert f"With the engine's defaults {defaults['speedup']:.2f}x" in shown
         found.append(defaults)
     assert found[0] == found[1]
-    assert (defaults["policy"], defaults["ngram"]) == ("cost", "first")
+    assert (defaults["policy"], defaults["ngram"]) == ("cost", "chain")
     assert defaults["exit_layers"] == [1, 2]
     assert defaults["requests"] == 1
     assert defaults["answers"] == report["simulation"]["answers"]

@@ -64,7 +64,7 @@ def test_speculators_config(tmp_path: Path) -> None:
         "proposal_methods": [
             {
                 "proposal_type": "greedy",
-                "speculative_tokens": 5,
+                "speculative_tokens": 8,
                 "verifier_accept_k": 1,
                 "accept_tolerance": 0.0,
             }

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drafts by n-gram lookup behind early predictions."""
+"""Drafts by n-gram lookup."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from vllm.platforms import current_platform
 
-from adadecode_vllm.engine.ngram import NgramTail
+from adadecode_vllm.engine.ngram import NgramLookup
+from adadecode_vllm.method.admission import MOST_MATCHES
+from adadecode_vllm.method.lookup import NOTHING, Continuation
 from adadecode_vllm.method.stats import Stats
 from adadecode_vllm.patches import llvmlite_library
 
@@ -15,46 +19,66 @@ CONTEXT = [7, 1, 2, 3, 4, 5, 9, 1, 2]
 
 
 @pytest.fixture(scope="module")
-def tail() -> NgramTail:
-    return NgramTail(max_model_len=16)
+def lookup() -> NgramLookup:
+    return NgramLookup(max_model_len=16)
 
 
-def extend(
-    tail: NgramTail,
-    early: list[int],
+def find(
+    lookup: NgramLookup,
     most: int,
     stops: tuple[int, ...] = (),
     context: list[int] = CONTEXT,
-) -> list[int]:
-    return tail.extend(np.array(context, np.int32), early, most, stops)
+    fewest: int = 2,
+) -> Continuation:
+    return lookup.find(np.array(context, np.int32), fewest, most, stops)
 
 
-def test_what_followed_the_same_tokens_is_drafted(tail: NgramTail) -> None:
-    assert extend(tail, [], 3) == [3, 4, 5]
-    assert extend(tail, [], 1) == [3]
-    assert extend(tail, [], 0) == []
-    # Behind early predictions, as if they were verified.
-    assert extend(tail, [3], 2) == [4, 5]
-    assert extend(tail, [3, 4], 3) == [5, 9, 1]
-    assert extend(tail, [8], 3) == []
-    # One token alone is no reason.
-    assert extend(tail, [], 3, context=[5, 2, 8, 2]) == []
-    assert extend(tail, [], 3, context=[5]) == []
+def test_what_followed_the_same_tokens_is_drafted(lookup: NgramLookup) -> None:
+    assert find(lookup, 3) == ([3, 4, 5], 2)
+    assert find(lookup, 1) == ([3], 2)
+    assert find(lookup, 2, context=[*CONTEXT, 3]) == ([4, 5], 3)
+    assert find(lookup, 3, context=[*CONTEXT, 8]) == NOTHING
+    # One token alone is no reason, except where one is enough.
+    assert find(lookup, 3, context=[5, 2, 8, 2]) == NOTHING
+    assert find(lookup, 3, context=[5, 2, 8, 2], fewest=1) == ([8, 2], 1)
+    assert find(lookup, 3, context=[5]) == NOTHING
 
 
-def test_nothing_is_drafted_past_the_models_length(tail: NgramTail) -> None:
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=16), st.integers(1, 3))
+def test_matches_are_counted(
+    lookup: NgramLookup, context: list[int], fewest: int
+) -> None:
+    found = find(lookup, 1, context=context, fewest=fewest)
+
+    def occurs(matches: int) -> bool:
+        last = context[-matches:]
+        return any(
+            context[start : start + matches] == last
+            for start in range(len(context) - matches)
+        )
+
+    longest = max(
+        (n for n in range(1, min(len(context), MOST_MATCHES + 1)) if occurs(n)),
+        default=0,
+    )
+    if len(context) == 16:  # the model's length
+        assert found == NOTHING
+    else:
+        assert found.matches == (longest if longest >= fewest else 0)
+
+
+def test_nothing_is_drafted_past_the_models_length(lookup: NgramLookup) -> None:
     context = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 1, 2]
-    assert extend(tail, [], 5, context=context) == [3, 4]
+    assert find(lookup, 5, context=context).token_ids == [3, 4]
 
 
-def test_nothing_follows_a_token_that_ends_the_text(tail: NgramTail) -> None:
-    assert extend(tail, [], 3, stops=(4,)) == [3, 4]
-    assert extend(tail, [3], 2, stops=(3,)) == []
+def test_nothing_follows_a_token_that_ends_the_text(lookup: NgramLookup) -> None:
+    assert find(lookup, 3, stops=(4,)).token_ids == [3, 4]
 
 
 def test_acceptance_tells_exits_from_lookups() -> None:
     stats = Stats(exit_layers=(2, 5), num_layers=8)
-    exits = np.array([1, -1, -1], np.int8)
+    exits = np.array([1, -2, -3], np.int8)
     stats.record_acceptance(exits, 3)
     stats.record_acceptance(exits, 1)
     stats.record_acceptance(exits, 0)
@@ -76,6 +100,6 @@ def test_llvmlite_still_has_every_attribute() -> None:
     assert not isinstance(original(ffi.lib, "__dict__"), dict)
 
 
-def test_workers_set_themselves_up_after_numba(tail: NgramTail) -> None:
+def test_workers_set_themselves_up_after_numba(lookup: NgramLookup) -> None:
     """vLLM looks through all modules then."""
     current_platform.register_triton_kernel_overrides()

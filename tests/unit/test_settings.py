@@ -189,7 +189,7 @@ def test_what_cannot_be_changed_changes_nothing() -> None:
     before = running.policy
     for options, sentence in (
         ({"gate": "acceptance"}, "the heads are not calibrated"),
-        ({"max_early_predictions": 6}, "reserved room for 5"),
+        ({"max_early_predictions": 9}, "reserved room for 8"),
         ({"threshold": 2}, "threshold = 2 is refused"),
         ({"heads": "H"}, "heads cannot be changed"),
     ):

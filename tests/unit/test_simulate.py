@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from adadecode_vllm.engine.ngram import NgramTail
+from adadecode_vllm.engine.ngram import NgramLookup
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.method.policy import ThresholdPolicy
 from adadecode_vllm.toolkit.evaluation import row_costs
@@ -130,11 +130,11 @@ def test_the_last_exits_unsure_guess_ends_a_cycle() -> None:
 
 
 @pytest.fixture(scope="module")
-def lookup() -> NgramTail:
-    return NgramTail(100)
+def lookup() -> NgramLookup:
+    return NgramLookup(100)
 
 
-def test_what_is_found_first_needs_no_exit(lookup: NgramTail) -> None:
+def test_what_is_found_first_needs_no_exit(lookup: NgramLookup) -> None:
     prompt, tokens = [5, 6, 7, 8, 2], [5, 6, 7, 3, 9]
     gates: dict[tuple[int, ...], list[Gate]] = {
         (5,): [(6, SURE)],  # nothing is found behind 2, 5
@@ -149,7 +149,7 @@ def test_what_is_found_first_needs_no_exit(lookup: NgramTail) -> None:
     assert (counters.forwards, counters.generated_tokens) == (3, 4)
 
 
-def test_a_tail_follows_the_exits(lookup: NgramTail) -> None:
+def test_a_tail_follows_the_exits(lookup: NgramLookup) -> None:
     prompt, tokens = [5, 6, 7, 8, 2], [5, 6, 7, 8, 9]
     gates: dict[tuple[int, ...], list[Gate]] = {
         (5,): [(6, SURE)],
@@ -163,6 +163,42 @@ def test_a_tail_follows_the_exits(lookup: NgramTail) -> None:
     assert (counters.forwards, counters.generated_tokens) == (1, 4)
     # The front token ran segment 0 while drafting, the drafts by lookup did not.
     assert counters.segments_run == [2 + 1, 1]
+
+
+def test_a_chain_takes_what_is_found_where_the_exits_are_not_sure(
+    lookup: NgramLookup,
+) -> None:
+    prompt, tokens = [5, 6, 7, 8, 1, 2], [5, 6, 4, 8, 1, 2, 9]
+    gates: dict[tuple[int, ...], list[Gate]] = {
+        (5,): [(6, SURE)],  # nothing is found behind 2, 5
+        (5, 6): [(4, SURE)],  # found: 7
+        (5, 6, 4): [(8, SURE)],
+        (5, 6, 4, 8): [(1, SURE)],  # nothing is found behind 4, 8
+        (5, 6, 4, 8, 1): [(0, UNSURE)],  # found: 2
+    }
+    looking = replace(setting((2,), cap=5), ngram="chain", lookup=lookup)
+    counters = total([answer(tokens, gates, prompt)], looking)
+    assert (counters.ngram_drafts, counters.ngram_accepted) == (1, 1)
+    assert counters.accepted == [4]
+    assert (counters.forwards, counters.generated_tokens) == (1, 6)
+
+
+def test_a_chain_takes_the_more_probable_of_both(lookup: NgramLookup) -> None:
+    # The exit is trusted above what one matching token is worth, below three.
+    gates: dict[tuple[int, ...], list[Gate]] = {(5,): [(3, 0.4)], (3, 0.4): []}
+    for prompt, right, gated in (
+        ([1, 5, 8, 9, 2], 3, 1),
+        ([1, 2, 5, 8, 9, 1, 2], 8, 1),
+        ([*range(10, 20), 5, 8, 9, *range(10, 20)], 8, 0),
+    ):
+        looking = replace(
+            setting((2,), cap=1), ngram="chain", lookup=lookup, by_costs=True
+        )
+        counters = total([answer([5, right, 0], gates, prompt)], looking, FREE_ROWS)
+        by_exit = right == 3
+        assert counters.accepted == [int(by_exit)]
+        assert counters.ngram_accepted == int(not by_exit)
+        assert counters.gates == [gated]
 
 
 # Costs

@@ -68,6 +68,39 @@ def default_options(heads: ExitHeadsConfig, name: str) -> AdaDecodeConfig:
     return parse_config({"exit_layers": heads.exit_layers, **recommended})
 
 
+def engine_with(
+    answers: Sequence[Answer],
+    heads: ExitHeadsConfig,
+    config: AdaDecodeConfig,
+    requests: int | None,
+    max_length: int,
+) -> tuple[list[Answer], Setting]:
+    """An engine to simulate, and the answers as its exits see them.
+
+    Args:
+        answers: With all of the heads' exits.
+        heads: The heads' description.
+        config: The engine's options; `exit_layers` is set.
+        requests: Requests at a time; None for all at once.
+        max_length: The engine's `max_model_len`.
+    """
+    from adadecode_vllm.engine.ngram import NgramLookup  # loads vLLM
+
+    layers = config.exit_layers
+    assert layers is not None, "set by the caller"
+    indices = [heads.exit_layers.index(layer) for layer in layers]
+    setting = Setting(
+        tuple(layers),
+        heads.num_hidden_layers,
+        threshold_policy(config, heads),
+        ngram=config.ngram,
+        lookup=NgramLookup(max_length),
+        by_costs=config.policy == "cost",
+        requests=requests,
+    )
+    return [some_exits(answer, indices) for answer in answers], setting
+
+
 def play_defaults(
     answers: Sequence[Answer],
     heads: ExitHeadsConfig,
@@ -92,21 +125,9 @@ def play_defaults(
     Returns:
         ``defaults`` of ``evaluation.json``.
     """
-    from adadecode_vllm.engine.ngram import NgramTail  # loads vLLM
-
     layers = config.exit_layers
     assert layers is not None, "set by the caller"
-    indices = [heads.exit_layers.index(layer) for layer in layers]
-    chosen = [some_exits(answer, indices) for answer in answers]
-    setting = Setting(
-        tuple(layers),
-        heads.num_hidden_layers,
-        threshold_policy(config, heads),
-        ngram=config.ngram,
-        lookup=NgramTail(max_length),
-        by_costs=config.policy == "cost",
-        requests=requests,
-    )
+    chosen, setting = engine_with(answers, heads, config, requests, max_length)
     counters = total(chosen, setting, cost, advance)
     never = ThresholdPolicy([1.0] * len(layers), 1)
     plain = total(

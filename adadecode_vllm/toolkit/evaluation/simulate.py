@@ -21,10 +21,11 @@ import torch
 from adadecode_vllm.config import Ngram
 from adadecode_vllm.engine.adaptive import AdaptiveDrafting
 from adadecode_vllm.method.admission import AcceptanceRecord
-from adadecode_vllm.method.combined import CombinedDrafter, Drafts, Lookup
+from adadecode_vllm.method.combined import CombinedDrafter, Drafts
 from adadecode_vllm.method.cycle import DraftRequests
 from adadecode_vllm.method.drafting import Drafter
 from adadecode_vllm.method.executor import SegmentExecutor
+from adadecode_vllm.method.lookup import Lookup
 from adadecode_vllm.method.policy import ThresholdPolicy
 from adadecode_vllm.method.states import PendingStates
 from adadecode_vllm.method.stats import Stats
@@ -348,12 +349,12 @@ class _Engine:
     def _draft(self, most: int, admission: float | None) -> None:
         """One drafting cycle of all requests that go on."""
         running, setting = self._running, self._setting
-        contexts = lookup_first = None
+        contexts = ways = None
         if setting.ngram != "off":
             contexts = [
                 request.token_ids[: request.position + 1] for request in running
             ]
-            lookup_first = np.full(len(running), setting.ngram == "first")
+            ways = np.full(len(running), setting.ngram)
         request_ids = [request.request_id for request in running]
         requests = DraftRequests(
             rows=np.array([request.row for request in running]),
@@ -364,7 +365,7 @@ class _Engine:
             limits=np.array([request.limit(most) for request in running]),
             stop_token_ids=[request.answer.stops for request in running],
             contexts=contexts,
-            lookup_first=lookup_first,
+            ways=ways,
             admission=None
             if admission is None
             else self._record.admission(request_ids, np.full(len(running), admission)),

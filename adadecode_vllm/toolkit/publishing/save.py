@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+from adadecode_vllm.config import DEFAULT_CAP
 from adadecode_vllm.heads.config import MODEL_TYPE, ExitHeadsConfig
 from adadecode_vllm.toolkit.publishing.card import render_card, replace_card
 
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def make_speculators_config(
-    base_model: str, architectures: Sequence[str] = (), speculative_tokens: int = 5
+    base_model: str,
+    architectures: Sequence[str] = (),
+    speculative_tokens: int = DEFAULT_CAP,
 ) -> dict[str, Any]:
     """Describe the heads in the form of the `speculators` project.
 

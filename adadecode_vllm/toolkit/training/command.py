@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from adadecode_vllm.config import DEFAULT_CAP
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.heads.config import parse_heads_dtype
 from adadecode_vllm.remote_code import TrustRemoteCode
@@ -113,7 +114,7 @@ def train_command(
     ] = 0.75,
     max_early_predictions: Annotated[
         int, typer.Option(help="Cap that automatic exits are chosen for.")
-    ] = 5,
+    ] = DEFAULT_CAP,
     overwrite: Annotated[
         bool,
         typer.Option(

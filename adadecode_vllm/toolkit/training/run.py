@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from adadecode_vllm.config import DEFAULT_CAP
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.files import atomic_write, writing
 from adadecode_vllm.heads.config import (
@@ -98,7 +99,7 @@ class RunOptions:
     cache_directory: Path | None = None
     overwrite: bool = False
     threshold: float = 0.75
-    max_early_predictions: int = 5
+    max_early_predictions: int = DEFAULT_CAP
     heads_dtype: HeadsDtype = "float32"
 
 

@@ -89,7 +89,7 @@ def _adadecode(draw: Random) -> dict[str, Any]:
     if draw.random() < 0.3:
         found["last_guess"] = False
     if draw.random() < 0.5:
-        found["ngram"] = draw.choice(("off", "tail", "first"))
+        found["ngram"] = draw.choice(("off", "tail", "first", "chain"))
     if draw.random() < 0.3:
         found["policy"] = "cost"
     if draw.random() < 0.2:
@@ -371,7 +371,7 @@ class _Stream:
         if draw.random() < 0.05:
             options["adadecode_enabled"] = False
         if draw.random() < 0.3:
-            options["adadecode_ngram"] = draw.choice(("off", "tail", "first"))
+            options["adadecode_ngram"] = draw.choice(("off", "tail", "first", "chain"))
         if "logits_processors" in self._arguments and draw.random() < 0.3:
             options["shift"] = draw.choice((1.0, 4.0))
         return {"extra_args": options} if options else {}

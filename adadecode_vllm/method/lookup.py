@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drafts by n-gram lookup: what followed the same tokens earlier in a request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from adadecode_vllm.method.admission import Admission
+from adadecode_vllm.method.cycle import DraftRequests
+
+FEWEST_MATCHES = 2
+"""Last tokens that must have occurred before; for `chain`, which knows what a match is
+worth, one is enough."""
+
+SURE = 0.8
+"""Probability of a draft by lookup from which on no exit scores in its place."""
+
+
+class Continuation(NamedTuple):
+    """What followed the same tokens before.
+
+    Attributes:
+        token_ids: 0 or more tokens.
+        matches: How many of the last tokens occurred before them; 0 without any.
+    """
+
+    token_ids: list[int]
+    matches: int
+
+
+NOTHING = Continuation([], 0)
+
+
+class Lookup(Protocol):
+    """Finds what followed the same tokens before."""
+
+    def find(
+        self,
+        context: np.ndarray,
+        fewest_matches: int,
+        most: int,
+        stop_token_ids: Collection[int],
+    ) -> Continuation:
+        """Draft what followed the same last tokens earlier in a request.
+
+        Args:
+            context: (n,) int32, the request's tokens, drafts included.
+            fewest_matches: Last tokens that must have occurred before.
+            most: Most tokens to draft.
+            stop_token_ids: Tokens after which nothing will be kept.
+
+        Returns:
+            The tokens behind the longest match.
+        """
+
+
+class Contexts:
+    """Requests' tokens with the drafts behind them, to look up in.
+
+    Attributes:
+        ways: (R,) str, how requests look up: `first`, `tail`, `chain` or `off`.
+    """
+
+    def __init__(self, requests: DraftRequests, lookup: Callable[[], Lookup]) -> None:
+        """Start with what is verified.
+
+        Args:
+            requests: R requests.
+            lookup: Returns what looks up, once a request wants it.
+        """
+        size = len(requests.rows)
+        self.ways = np.full(size, "off") if requests.ways is None else requests.ways
+        self._requests = requests
+        self._lookup = lookup
+        # By request, its tokens with room for a window behind them, once it needs that.
+        self._texts: dict[int, np.ndarray] = {}
+
+    def find(self, request: int, drafts: np.ndarray) -> Continuation:
+        """Look up behind a request's drafts.
+
+        Args:
+            request: The request.
+            drafts: (m,) its drafts so far.
+
+        Returns:
+            What to draft next, up to its limit.
+        """
+        most = int(self._requests.limits[request]) - len(drafts)
+        contexts, admission = self._requests.contexts, self._requests.admission
+        verified = None if contexts is None else contexts[request]
+        stops = self._requests.stop_token_ids[request]
+        if verified is None or most < 1 or (len(drafts) and drafts[-1] in stops):
+            return NOTHING
+        context = verified
+        if len(drafts):
+            size = len(verified) + len(drafts)
+            text = self._texts.get(request)
+            if text is None or len(text) < size:
+                text = np.empty(size + most, verified.dtype)
+                text[: len(verified)] = verified
+                self._texts[request] = text
+            text[len(verified) : size] = drafts
+            context = text[:size]
+        known = admission is not None and not np.isnan(admission.least[request])
+        fewest = 1 if known and self.ways[request] == "chain" else FEWEST_MATCHES
+        return self._lookup().find(context, fewest, most, stops)
+
+
+class Candidates:
+    """What the lookup says of the next tokens of requests that draft token by token.
+
+    Attributes:
+        token_ids: (R,) int64, by request, the token; -1 for none.
+        matches: (R,) int64, how many tokens before it match.
+        promises: (R,) float64, how probably it is right where the drafts before it are;
+            -1 for none, or where thresholds decide.
+        sure: (R,) bool, where no exit shall score in its place.
+        sure_at_once: (R,) bool, where that is so of the first one.
+    """
+
+    def __init__(self, contexts: Contexts, admission: Admission | None) -> None:
+        """Start without any.
+
+        Args:
+            contexts: What to look up in.
+            admission: What is known of drafts by lookup.
+        """
+        size = len(contexts.ways)
+        self.token_ids = np.full(size, -1, np.int64)
+        self.matches = np.zeros(size, np.int64)
+        self.promises = np.full(size, -1.0)
+        self.sure = np.zeros(size, bool)
+        self.sure_at_once = np.zeros(size, bool)
+        self._contexts = contexts
+        self._admission = admission
+        # By request, after how many drafts it was looked up last, and what was found.
+        self._found: dict[int, tuple[int, Continuation]] = {}
+        # Drafts behind which was looked up; -1 for never.
+        self._seen = np.where(contexts.ways == "chain", -1, np.iinfo(np.int64).max)
+
+    def found_behind(self, request: int, drafts: int) -> Continuation | None:
+        """What was found behind so many drafts; None where that was not looked up."""
+        behind, found = self._found.get(request, (-1, NOTHING))
+        return found if behind == drafts else None
+
+    def look_up(
+        self, requests: np.ndarray, token_ids: np.ndarray, length: np.ndarray
+    ) -> None:
+        """Find what follows the drafts of some requests.
+
+        Args:
+            requests: (r,) int64, the requests.
+            token_ids: (R, W) int64, the windows of all.
+            length: (R,) int64, their tokens that count.
+        """
+        for request in requests[self._seen[requests] < length[requests]].tolist():
+            self._seen[request] = length[request]
+            drafts = token_ids[request, 1 : length[request]]
+            found = self._contexts.find(request, drafts)
+            self._found[request] = len(drafts), found
+            self.token_ids[request] = found.token_ids[0] if found.token_ids else -1
+            self.matches[request] = found.matches
+            promise = -1.0
+            if found.token_ids and self._admission is not None:
+                promise = self._admission.lookup_promise(request, found.matches)
+            self.promises[request] = promise
+            self.sure[request] = promise >= SURE
+            self.sure_at_once[request] |= promise >= SURE and not len(drafts)
