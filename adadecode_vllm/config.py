@@ -99,6 +99,12 @@ class AdaDecodeConfig(BaseModel):
         "by token, whichever of lookup and exit is more probably right. Default: "
         "chain; off where the policy is threshold.",
     )
+    lookup: Literal["ngram", "suffix"] = Field(
+        default="ngram",
+        description="What looks up. ngram: vLLM's n-gram lookup, in the request. "
+        "suffix: the suffix trees of arctic-inference, which must be installed, in the "
+        "request and in earlier answers.",
+    )
     disable_by_batch_size: int | None = Field(
         default=None,
         ge=1,

@@ -87,6 +87,41 @@ def adadecode_options(heads: str = HEADS, **options: Any) -> dict[str, Any]:
     return engine_args(heads, **options)
 
 
+def make_memory_heads(directory: Path) -> Path:
+    """Heads with memory: the demo's T, one for the embedding, and made-up U.
+
+    The U are large enough to change predictions.
+    """
+    import torch
+
+    from adadecode_vllm.heads import load_exit_weights, load_heads_config, save_heads
+
+    trained = load_heads_config(HEADS)
+    weights = load_exit_weights(HEADS, trained)
+    generator = torch.Generator().manual_seed(0)
+    size = trained.hidden_size
+
+    def noise(scale: float) -> torch.Tensor:
+        return torch.randn(size, size, generator=generator) * scale / size**0.5
+
+    weights[0] = torch.eye(size) + noise(0.3)
+    layers = sorted(weights)
+    save_heads(
+        directory,
+        {layer: weight.float() for layer, weight in weights.items()},
+        trained.model_copy(
+            update={
+                "exit_layers": layers,
+                "calibration": None,
+                "draft_vocabulary": None,
+                "dtype": "float32",
+            }
+        ),
+        memory={layer: noise(0.7) for layer in layers},
+    )
+    return directory
+
+
 def generate(
     llm: Any, prompts: list[Any], max_tokens: int | None = OUTPUT_TOKENS, **options: Any
 ) -> list[list[int]]:

@@ -20,12 +20,14 @@ from adadecode_vllm.engine.segments import build_segments, find_decoder
 from adadecode_vllm.engine.served_heads import load_served_heads
 from adadecode_vllm.engine.settings import Settings
 from adadecode_vllm.engine.split_model import SplitModel
+from adadecode_vllm.engine.suffix import SuffixLookup
 from adadecode_vllm.engine.vllm_executor import Backend, VllmExecutor
 from adadecode_vllm.method.admission import AcceptanceRecord
 from adadecode_vllm.method.combined import CombinedDrafter, Drafts
 from adadecode_vllm.method.cycle import DraftRequests
 from adadecode_vllm.method.drafting import Drafter
 from adadecode_vllm.method.ledger import REASONS, Ledger, Resumable
+from adadecode_vllm.method.lookup import Lookup
 from adadecode_vllm.method.policy import ThresholdPolicy
 from adadecode_vllm.method.resume import Resumer, ScheduledBatch
 from adadecode_vllm.method.states import PendingStates
@@ -84,10 +86,11 @@ class AdaDecode:
             with_memory=scorer.has_memory,
         )
         self._max_model_len = vllm_config.model_config.max_model_len
-        # Compiled before anything is served where the engine asks for it.
-        self._ngram = (
-            NgramLookup(self._max_model_len) if config.ngram != "off" else None
-        )
+        self._looks_in = config.lookup
+        self._lookup: Lookup | None = None
+        if config.ngram != "off":
+            # Compiled before anything is served where the engine asks for it.
+            self._find_lookup()
         self.timer: DeviceTimer | None = None
         self._drafts: dict[str, Drafts] = {}
         self._contradicted: set[str] = set()
@@ -103,7 +106,7 @@ class AdaDecode:
             self.executor, self.states, self.settings.policy, self.stats
         )
         self._combined = CombinedDrafter(
-            self._drafter, self.record, self.stats, self._lookup
+            self._drafter, self.record, self.stats, self._find_lookup
         )
         self._resumer = Resumer(self.executor, self.states, self.stats)
 
@@ -146,11 +149,14 @@ class AdaDecode:
             self._drafts[request_id] = own
         return drafts
 
-    def _lookup(self) -> NgramLookup:
-        """The n-gram lookup; compiled now where a request is the first to ask."""
-        if self._ngram is None:
-            self._ngram = NgramLookup(self._max_model_len)
-        return self._ngram
+    def _find_lookup(self) -> Lookup:
+        """What looks up; made now where a request is the first to ask."""
+        if self._lookup is None:
+            if self._looks_in == "suffix":
+                self._lookup = SuffixLookup()
+            else:
+                self._lookup = NgramLookup(self._max_model_len)
+        return self._lookup
 
     def runs_in_steps(self, batch: ScheduledBatch) -> bool:
         """Whether :meth:`forward` can run outside vLLM's forward context."""
@@ -262,4 +268,6 @@ class AdaDecode:
             self._drafts.pop(request_id, None)
         self._contradicted.difference_update(request_ids)
         self.record.forget(request_ids)
+        if self._lookup is not None:
+            self._lookup.forget(request_ids)
         self.settings.forget(request_ids)

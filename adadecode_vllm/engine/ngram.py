@@ -9,7 +9,7 @@ import numpy as np
 
 from adadecode_vllm.config import Ngram
 from adadecode_vllm.method.admission import MOST_MATCHES
-from adadecode_vllm.method.lookup import NOTHING, Continuation
+from adadecode_vllm.method.lookup import NOTHING, Continuation, until_stop
 from adadecode_vllm.patches import llvmlite_library
 
 
@@ -52,27 +52,32 @@ class NgramLookup:
         llvmlite_library.install()
         self._lookup = ngram_proposer._find_longest_matched_ngram_and_propose_tokens
         self._max_model_len = max_model_len
-        self.find(np.zeros(2, np.int32), 1, 1, ())
+        self.find("", np.zeros(2, np.int32), (), 1, 1, ())
 
     def find(
         self,
+        request_id: str,
         context: np.ndarray,
+        drafts: Sequence[int],
         fewest_matches: int,
         most: int,
         stop_token_ids: Collection[int],
     ) -> Continuation:
-        """Look up; see :class:`adadecode_vllm.method.lookup.Lookup`."""
+        """Look up in the request; see :class:`adadecode_vllm.method.lookup.Lookup`."""
+        if drafts:
+            context = np.concatenate((context, np.array(drafts, context.dtype)))
         found = self._lookup(
             context, fewest_matches, MOST_MATCHES, self._max_model_len, most
         )
         if not len(found):
             return NOTHING
-        tokens = found.tolist()
-        for index, token in enumerate(tokens):
-            if token in stop_token_ids:
-                tokens = tokens[: index + 1]
-                break
-        return Continuation(tokens, _matches(context, found, fewest_matches))
+        return Continuation(
+            until_stop(found.tolist(), stop_token_ids),
+            _matches(context, found, fewest_matches),
+        )
+
+    def forget(self, request_ids: Collection[str]) -> None:
+        """Nothing: it remembers no request."""
 
 
 def _matches(context: np.ndarray, found: np.ndarray, fewest: int) -> int:

@@ -158,8 +158,15 @@ def check_engine(
         resolve_draft_vocabulary,
         resolve_exit_layers,
     )
+    from adadecode_vllm.engine.suffix import is_installed
     from adadecode_vllm.heads import Heads
 
+    if config.lookup == "suffix" and not is_installed():
+        raise AdaDecodeError(
+            '--adadecode-config: "lookup": "suffix" needs the package '
+            "arctic-inference, which is not installed. Install it as docs/tune.md "
+            "says, or leave the option out."
+        )
     heads = heads or Heads.find(config.heads)
     heads.check()
     model = vllm_config.model_config

@@ -75,7 +75,9 @@ class CombinedDrafter:
             The windows, and each request's drafts: those of its window, then what was
             looked up behind them.
         """
-        contexts = Contexts(requests, self._lookup) if requests.contexts else None
+        contexts = None
+        if requests.contexts:
+            contexts = Contexts(request_ids, requests, self._lookup)
         none = np.empty(0, np.int64)
         first: dict[int, Continuation] = {}
         candidates = None

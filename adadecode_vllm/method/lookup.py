@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drafts by n-gram lookup: what followed the same tokens earlier in a request."""
+"""Drafts by lookup: what followed the same tokens before."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -34,20 +34,32 @@ class Continuation(NamedTuple):
 NOTHING = Continuation([], 0)
 
 
+def until_stop(token_ids: list[int], stop_token_ids: Collection[int]) -> list[int]:
+    """Tokens up to the first one after which nothing will be kept."""
+    for index, token in enumerate(token_ids):
+        if token in stop_token_ids:
+            return token_ids[: index + 1]
+    return token_ids
+
+
 class Lookup(Protocol):
     """Finds what followed the same tokens before."""
 
     def find(
         self,
+        request_id: str,
         context: np.ndarray,
+        drafts: Sequence[int],
         fewest_matches: int,
         most: int,
         stop_token_ids: Collection[int],
     ) -> Continuation:
-        """Draft what followed the same last tokens earlier in a request.
+        """Draft what followed the same last tokens before.
 
         Args:
-            context: (n,) int32, the request's tokens, drafts included.
+            request_id: The request.
+            context: (n,) int32, its verified tokens.
+            drafts: Those behind them.
             fewest_matches: Last tokens that must have occurred before.
             most: Most tokens to draft.
             stop_token_ids: Tokens after which nothing will be kept.
@@ -56,27 +68,35 @@ class Lookup(Protocol):
             The tokens behind the longest match.
         """
 
+    def forget(self, request_ids: Collection[str]) -> None:
+        """Release what is remembered of finished requests."""
+
 
 class Contexts:
-    """Requests' tokens with the drafts behind them, to look up in.
+    """Requests' tokens, to look up in.
 
     Attributes:
         ways: (R,) str, how requests look up: `first`, `tail`, `chain` or `off`.
     """
 
-    def __init__(self, requests: DraftRequests, lookup: Callable[[], Lookup]) -> None:
+    def __init__(
+        self,
+        request_ids: Sequence[str],
+        requests: DraftRequests,
+        lookup: Callable[[], Lookup],
+    ) -> None:
         """Start with what is verified.
 
         Args:
-            requests: R requests.
+            request_ids: R request ids.
+            requests: Their state.
             lookup: Returns what looks up, once a request wants it.
         """
         size = len(requests.rows)
         self.ways = np.full(size, "off") if requests.ways is None else requests.ways
+        self._request_ids = request_ids
         self._requests = requests
         self._lookup = lookup
-        # By request, its tokens with room for a window behind them, once it needs that.
-        self._texts: dict[int, np.ndarray] = {}
 
     def find(self, request: int, drafts: np.ndarray) -> Continuation:
         """Look up behind a request's drafts.
@@ -88,25 +108,21 @@ class Contexts:
         Returns:
             What to draft next, up to its limit.
         """
-        most = int(self._requests.limits[request]) - len(drafts)
         contexts, admission = self._requests.contexts, self._requests.admission
-        verified = None if contexts is None else contexts[request]
+        context = None if contexts is None else contexts[request]
+        most = int(self._requests.limits[request]) - len(drafts)
         stops = self._requests.stop_token_ids[request]
-        if verified is None or most < 1 or (len(drafts) and drafts[-1] in stops):
+        if context is None or most < 1 or (len(drafts) and drafts[-1] in stops):
             return NOTHING
-        context = verified
-        if len(drafts):
-            size = len(verified) + len(drafts)
-            text = self._texts.get(request)
-            if text is None or len(text) < size:
-                text = np.empty(size + most, verified.dtype)
-                text[: len(verified)] = verified
-                self._texts[request] = text
-            text[len(verified) : size] = drafts
-            context = text[:size]
         known = admission is not None and not np.isnan(admission.least[request])
-        fewest = 1 if known and self.ways[request] == "chain" else FEWEST_MATCHES
-        return self._lookup().find(context, fewest, most, stops)
+        return self._lookup().find(
+            self._request_ids[request],
+            context,
+            drafts.tolist(),
+            1 if known and self.ways[request] == "chain" else FEWEST_MATCHES,
+            most,
+            stops,
+        )
 
 
 class Candidates:

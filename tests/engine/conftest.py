@@ -11,10 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
-from adadecode_vllm.heads import load_exit_weights, load_heads_config, save_heads
-from tests.harness import HEADS, demo_corpus, generate, start_engine
+from tests.harness import demo_corpus, generate, make_memory_heads, start_engine
 
 
 @pytest.fixture(scope="session")
@@ -48,26 +46,5 @@ def reference(prompts: list[str]) -> dict[str, list[list[int]]]:
 
 @pytest.fixture(scope="session")
 def memory_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's T, one for the embedding, and made-up U that change predictions."""
-    trained = load_heads_config(HEADS)
-    weights = load_exit_weights(HEADS, trained)
-    generator = torch.Generator().manual_seed(0)
-    size = trained.hidden_size
-
-    def noise(scale: float) -> torch.Tensor:
-        return torch.randn(size, size, generator=generator) * scale / size**0.5
-
-    weights[0] = torch.eye(size) + noise(0.3)
-    layers = sorted(weights)
-    config = trained.model_copy(
-        update={"exit_layers": layers, "calibration": None, "dtype": "float32"}
-    )
-    memory = {layer: noise(0.7) for layer in layers}
-    directory = tmp_path_factory.mktemp("memory") / "heads"
-    save_heads(
-        directory,
-        {layer: weight.float() for layer, weight in weights.items()},
-        config.model_copy(update={"draft_vocabulary": None}),
-        memory=memory,
-    )
-    return directory
+    """See :func:`make_memory_heads`."""
+    return make_memory_heads(tmp_path_factory.mktemp("memory") / "heads")

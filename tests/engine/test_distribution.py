@@ -172,7 +172,7 @@ def test_ngram_drafts_leave_the_distribution_alone(engine: Any) -> None:
     draw = np.random.default_rng(0)
     prompt = {"prompt_token_ids": draw.integers(0, VOCABULARY, 250).tolist()}
     options = {"prompt": prompt, **SETTINGS["temperature 1"]}
-    configure(engine, threshold=0.5, ngram="tail")
+    configure(engine, threshold=0.5, ngram="chain")
     found = sample(engine, 2, BIASED, **options)
     counted = stats(engine)
     configure(engine, ngram="off")

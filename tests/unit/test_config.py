@@ -41,6 +41,7 @@ def test_defaults() -> None:
         "draft_vocabulary_size": None,
         "last_guess": True,
         "ngram": "chain",
+        "lookup": "ngram",
         "disable_by_batch_size": None,
         "policy": "cost",
         "synthetic_acceptance_rate": None,
@@ -149,7 +150,7 @@ def test_unknown_option() -> None:
     assert refusal({"heads": "H", "treshold": 0.5}) == (
         "--adadecode-config: unknown option 'treshold'. Options are heads, "
         "exit_layers, threshold, max_early_predictions, gate, draft_vocabulary_size, "
-        "last_guess, ngram, disable_by_batch_size, policy, "
+        "last_guess, ngram, lookup, disable_by_batch_size, policy, "
         "synthetic_acceptance_rate, enabled; "
         "remove or correct it."
     )

@@ -29,15 +29,17 @@ def find(
     stops: tuple[int, ...] = (),
     context: list[int] = CONTEXT,
     fewest: int = 2,
+    drafts: tuple[int, ...] = (),
 ) -> Continuation:
-    return lookup.find(np.array(context, np.int32), fewest, most, stops)
+    return lookup.find("a", np.array(context, np.int32), drafts, fewest, most, stops)
 
 
 def test_what_followed_the_same_tokens_is_drafted(lookup: NgramLookup) -> None:
     assert find(lookup, 3) == ([3, 4, 5], 2)
     assert find(lookup, 1) == ([3], 2)
-    assert find(lookup, 2, context=[*CONTEXT, 3]) == ([4, 5], 3)
-    assert find(lookup, 3, context=[*CONTEXT, 8]) == NOTHING
+    # Behind drafts, as if they were verified.
+    assert find(lookup, 2, drafts=(3,)) == ([4, 5], 3)
+    assert find(lookup, 3, drafts=(8,)) == NOTHING
     # One token alone is no reason, except where one is enough.
     assert find(lookup, 3, context=[5, 2, 8, 2]) == NOTHING
     assert find(lookup, 3, context=[5, 2, 8, 2], fewest=1) == ([8, 2], 1)

@@ -23,6 +23,7 @@ from adadecode_vllm.heads import (
     load_exit_weights,
     load_heads_config,
 )
+from adadecode_vllm.heads.io import HeadsTensors
 from adadecode_vllm.toolkit.evaluation.measure import measure
 from adadecode_vllm.toolkit.evaluation.run import SimulationGrid, evaluate_heads
 from adadecode_vllm.toolkit.states import cache as cache_module
@@ -181,9 +182,7 @@ def test_the_exits_that_pay_are_recommended(
     }
     found = recommend(
         teacher,
-        weights,
-        None,
-        None,
+        HeadsTensors(weights, None, None),
         Known({**states, NUM_LAYERS: final}),
         calibration,
         drafts=1,

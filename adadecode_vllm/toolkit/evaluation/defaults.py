@@ -85,16 +85,18 @@ def engine_with(
         max_length: The engine's `max_model_len`.
     """
     from adadecode_vllm.engine.ngram import NgramLookup  # loads vLLM
+    from adadecode_vllm.engine.suffix import SuffixLookup
 
     layers = config.exit_layers
     assert layers is not None, "set by the caller"
+    in_trees = config.lookup == "suffix"
     indices = [heads.exit_layers.index(layer) for layer in layers]
     setting = Setting(
         tuple(layers),
         heads.num_hidden_layers,
         threshold_policy(config, heads),
         ngram=config.ngram,
-        lookup=NgramLookup(max_length),
+        lookup=SuffixLookup() if in_trees else NgramLookup(max_length),
         by_costs=config.policy == "cost",
         requests=requests,
     )

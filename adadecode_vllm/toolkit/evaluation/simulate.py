@@ -289,6 +289,8 @@ class _Engine:
         for request in ended:
             self._free.append(request.row)
             self._record.forget([request.request_id])
+            if self._setting.lookup is not None:
+                self._setting.lookup.forget([request.request_id])
         self._running = [request for request in self._running if not request.ended]
         if adaptive is not None:
             adaptive.step(

@@ -7,10 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from adadecode_vllm.heads.config import ExitCalibration, ExitHeadsConfig, HeadsDtype
 from adadecode_vllm.heads.fingerprint import lm_head_fingerprint
+from adadecode_vllm.heads.io import HeadsTensors
 from adadecode_vllm.toolkit.evaluation.measure import fit_calibration, measure
 from adadecode_vllm.toolkit.states.cache import StateSource
 from adadecode_vllm.toolkit.states.teacher import Teacher
@@ -38,9 +37,7 @@ class Findings:
 
 def examine(
     teacher: Teacher,
-    weights: dict[int, torch.Tensor],
-    memory: dict[int, torch.Tensor] | None,
-    draft_token_ids: torch.Tensor | None,
+    heads: HeadsTensors,
     source: StateSource,
     settings: TrainSettings,
     max_early_predictions: int,
@@ -50,9 +47,7 @@ def examine(
 
     Args:
         teacher: The model.
-        weights: See `calibrate`.
-        memory: See `calibrate`.
-        draft_token_ids: See `calibrate`.
+        heads: See `calibrate`.
         source: States of held-out text.
         settings: Of the training.
         max_early_predictions: The cap to recommend.
@@ -61,16 +56,12 @@ def examine(
     Returns:
         Both.
     """
-    calibration = calibrate(
-        teacher, weights, memory, draft_token_ids, source, settings, advance
-    )
+    calibration = calibrate(teacher, heads, source, settings, advance)
     if settings.head == "full":
         return Findings(calibration)
     recommendation = recommend(
         teacher,
-        weights,
-        memory,
-        draft_token_ids,
+        heads,
         source,
         calibration,
         drafts=settings.drafts,
@@ -81,9 +72,7 @@ def examine(
 
 def calibrate(
     teacher: Teacher,
-    weights: dict[int, torch.Tensor],
-    memory: dict[int, torch.Tensor] | None,
-    draft_token_ids: torch.Tensor | None,
+    heads: HeadsTensors,
     source: StateSource,
     settings: TrainSettings,
     advance: Callable[[int], None],
@@ -92,10 +81,8 @@ def calibrate(
 
     Args:
         teacher: The model.
-        weights: By exit, T or a full-size head.
-        memory: By exit, U; None for heads without memory. Heads with memory get one
-            map for all drafts of a cycle.
-        draft_token_ids: The tokens that gates will look at; None for all.
+        heads: The heads, of full size or not; their ranking holds the tokens that gates
+            will look at. Heads with memory get one map for all drafts of a cycle.
         source: States of held-out text.
         settings: Of the training.
         advance: Called with how many further texts have been read.
@@ -105,12 +92,12 @@ def calibrate(
         :func:`~adadecode_vllm.toolkit.evaluation.measure.fit_calibration`.
     """
     found = measure(
-        weights,
+        heads.weights,
         source,
         teacher.lm_head,
-        memory=memory,
+        memory=heads.memory,
         drafts=settings.drafts,
-        draft_token_ids=draft_token_ids,
+        draft_token_ids=heads.draft_token_ids,
         chunk_tokens=settings.chunk_tokens,
         advance=advance,
     )

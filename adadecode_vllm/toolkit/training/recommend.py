@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
+from adadecode_vllm.config import DEFAULT_CAP
+from adadecode_vllm.heads.io import HeadsTensors
 from adadecode_vllm.toolkit.states.cache import StateSource
 from adadecode_vllm.toolkit.states.teacher import Teacher
 from adadecode_vllm.toolkit.training.exit_sets import (
@@ -48,9 +49,7 @@ class Recommendation:
 
 def recommend(
     teacher: Teacher,
-    weights: Mapping[int, torch.Tensor],
-    memory: Mapping[int, torch.Tensor] | None,
-    draft_token_ids: torch.Tensor | None,
+    tensors: HeadsTensors,
     source: StateSource,
     calibration: Mapping[str, Mapping[str, float]],
     *,
@@ -65,9 +64,7 @@ def recommend(
 
     Args:
         teacher: The model.
-        weights: By exit, T.
-        memory: By exit, U; None for heads without memory.
-        draft_token_ids: The tokens that gates will look at; None for all.
+        tensors: The heads; their ranking holds the tokens that gates will look at.
         source: States of held-out text.
         calibration: By exit, `slope` and `intercept` of its acceptance.
         drafts: Drafts of a cycle that heads with memory are trained on.
@@ -76,8 +73,9 @@ def recommend(
     Returns:
         The fastest, by the cost formula.
     """
+    weights = tensors.weights
     heads = {
-        layer: (weight, None if memory is None else memory[layer])
+        layer: (weight, None if tensors.memory is None else tensors.memory[layer])
         for layer, weight in weights.items()
     }
     sets = ExitSets(
@@ -86,7 +84,7 @@ def recommend(
         _first_texts(source),
         heads,
         drafts=drafts,
-        draft_token_ids=draft_token_ids,
+        draft_token_ids=tensors.draft_token_ids,
         max_early_predictions=max_early_predictions,
     )
     gates = [_least(acceptance, calibration) for acceptance in ACCEPTANCES]
@@ -102,11 +100,10 @@ def recommend(
         if grown.speedup <= choice.speedup:
             break
         choice = grown
-    options = {
-        "exit_layers": list(choice.exit_layers),
-        "max_early_predictions": max_early_predictions,
-        "policy": "cost",
-    }
+    # The engine's defaults are left to the engine, whose next version may know better.
+    options: dict[str, Any] = {"exit_layers": list(choice.exit_layers)}
+    if max_early_predictions != DEFAULT_CAP:
+        options["max_early_predictions"] = max_early_predictions
     return Recommendation(options, choice)
 
 

@@ -22,7 +22,7 @@ from adadecode_vllm.heads.config import (
     default_draft_vocabulary,
     exit_layers_problem,
 )
-from adadecode_vllm.heads.io import save_tensors
+from adadecode_vllm.heads.io import HeadsTensors, save_tensors
 from adadecode_vllm.toolkit.provenance import git_commit, package_versions
 from adadecode_vllm.toolkit.publishing.save import save_pretrained
 from adadecode_vllm.toolkit.states.cache import (
@@ -255,9 +255,7 @@ def train_heads(
             processes,
             lambda: examine(
                 teacher,
-                weights,
-                memory,
-                draft_token_ids if few else None,
+                HeadsTensors(weights, memory, draft_token_ids if few else None),
                 held_out_states,
                 settings,
                 options.max_early_predictions,

@@ -6,6 +6,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+MEMORY_HEADS = "heads with memory"
+"""As the option `heads`: those of :func:`tests.harness.make_memory_heads`."""
+
 
 @dataclass(frozen=True)
 class Engine:

@@ -14,7 +14,7 @@ from random import Random
 from typing import Any
 
 from tests.harness import MODEL, demo_corpus
-from tests.reliability.differential.case import Engine, Request
+from tests.reliability.differential.case import MEMORY_HEADS, Engine, Request
 
 VOCABULARY = 1024
 LAYERS = 16
@@ -94,6 +94,13 @@ def _adadecode(draw: Random) -> dict[str, Any]:
         found["policy"] = "cost"
     if draw.random() < 0.2:
         found["disable_by_batch_size"] = draw.choice((1, 2, 3, 5))
+    if draw.random() < 0.3:
+        found["heads"] = MEMORY_HEADS
+        # They are not calibrated and rank no tokens.
+        for name in ("gate", "draft_vocabulary_size", "exit_layers"):
+            found.pop(name, None)
+        if draw.random() < 0.7:
+            found["exit_layers"] = draw.choice(([0], [0], [0, 2], [0, 4, 8], [2, 8]))
     return found
 
 

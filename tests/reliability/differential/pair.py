@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from tests.harness import adadecode_options
-from tests.reliability.differential.case import Engine, Request
+from tests.harness import adadecode_options, make_memory_heads
+from tests.reliability.differential.case import MEMORY_HEADS, Engine, Request
 from tests.reliability.differential.compare import Difference, differences
 from tests.reliability.differential.host import EngineFailed, Host, HostDied
 
@@ -221,4 +225,15 @@ class _Seat:
 
 
 def _ours(engine: Engine) -> dict[str, Any]:
-    return {**engine.arguments, **engine.own, **adadecode_options(**engine.adadecode)}
+    options = engine.adadecode
+    if options.get("heads") == MEMORY_HEADS:
+        options = {**options, "heads": _memory_heads()}
+    return {**engine.arguments, **engine.own, **adadecode_options(**options)}
+
+
+@cache
+def _memory_heads() -> str:
+    """Made once; the engines' processes read them."""
+    directory = TemporaryDirectory(prefix="memory-heads-")
+    atexit.register(directory.cleanup)
+    return str(make_memory_heads(Path(directory.name) / "heads"))

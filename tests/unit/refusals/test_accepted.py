@@ -50,6 +50,7 @@ def test_resolved_options_are_part_of_the_configuration(
             "draft_vocabulary_size": 0,
             "last_guess": True,
             "ngram": "chain",
+            "lookup": "ngram",
             "disable_by_batch_size": None,
             "policy": "cost",
             "synthetic_acceptance_rate": None,

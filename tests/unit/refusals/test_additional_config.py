@@ -28,6 +28,7 @@ NOT_COMPILED: dict[str, Any] = {
     "draft_vocabulary_size": 8,
     "last_guess": False,
     "ngram": "tail",
+    "lookup": "suffix",
     "disable_by_batch_size": 2,
     "policy": "threshold",
     "synthetic_acceptance_rate": 0.5,

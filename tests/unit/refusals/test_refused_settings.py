@@ -13,7 +13,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
 from adadecode_vllm.config import parse_config
-from adadecode_vllm.engine import refusals
+from adadecode_vllm.engine import refusals, suffix
 from adadecode_vllm.errors import AdaDecodeError
 from tests.start_up import create, refusal
 
@@ -176,6 +176,19 @@ def test_tensor_parallelism_is_for_both_executors(
         cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
     )
     refusals._check_features(config)
+
+
+def test_suffix_trees_that_are_not_installed(
+    model: Path, heads: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suffix, "is_installed", lambda: False)
+    with pytest.raises(AdaDecodeError) as caught:
+        create(model, heads, {"lookup": "suffix"})
+    assert str(caught.value) == (
+        '--adadecode-config: "lookup": "suffix" needs the package arctic-inference, '
+        "which is not installed. Install it as docs/tune.md says, or leave the option "
+        "out."
+    )
 
 
 def test_stock_torch_compile(model: Path, heads: Path) -> None:

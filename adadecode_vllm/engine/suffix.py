@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lookup in suffix trees by arctic-inference: also what earlier answers said."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from importlib.util import find_spec
+
+import numpy as np
+
+from adadecode_vllm.method.lookup import NOTHING, Continuation, until_stop
+
+TREE_DEPTH = 24
+CACHED_ANSWERS = 10_000
+LEAST_PROBABILITY = 0.1
+"""vLLM's defaults for suffix decoding: most tokens of a match and its continuation,
+answers that are remembered, and how often what follows must have followed before."""
+
+
+def is_installed() -> bool:
+    """Whether there is arctic-inference."""
+    return find_spec("arctic_inference") is not None
+
+
+class SuffixLookup:
+    """Suffix trees of each running request, and one of all answers.
+
+    A lookup takes the same time whatever a request's length.
+    """
+
+    def __init__(self) -> None:
+        """Start without any text."""
+        from arctic_inference.suffix_decoding import SuffixDecodingCache
+
+        self._cache = SuffixDecodingCache(TREE_DEPTH, CACHED_ANSWERS)
+        # By request, how many of its tokens the trees have.
+        self._known: dict[str, int] = {}
+
+    def find(
+        self,
+        request_id: str,
+        context: np.ndarray,
+        drafts: Sequence[int],
+        fewest_matches: int,
+        most: int,
+        stop_token_ids: Collection[int],
+    ) -> Continuation:
+        """Look up; see :class:`adadecode_vllm.method.lookup.Lookup`."""
+        self._follow(request_id, context)
+        last = (*context[-TREE_DEPTH:].tolist(), *drafts)[-TREE_DEPTH:]
+        found = self._cache.speculate(
+            request_id, last, max_spec_tokens=most, min_token_prob=LEAST_PROBABILITY
+        )
+        if not found.token_ids or found.match_len < fewest_matches:
+            return NOTHING
+        return Continuation(
+            until_stop(list(found.token_ids), stop_token_ids), int(found.match_len)
+        )
+
+    def _follow(self, request_id: str, context: np.ndarray) -> None:
+        """Take in a request's new tokens."""
+        known = self._known.get(request_id)
+        if known is None or known > len(context):
+            self._begin(request_id, context)
+        elif known < len(context):
+            self._cache.add_active_response(request_id, context[known:].tolist())
+        self._known[request_id] = len(context)
+
+    def _begin(self, request_id: str, context: np.ndarray) -> None:
+        """Start a request, whose name may have been that of another one."""
+        self.forget([request_id])
+        if request_id in self._cache.cached_requests:
+            self._cache.evict_cached_response(request_id)
+        self._cache.start_request(request_id, context.tolist())
+
+    def forget(self, request_ids: Collection[str]) -> None:
+        """Release the prompts of finished requests; their answers stay for others."""
+        for request_id in request_ids:
+            if self._known.pop(request_id, None) is not None:
+                self._cache.stop_request(request_id)

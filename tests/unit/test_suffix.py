@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drafts by the suffix trees of arctic-inference."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from adadecode_vllm.engine.suffix import TREE_DEPTH, SuffixLookup
+from adadecode_vllm.method.lookup import NOTHING, Continuation
+
+pytest.importorskip("arctic_inference", reason="arctic-inference is not installed")
+
+
+@pytest.fixture
+def lookup() -> SuffixLookup:
+    return SuffixLookup()
+
+
+def find(
+    lookup: SuffixLookup,
+    request_id: str,
+    context: list[int],
+    drafts: tuple[int, ...] = (),
+    fewest: int = 2,
+    stops: tuple[int, ...] = (),
+) -> Continuation:
+    return lookup.find(
+        request_id, np.array(context, np.int32), drafts, fewest, 3, stops
+    )
+
+
+def test_what_followed_the_same_tokens_is_drafted(lookup: SuffixLookup) -> None:
+    prompt = [1, 2, 3, 4, 5, 6, 9, 1, 2, 3]
+    assert find(lookup, "a", prompt) == ([4, 5, 6], 3)
+    assert find(lookup, "a", prompt, drafts=(4,)) == ([5, 6, 9], 4)
+    assert find(lookup, "a", prompt, drafts=(8,)) == NOTHING
+    assert find(lookup, "a", prompt, stops=(5,)).token_ids == [4, 5]
+    # As many drafts as tokens match.
+    assert find(lookup, "a", [*prompt, 7, 1], fewest=1) == ([2], 1)
+    assert find(lookup, "a", [*prompt, 7, 1], fewest=2) == NOTHING
+
+
+def test_other_requests_answers_are_found_too(lookup: SuffixLookup) -> None:
+    prompt, answer = [1, 2, 3], [40, 41, 42, 43]
+    for done in range(len(answer) + 1):
+        find(lookup, "a", prompt + answer[:done])
+    assert find(lookup, "b", [9, 40, 41]) == ([42, 43], 2)
+    lookup.forget(["a"])
+    assert find(lookup, "b", [9, 40, 41, 42]) == ([43], 3)
+    # Prompts are the request's own.
+    assert find(lookup, "b", [9, 40, 41, 42, 1, 2]) == NOTHING
+
+
+def test_a_name_may_be_used_again(lookup: SuffixLookup) -> None:
+    find(lookup, "a", [1, 2, 3, 4, 1, 2])
+    lookup.forget(["a", "gone"])
+    assert find(lookup, "a", [5, 6, 7, 5, 6]) == ([7, 5], 2)
+    assert find(lookup, "a", [5, 6, 7, 3, 1, 2]) == NOTHING
+    # Shorter than before: another text.
+    assert find(lookup, "a", [8, 9, 4, 8, 9]) == ([4, 8], 2)
+
+
+def test_long_matches(lookup: SuffixLookup) -> None:
+    run = list(range(100, 140))
+    found = find(lookup, "a", [*run, 7, *run])
+    assert found.token_ids[0] == 7
+    assert TREE_DEPTH > found.matches > TREE_DEPTH // 2
