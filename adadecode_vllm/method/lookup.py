@@ -15,7 +15,7 @@ FEWEST_MATCHES = 2
 """Last tokens that must have occurred before; for `chain`, which knows what a match is
 worth, one is enough."""
 
-SURE = 0.8
+SURE = 0.7
 """Probability of a draft by lookup from which on no exit scores in its place."""
 
 
