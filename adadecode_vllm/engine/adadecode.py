@@ -133,7 +133,7 @@ class AdaDecode:
                 them are left alone.
 
         Returns:
-            R lists of drafts: early predictions, then those by n-gram lookup.
+            R lists of drafts, by exits and by lookup.
         """
         drafts: list[list[int]] = [[] for _ in request_ids]
         drafting = requests.going_on()

@@ -32,7 +32,7 @@ TOTALS = {
     ),
     "ngram_drafts": (
         "ngram_draft_tokens",
-        "Tokens drafted by n-gram lookup behind early predictions.",
+        "Tokens drafted by n-gram lookup.",
     ),
     "ngram_accepted": (
         "ngram_accepted_tokens",

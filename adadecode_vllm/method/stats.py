@@ -45,7 +45,7 @@ class Stats:
         token_layers: Tokens times layers run by each segment in those calls.
         request_steps: Full forwards, counted per decoding request.
         generated_tokens: Tokens that those yielded.
-        ngram_drafts: Drafts by n-gram lookup behind early predictions.
+        ngram_drafts: Drafts by n-gram lookup.
         ngram_accepted: Of those, confirmed by the final layer.
         ngram_rejected: Of those, contradicted by the final layer.
         resumed_tokens: Tokens that entered a forward with work already done.
