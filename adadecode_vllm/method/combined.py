@@ -87,7 +87,7 @@ class CombinedDrafter:
                 for row in np.flatnonzero(contexts.ways == "first").tolist()
             }
             if (contexts.ways == "chain").any():
-                candidates = Candidates(contexts, requests.admission)
+                candidates = Candidates(contexts)
         if found := [row for row, tail in first.items() if tail.token_ids]:
             # What was found costs no layer: the exits are skipped.
             limits = requests.limits.copy()

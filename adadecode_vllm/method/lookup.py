@@ -108,21 +108,43 @@ class Contexts:
         Returns:
             What to draft next, up to its limit.
         """
-        contexts, admission = self._requests.contexts, self._requests.admission
+        contexts = self._requests.contexts
         context = None if contexts is None else contexts[request]
         most = int(self._requests.limits[request]) - len(drafts)
         stops = self._requests.stop_token_ids[request]
         if context is None or most < 1 or (len(drafts) and drafts[-1] in stops):
             return NOTHING
-        known = admission is not None and not np.isnan(admission.least[request])
+        by_costs = self._admission(request) is not None
         return self._lookup().find(
             self._request_ids[request],
             context,
             drafts.tolist(),
-            1 if known and self.ways[request] == "chain" else FEWEST_MATCHES,
+            1 if by_costs and self.ways[request] == "chain" else FEWEST_MATCHES,
             most,
             stops,
         )
+
+    def promise(self, request: int, found: Continuation) -> float:
+        """How probably the first token that was found is right.
+
+        Args:
+            request: The request.
+            found: What was found for it.
+
+        Returns:
+            The probability; -1 for nothing, or where thresholds decide.
+        """
+        admission = self._admission(request)
+        if admission is None or not found.token_ids:
+            return -1.0
+        return admission.lookup_promise(request, found.matches)
+
+    def _admission(self, request: int) -> Admission | None:
+        """What is known of drafts, where costs decide about a request's."""
+        admission = self._requests.admission
+        if admission is None or np.isnan(admission.least[request]):
+            return None
+        return admission
 
 
 class Candidates:
@@ -137,13 +159,8 @@ class Candidates:
         sure_at_once: (R,) bool, where that is so of the first one.
     """
 
-    def __init__(self, contexts: Contexts, admission: Admission | None) -> None:
-        """Start without any.
-
-        Args:
-            contexts: What to look up in.
-            admission: What is known of drafts by lookup.
-        """
+    def __init__(self, contexts: Contexts) -> None:
+        """Start without any; `contexts` says what to look up in."""
         size = len(contexts.ways)
         self.token_ids = np.full(size, -1, np.int64)
         self.matches = np.zeros(size, np.int64)
@@ -151,7 +168,6 @@ class Candidates:
         self.sure = np.zeros(size, bool)
         self.sure_at_once = np.zeros(size, bool)
         self._contexts = contexts
-        self._admission = admission
         # By request, after how many drafts it was looked up last, and what was found.
         self._found: dict[int, tuple[int, Continuation]] = {}
         # Drafts behind which was looked up; -1 for never.
@@ -179,9 +195,7 @@ class Candidates:
             self._found[request] = len(drafts), found
             self.token_ids[request] = found.token_ids[0] if found.token_ids else -1
             self.matches[request] = found.matches
-            promise = -1.0
-            if found.token_ids and self._admission is not None:
-                promise = self._admission.lookup_promise(request, found.matches)
+            promise = self._contexts.promise(request, found)
             self.promises[request] = promise
             self.sure[request] = promise >= SURE
             self.sure_at_once[request] |= promise >= SURE and not len(drafts)

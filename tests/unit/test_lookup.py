@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the lookup says beside the exits, request by request."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from adadecode_vllm.method.admission import AcceptanceRecord
+from adadecode_vllm.method.cycle import DraftRequests
+from adadecode_vllm.method.lookup import Candidates, Contexts, Continuation
+
+LEAST = 0.2
+
+
+class Fake:
+    """Finds the token after the last one, behind as many matches as that says."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, list[int], int, int]] = []
+
+    def find(
+        self,
+        request_id: str,
+        context: np.ndarray,
+        drafts: Sequence[int],
+        fewest_matches: int,
+        most: int,
+        stop_token_ids: Collection[int],
+    ) -> Continuation:
+        tokens = [*context.tolist(), *drafts]
+        self.asked.append((request_id, tokens, fewest_matches, most))
+        return Continuation([tokens[-1] + 1], tokens[-1])
+
+    def forget(self, request_ids: Collection[str]) -> None:
+        pass
+
+
+@pytest.fixture
+def lookup() -> Fake:
+    return Fake()
+
+
+def contexts(
+    lookup: Fake, ways: list[str], least: float | None = LEAST, last: int = 2
+) -> Contexts:
+    size = len(ways)
+    names = [f"r{index}" for index in range(size)]
+    requests = DraftRequests(
+        rows=np.arange(size),
+        token_ids=np.full(size, last),
+        positions=np.zeros(size, np.int64),
+        limits=np.full(size, 4),
+        stop_token_ids=[{9}] * size,
+        contexts=[np.array([last], np.int32)] * size,
+        ways=np.array(ways),
+    )
+    if least is not None:
+        admission = AcceptanceRecord().admission(names, np.full(size, least))
+        requests = replace(requests, admission=admission)
+    return Contexts(names, requests, lambda: lookup)
+
+
+def test_one_matching_token_is_enough_for_a_chain_with_costs(lookup: Fake) -> None:
+    for way, least, fewest in (
+        ("chain", LEAST, 1),
+        ("chain", None, 2),
+        ("chain", np.nan, 2),
+        ("first", LEAST, 2),
+        ("tail", LEAST, 2),
+    ):
+        contexts(lookup, [way], least).find(0, np.array([5]))
+        assert lookup.asked.pop() == ("r0", [2, 5], fewest, 3)
+
+
+def test_nothing_is_looked_up_behind_a_stop_token_or_the_limit(lookup: Fake) -> None:
+    here = contexts(lookup, ["chain"])
+    for drafts in ([9], [5, 9], [5, 5, 5, 5]):
+        assert here.find(0, np.array(drafts)).token_ids == []
+    assert lookup.asked == []
+
+
+def test_candidates_follow_the_windows_of_chains(lookup: Fake) -> None:
+    candidates = Candidates(contexts(lookup, ["chain", "tail", "chain"]))
+    both, windows = np.arange(3), np.array([[2, 7, 0], [2, 0, 0], [2, 0, 0]])
+    candidates.look_up(both, windows, np.ones(3, np.int64))
+    assert candidates.token_ids.tolist() == [3, -1, 3]
+    assert candidates.matches.tolist() == [2, 0, 2]
+    assert candidates.promises[1] == -1
+    assert not candidates.sure.any()
+    assert len(lookup.asked) == 2
+    # Only the first request has drafted since; seven tokens match behind its draft.
+    candidates.look_up(both, windows, np.array([2, 1, 1]))
+    assert len(lookup.asked) == 3
+    assert candidates.token_ids.tolist() == [8, -1, 3]
+    assert candidates.sure.tolist() == [True, False, False]
+    assert not candidates.sure_at_once.any()
+    assert candidates.found_behind(0, 1) == ([8], 7)
+    assert candidates.found_behind(0, 0) is None
+    assert candidates.found_behind(1, 0) is None
+
+
+@pytest.mark.parametrize(("least", "sure"), [(LEAST, True), (np.nan, False)])
+def test_no_candidate_is_sure_where_thresholds_decide(
+    lookup: Fake, least: float, sure: bool
+) -> None:
+    candidates = Candidates(contexts(lookup, ["chain"], least, last=8))
+    candidates.look_up(np.arange(1), np.array([[8]]), np.ones(1, np.int64))
+    assert candidates.token_ids.tolist() == [9]
+    assert candidates.sure.tolist() == candidates.sure_at_once.tolist() == [sure]
+    assert bool(candidates.promises[0] > 0) is sure
