@@ -96,7 +96,7 @@ def figures(
 
 
 def estimated_ratio(counted: Counted) -> float | None:
-    """Estimate how much faster this is than ordinary decoding.
+    """Estimate how much faster this is than plain decoding.
 
     A forward yields f tokens a request. It took the time V of a resumed forward and,
     before it, the time D of drafting, in which e + 1 tokens a request passed the layers
@@ -106,7 +106,7 @@ def estimated_ratio(counted: Counted) -> float | None:
         f (V + D / (e + 1)) / (V + D).
 
     It is an estimate. What a gate costs, and what a row more costs while verifying,
-    counts for ordinary decoding here, so it tends to be too high: by a twentieth on a
+    counts for plain decoding here, so it tends to be too high: by a twentieth on a
     model of 135 M or more, and by far for one so small that the host's work is what a
     step waits for.
 

@@ -29,7 +29,7 @@ SCHEMA = {
 
 @pytest.fixture(scope="module")
 def some(prompts: list[str], reference: Reference) -> Case:
-    """Four prompts of mixed lengths and ordinary vLLM's texts: interpreting is slow."""
+    """Four prompts of mixed lengths and plain vLLM's texts: interpreting is slow."""
     return prompts[:4], reference["texts"][:4]
 
 

@@ -152,7 +152,7 @@ def test_card_with_figures() -> None:
     assert "Predicted speedup with this setting: 1.52x." in card
     assert "On 13,047 held-out tokens (held-out)" in card
     assert "| 4 | 90.3 % | 0.123 | 0.6 | 63.2 % | 92.0 % |" in card
-    assert "LM head takes 7.1 % of an ordinary step" in card
+    assert "LM head takes 7.1 % of a plain step" in card
 
 
 def test_card_counts_parameters() -> None:
@@ -189,7 +189,7 @@ def test_card_recommends_nothing_that_is_slower() -> None:
 def test_card_sets_no_option_where_the_defaults_are_fastest() -> None:
     evaluation = make_evaluation()
     card = render_card(make_config(), "heads", evaluation=evaluation)
-    assert "With the engine's defaults 1.41x over ordinary decoding" in card
+    assert "With the engine's defaults 1.41x over plain decoding" in card
     evaluation["defaults"]["speedup"] = 1.75
     card = render_card(make_config(), "heads", evaluation=evaluation)
     assert "--adadecode-config" not in card

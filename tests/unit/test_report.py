@@ -251,9 +251,9 @@ def test_page_holds_the_plots(report: Path) -> None:
     [
         "examples/demo/model",
         "13,047 tokens",
-        "Predicted speedup: 1.52x over ordinary decoding, with threshold 0.6 and at "
+        "Predicted speedup: 1.52x over plain decoding, with threshold 0.6 and at "
         "most 8 early predictions.",
-        "With the engine's defaults 1.41x over ordinary decoding is predicted, 2.35 "
+        "With the engine's defaults 1.41x over plain decoding is predicted, 2.35 "
         "tokens per forward, one request at a time, where 10 rows cost 1.42 times one.",
         "54.3 % of the exits' and - of n-gram lookup's are right; they make 21.1 % and "
         "0.0 % of the tokens.",

@@ -14,7 +14,7 @@ from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.method.policy import ThresholdPolicy
 from adadecode_vllm.toolkit.evaluation import row_costs
 from adadecode_vllm.toolkit.evaluation.cost import CostModel
-from adadecode_vllm.toolkit.evaluation.known_exits import Answer, Gate
+from adadecode_vllm.toolkit.evaluation.known_exits import Answer, Scored
 from adadecode_vllm.toolkit.evaluation.row_costs import RowCosts, measure_row_costs
 from adadecode_vllm.toolkit.evaluation.simulate import Counters, Setting, total
 from adadecode_vllm.toolkit.states.teacher import Teacher
@@ -23,13 +23,13 @@ from tests.tiny import save_tiny_llama
 
 def answer(
     tokens: Sequence[int],
-    gates: dict[tuple[int, ...], list[Gate]],
+    gates: dict[tuple[int, ...], list[Scored]],
     prompt: Sequence[int] = (),
     **values: int,
 ) -> Answer:
     return Answer(
         tokens=tokens,
-        gates=lambda prefix, _, exit_index: gates[prefix][exit_index],
+        scores=lambda prefix, _, exit_index: gates[prefix][exit_index],
         stops={9},
         max_tokens=values.get("max_tokens", 100),
         prompt=prompt,
@@ -90,7 +90,7 @@ def test_no_prediction_beyond_the_limit_of_tokens() -> None:
 
 @pytest.mark.parametrize(
     ("head_share", "expected"),
-    # Six tokens by six forwards cost six ordinary steps.
+    # Six tokens by six forwards cost six plain steps.
     [(0.0, 6.0), (0.3, 6.0)],
 )
 def test_plain_decoding_costs_its_steps(head_share: float, expected: float) -> None:
@@ -136,7 +136,7 @@ def lookup() -> NgramLookup:
 
 def test_what_is_found_first_needs_no_exit(lookup: NgramLookup) -> None:
     prompt, tokens = [5, 6, 7, 8, 2], [5, 6, 7, 3, 9]
-    gates: dict[tuple[int, ...], list[Gate]] = {
+    gates: dict[tuple[int, ...], list[Scored]] = {
         (5,): [(6, SURE)],  # nothing is found behind 2, 5
         (5, 6, 7, 3): [(9, UNSURE)],
     }
@@ -151,7 +151,7 @@ def test_what_is_found_first_needs_no_exit(lookup: NgramLookup) -> None:
 
 def test_a_tail_follows_the_exits(lookup: NgramLookup) -> None:
     prompt, tokens = [5, 6, 7, 8, 2], [5, 6, 7, 8, 9]
-    gates: dict[tuple[int, ...], list[Gate]] = {
+    gates: dict[tuple[int, ...], list[Scored]] = {
         (5,): [(6, SURE)],
         (5, 6): [(0, UNSURE)],
     }
@@ -169,7 +169,7 @@ def test_a_chain_takes_what_is_found_where_the_exits_are_not_sure(
     lookup: NgramLookup,
 ) -> None:
     prompt, tokens = [5, 6, 7, 8, 1, 2], [5, 6, 4, 8, 1, 2, 9]
-    gates: dict[tuple[int, ...], list[Gate]] = {
+    gates: dict[tuple[int, ...], list[Scored]] = {
         (5,): [(6, SURE)],  # nothing is found behind 2, 5
         (5, 6): [(4, SURE)],  # found: 7
         (5, 6, 4): [(8, SURE)],
@@ -185,7 +185,7 @@ def test_a_chain_takes_what_is_found_where_the_exits_are_not_sure(
 
 def test_a_chain_takes_the_more_probable_of_both(lookup: NgramLookup) -> None:
     # The exit is trusted above what one matching token is worth, below three.
-    gates: dict[tuple[int, ...], list[Gate]] = {(5,): [(3, 0.4)], (3, 0.4): []}
+    gates: dict[tuple[int, ...], list[Scored]] = {(5,): [(3, 0.4)], (3, 0.4): []}
     for prompt, right, gated in (
         ([1, 5, 8, 9, 2], 3, 1),
         ([1, 2, 5, 8, 9, 1, 2], 8, 1),
@@ -205,7 +205,7 @@ def test_a_chain_takes_the_more_probable_of_both(lookup: NgramLookup) -> None:
 
 
 ANSWER = [*range(10, 60), 9]
-RIGHT: dict[tuple[int, ...], list[Gate]] = {
+RIGHT: dict[tuple[int, ...], list[Scored]] = {
     tuple(ANSWER[:n]): [(ANSWER[n], 0.6), (ANSWER[n], 0.9)] for n in range(len(ANSWER))
 }
 FREE_ROWS = CostModel(0.3, 0.01, 0.02)

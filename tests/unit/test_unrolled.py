@@ -281,9 +281,9 @@ def test_gates_remember_what_the_drafts_heads_said(
         return int(token_ids[logits[token_ids].argmax()])
 
     for text, answer in zip(texts, answers, strict=True):
-        inner = answer.gates
+        inner = answer.scores
 
-        def gates(
+        def scores(
             prefix: tuple[int, ...],
             drafted_by: tuple[int, ...],
             exit_index: int,
@@ -298,7 +298,7 @@ def test_gates_remember_what_the_drafts_heads_said(
             assert inner(prefix, drafted_by, exit_index) == found
             return found
 
-        object.__setattr__(answer, "gates", gates)
+        object.__setattr__(answer, "scores", scores)
         for threshold in (0.0, LOW, 0.5):
             policy = ThresholdPolicy([threshold] * len(layers), 4)
             counters = total([answer], Setting(layers, NUM_LAYERS, policy))

@@ -58,7 +58,7 @@ def expected_speed(heads: Heads, identities: list[int]) -> Finding:
         return Finding(
             "speed",
             "warning",
-            f"No setting is predicted to be faster than ordinary decoding: the best, "
+            f"No setting is predicted to be faster than plain decoding: the best, "
             f"{setting}, reaches {ratio(best.speedup)} ({source}).",
             "Train better heads, or leave the plugin off for this text.",
             figures,
@@ -96,7 +96,7 @@ def _by_default(defaults: Defaults) -> Finding:
         return Finding(
             "speed",
             "warning",
-            "Nothing is predicted to be faster than ordinary decoding: the engine's "
+            "Nothing is predicted to be faster than plain decoding: the engine's "
             f"defaults reach {ratio(defaults.speedup)} ({_EVALUATION}).",
             "Train better heads, or leave the plugin off for this text.",
             figures,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from adadecode_vllm.toolkit.evaluation.known_exits import Answer, Gate
+from adadecode_vllm.toolkit.evaluation.known_exits import Answer, Scored
 from adadecode_vllm.toolkit.evaluation.measure import read_exit
 from adadecode_vllm.toolkit.states.teacher import KeyValues, Teacher
 from adadecode_vllm.toolkit.states.texts import Text
@@ -70,7 +70,7 @@ def known_answers(
             answers.append(
                 Answer(
                     tokens=tokens,
-                    gates=Gates(
+                    scores=KnownScores(
                         teacher,
                         exit_layers,
                         weights,
@@ -91,7 +91,7 @@ def known_answers(
     return answers
 
 
-class Gates:
+class KnownScores:
     """What the exits say, on the answer and, where predictions were wrong, off it."""
 
     def __init__(
@@ -142,14 +142,14 @@ class Gates:
             self._read(self._first_outputs(layer, streams[layer], final))
             for layer in exit_layers
         ]
-        self._later: dict[tuple[tuple[int, ...], tuple[int, ...], int], Gate] = {}
+        self._later: dict[tuple[tuple[int, ...], tuple[int, ...], int], Scored] = {}
         self._outputs: dict[
             tuple[tuple[int, ...], tuple[int, ...], int], torch.Tensor
         ] = {}
 
     def __call__(
         self, prefix: tuple[int, ...], drafted_by: tuple[int, ...], exit_index: int
-    ) -> Gate:
+    ) -> Scored:
         """Top token and its probability at an exit.
 
         Args:
@@ -227,7 +227,7 @@ class Gates:
         known = self._answer_cache.beginning(len(self._prompt) + same)
         return known, prefix[same:]
 
-    def _read(self, outputs: torch.Tensor) -> list[Gate]:
+    def _read(self, outputs: torch.Tensor) -> list[Scored]:
         """Top tokens and their probabilities, by row."""
         logits, log_odds = read_exit(outputs, None, self._lm_head)
         tokens = logits.argmax(-1).cpu()

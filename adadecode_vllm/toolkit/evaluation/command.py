@@ -38,7 +38,7 @@ def eval_command(
         int, typer.Option(min=0, help="Answers to simulate at most; 0: none.")
     ] = 200,
     overhead: Annotated[
-        float, typer.Option(min=0, help="A draft's overhead, in ordinary steps.")
+        float, typer.Option(min=0, help="A draft's overhead, in plain steps.")
     ] = 0.0,
     last_guess: Annotated[
         bool,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What decoding costs, in ordinary steps: the formula of docs/design.md."""
+"""What decoding costs, in plain steps: the formula of docs/design.md."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from adadecode_vllm.toolkit.evaluation.simulate import Counters
 
 @dataclass(frozen=True)
 class CostModel:
-    """Shares of one ordinary decoding step at batch 1, where reading weights is all.
+    """Shares of one plain decoding step at batch 1, where reading weights is all.
 
     Attributes:
         head_share: h, the LM head's.
@@ -62,7 +62,7 @@ class CostModel:
         return cls(head.numel() / total, transform / total, overhead, at_gates)
 
     def baseline_steps(self, counters: Counters) -> float:
-        """Cost of the counted work, as a number of ordinary steps.
+        """Cost of the counted work, as a number of plain steps.
 
         Segments that run several tokens cost what they cost for one.
 
@@ -88,19 +88,19 @@ class CostModel:
         head = self.head_share if at_gates is None else at_gates
         return head + self.transform_share
 
-    def drafting(self, share: float, tokens: int, asked: int) -> float:
-        """A segment and the exit behind it, in ordinary steps.
+    def drafting(self, share: float, tokens: int, scored: int) -> float:
+        """A segment and the exit behind it, in plain steps.
 
         Args:
             share: The segment's share of the layers; 0 for an exit at the embedding.
             tokens: Tokens that the segment runs.
-            asked: Tokens that the exit is asked about.
+            scored: Tokens that the exit scores.
         """
         body = (1 - self.head_share) * share * self.row_costs(tokens)
-        return body + self._gate * self.row_costs(asked) + self.overhead
+        return body + self._gate * self.row_costs(scored) + self.overhead
 
     def verifying(self, segments: Sequence[tuple[float, int]]) -> float:
-        """A forward, with the LM head, in ordinary steps.
+        """A forward, with the LM head, in plain steps.
 
         Args:
             segments: Each segment's share of the layers, and the tokens that it runs;
@@ -111,6 +111,6 @@ class CostModel:
         return (1 - self.head_share) * body + head
 
     def speedup(self, counters: Counters) -> float:
-        """Speedup over ordinary decoding of the same tokens."""
+        """Speedup over plain decoding of the same tokens."""
         steps = self.baseline_steps(counters)
         return counters.generated_tokens / steps if steps else 1.0

@@ -13,7 +13,7 @@ from adadecode_vllm.engine.settings import threshold_policy
 from adadecode_vllm.heads.config import ExitHeadsConfig
 from adadecode_vllm.method.policy import ThresholdPolicy
 from adadecode_vllm.toolkit.evaluation.cost import CostModel
-from adadecode_vllm.toolkit.evaluation.known_exits import Answer, Gate
+from adadecode_vllm.toolkit.evaluation.known_exits import Answer, Scored
 from adadecode_vllm.toolkit.evaluation.simulate import Counters, Setting, total
 
 
@@ -21,14 +21,14 @@ from adadecode_vllm.toolkit.evaluation.simulate import Counters, Setting, total
 class _Some:
     """Some of an answer's exits, under indices of their own."""
 
-    gates: Callable[[tuple[int, ...], tuple[int, ...], int], Gate]
+    scores: Callable[[tuple[int, ...], tuple[int, ...], int], Scored]
     indices: Sequence[int]
 
     def __call__(
         self, prefix: tuple[int, ...], drafted_by: tuple[int, ...], exit_index: int
-    ) -> Gate:
+    ) -> Scored:
         drafted_by = tuple(self.indices[index] for index in drafted_by)
-        return self.gates(prefix, drafted_by, self.indices[exit_index])
+        return self.scores(prefix, drafted_by, self.indices[exit_index])
 
 
 def some_exits(answer: Answer, indices: Sequence[int]) -> Answer:
@@ -38,7 +38,7 @@ def some_exits(answer: Answer, indices: Sequence[int]) -> Answer:
         answer: With all of them.
         indices: Of those, increasing.
     """
-    return replace(answer, gates=_Some(answer.gates, indices))
+    return replace(answer, scores=_Some(answer.scores, indices))
 
 
 def can_play_defaults() -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 
 from adadecode_vllm.method.executor import TokenSubset
 
-Gate = tuple[int, float]
+Scored = tuple[int, float]
 """An exit's top token and its probability under the head."""
 
 
@@ -20,7 +20,7 @@ class Answer:
 
     Attributes:
         tokens: (n,) the answer, the model's own at temperature 0.
-        gates: ``gates(prefix, drafted_by, exit_index)`` returns what an exit says after
+        scores: ``scores(prefix, drafted_by, exit_index)`` is what an exit says after
             the prompt and these answer tokens. The last of them are drafts that the
             exits `drafted_by` made, and may leave the answer.
         stops: Tokens that end the text.
@@ -30,7 +30,7 @@ class Answer:
     """
 
     tokens: Sequence[int]
-    gates: Callable[[tuple[int, ...], tuple[int, ...], int], Gate]
+    scores: Callable[[tuple[int, ...], tuple[int, ...], int], Scored]
     stops: Collection[int]
     max_tokens: int
     length_limit: int = 1 << 30
@@ -45,14 +45,14 @@ class _Front:
         answer: The request.
         verified: Its verified answer tokens.
         drafts: Tokens that were drafted in this cycle.
-        asked: By place in the window, the exit that was asked last. The one that made
-            the draft behind it, where there is one.
+        scored_by: By place in the window, the exit that scored it last. The one that
+            made the draft behind it, where there is one.
     """
 
     answer: Answer
     verified: tuple[int, ...]
     drafts: list[int]
-    asked: list[int]
+    scored_by: list[int]
 
 
 class KnownExits:
@@ -83,8 +83,8 @@ class KnownExits:
             exit_layers: Layer counts of the exits.
             num_layers: L.
             window: Tokens of a window, 1 + the cap.
-            cost: ``cost(share, tokens, asked)``: what running a share of the layers for
-                so many tokens and asking an exit about so many takes.
+            cost: ``cost(share, tokens, scored)``: what running a share of the layers
+                for so many tokens, and scoring so many, takes.
         """
         self.exits_at_embedding = int(exit_layers[0] == 0)
         self.num_segments = len(exit_layers) + 1 - self.exits_at_embedding
@@ -130,7 +130,7 @@ class KnownExits:
         self.time += self._cost(share, len(states), subset.num_requests)
         last = np.cumsum(subset.count) - 1
         said = [
-            self._ask(self._fronts[row], place, token, exit_index)
+            self._score(self._fronts[row], place, token, exit_index)
             for row, place, token in zip(
                 subset.rows.tolist(),
                 (states[last] % self._window).tolist(),
@@ -142,11 +142,11 @@ class KnownExits:
         return np.array(tokens, np.int64), np.array(probabilities, np.float32)
 
     @staticmethod
-    def _ask(front: _Front, place: int, token: int, exit_index: int) -> Gate:
-        """Ask about the token at a place of a window; the first one is verified."""
+    def _score(front: _Front, place: int, token: int, exit_index: int) -> Scored:
+        """Score the token at a place of a window; the first one is verified."""
         if place:
             front.drafts[place - 1 :] = [token]
-        front.asked[place:] = [exit_index]
-        return front.answer.gates(
-            (*front.verified, *front.drafts), tuple(front.asked[:place]), exit_index
+        front.scored_by[place:] = [exit_index]
+        return front.answer.scores(
+            (*front.verified, *front.drafts), tuple(front.scored_by[:place]), exit_index
         )

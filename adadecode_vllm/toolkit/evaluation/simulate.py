@@ -42,7 +42,7 @@ class Counters:
         early_predictions: By exit.
         accepted: By exit.
         rejected: By exit.
-        gates: By exit, times it was asked.
+        gates: By exit, times it scored.
         segments_run: By segment, while drafting and in all decoding forwards, as if
             each request were alone.
         ngram_drafts: Drafts by n-gram lookup.
@@ -96,13 +96,13 @@ class Counters:
 class StepCosts(Protocol):
     """What the parts of a step take; the unit is the caller's."""
 
-    def drafting(self, share: float, tokens: int, asked: int) -> float:
+    def drafting(self, share: float, tokens: int, scored: int) -> float:
         """A segment and the exit behind it.
 
         Args:
             share: The segment's share of the layers; 0 for an exit at the embedding.
             tokens: Tokens that the segment runs.
-            asked: Tokens that the exit is asked about.
+            scored: Tokens that the exit scores.
         """
 
     def verifying(self, segments: Sequence[tuple[float, int]]) -> float:
@@ -117,7 +117,7 @@ class StepCosts(Protocol):
 class NoCosts:
     """Where nobody asks what decoding takes."""
 
-    def drafting(self, share: float, tokens: int, asked: int) -> float:
+    def drafting(self, share: float, tokens: int, scored: int) -> float:
         """Nothing; see `StepCosts`."""
         return 0.0
 

@@ -50,7 +50,7 @@ _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~-])/(?:[^\s/]+/)+([^\s/]*)")
 _VOCABULARY_ROW = re.compile(r"^\| Vocabulary \|.*$", re.MULTILINE)
 _DRAFT_VOCABULARY_ROW = re.compile(r"^\| Draft vocabulary \|.*\n", re.MULTILINE)
 _PREDICTION = re.compile(
-    r"^Predicted, not measured: ([\d.]+)x over ordinary decoding\s+with threshold "
+    r"^Predicted, not measured: ([\d.]+)x over plain decoding\s+with threshold "
     r"([\d.]+) and at most (\d+) early predictions",
     re.MULTILINE,
 )

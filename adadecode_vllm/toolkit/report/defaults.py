@@ -35,7 +35,7 @@ def expected_by_default(defaults: Defaults) -> str:
     )
     rows, cost = max((int(rows), cost) for rows, cost in defaults.row_costs.items())
     return (
-        f"With the engine's defaults {ratio(defaults.speedup)} over ordinary decoding "
+        f"With the engine's defaults {ratio(defaults.speedup)} over plain decoding "
         f"is predicted, {defaults.tokens_per_forward:.2f} tokens per forward, "
         f"{requests}, where {_rows_cost(rows, cost)}."
     )

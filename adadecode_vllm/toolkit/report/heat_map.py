@@ -77,7 +77,7 @@ def draw_speedup(simulation: Simulation) -> Plot:
     axes.set_xlabel("cap: most early predictions at a time")
     axes.set_ylabel(f"threshold on the {simulation.gate}")
     bar = figure.colorbar(image, ax=axes, pad=0.02)
-    bar.set_label("speedup (ordinary decoding = 1)")
+    bar.set_label("speedup (plain decoding = 1)")
     if lowest < highest:
         bar.ax.set_ylim(lowest, highest)
     bar.ax.yaxis.set_major_locator(MaxNLocator(6))
@@ -87,6 +87,6 @@ def draw_speedup(simulation: Simulation) -> Plot:
         "speedup",
         "Predicted speedup",
         "Simulated on held-out text, priced by the cost formula. Purple is faster than "
-        "ordinary decoding, orange slower; the frame marks the fastest cell.",
+        "plain decoding, orange slower; the frame marks the fastest cell.",
         to_png(figure),
     )

@@ -66,11 +66,11 @@ def headline(evaluation: Evaluation) -> str:
         return "No speed was predicted."
     if best.speedup <= 1:
         return (
-            "No setting is predicted to be faster than ordinary decoding; the best of "
+            "No setting is predicted to be faster than plain decoding; the best of "
             f"the grid reaches {ratio(best.speedup)}."
         )
     return (
-        f"Predicted speedup: {ratio(best.speedup)} over ordinary decoding, with "
+        f"Predicted speedup: {ratio(best.speedup)} over plain decoding, with "
         f"threshold {short(best.threshold)} and at most {best.cap} early predictions."
     )
 

@@ -3,7 +3,7 @@
 
 Unknown keys are ignored: a report of an older version still shows what it knows of a
 newer file. Shares and probabilities are in [0, 1], divergences in nats, speedups are
-ratios to ordinary decoding.
+ratios to plain decoding.
 """
 
 from collections.abc import Mapping
@@ -117,7 +117,7 @@ class Simulation(_Record):
         gate: `probability` or `acceptance`.
         thresholds: One per row of the grids.
         caps: Most early predictions, one per column.
-        speedup: Ratio to ordinary decoding.
+        speedup: Ratio to plain decoding.
         tokens_per_forward: Tokens per full forward.
         acceptance: Share of the early predictions that are accepted.
         coverage: Share of the tokens that are predicted early.
@@ -147,7 +147,7 @@ class Simulation(_Record):
 
 
 class Cost(_Record):
-    """What the speedups assume, as fractions of one ordinary step.
+    """What the speedups assume, as fractions of one plain step.
 
     Attributes:
         head_share: h, the LM head's.
@@ -193,7 +193,7 @@ class Defaults(_Record):
         requests: Requests at a time.
         answers: Answers that were decoded.
         row_costs: Cost of a pass over the weights by its rows, in those of one row.
-        speedup: Ratio to ordinary decoding.
+        speedup: Ratio to plain decoding.
         tokens_per_forward: Tokens per full forward.
         exits: What the exits contribute.
         lookup: What n-gram lookup contributes.
