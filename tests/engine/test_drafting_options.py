@@ -127,6 +127,22 @@ def test_with_preemption_and_chunked_prefill(
         assert stats(llm)["ngram_accepted"] > 0
 
 
+def test_suffix_trees_remember_answers(
+    prompts: list[str], reference: Reference
+) -> None:
+    pytest.importorskip("arctic_inference", reason="arctic-inference is not installed")
+    options = adadecode_options(threshold=1.0, ngram="chain", lookup="suffix")
+    with start_engine(**options, enable_prefix_caching=False, max_num_seqs=4) as llm:
+        steps = []
+        for _ in range(2):
+            assert generate(llm, prompts) == reference["texts"]
+            counted = stats(llm)
+            assert counted["ngram_accepted"] > 0
+            steps.append(counted["request_steps"])
+    # The second time the whole answers are known.
+    assert steps[1] < steps[0] / 2
+
+
 @pytest.mark.feature("drafting that adapts to its speed", "supported")
 @pytest.mark.parametrize("slow", [True, False], ids=["drafts cost", "drafts pay"])
 def test_drafting_stops_where_it_costs(

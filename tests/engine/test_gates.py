@@ -156,7 +156,7 @@ def test_corrupted_predictions_are_rejected(
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"max_early_predictions": 6}, "reserved room for 5"),
+        ({"max_early_predictions": 9}, "reserved room for 8"),
         ({"threshold": 1.5}, "threshold = 1.5 is refused"),
         ({"exit_layers": [2]}, "cannot be changed"),
     ],

@@ -296,7 +296,7 @@ def _post(server: Server, prompt: str, xargs: str) -> tuple[int, str]:
         ({"adadecode_threshold": 10**5000}, "= int too large to be shown is refused"),
         (
             {"adadecode_max_early_predictions": 10**5000},
-            "= int too large to be shown is refused: this engine reserves room for 5",
+            "= int too large to be shown is refused: this engine reserves room for 8",
         ),
     ],
     ids=["surrogate", "newline", "threshold", "cap"],

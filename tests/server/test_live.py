@@ -151,7 +151,7 @@ def test_the_figures_are_those_of_the_metrics(
     assert [exit_["layer"] for exit_ in whole["exits"]] == [2, 4, 8]
     assert lately["generated_tokens"] >= whole["generated_tokens"] - before > 0
     assert 0 < lately["seconds"] < 60
-    assert 1 < lately["tokens_per_forward"] <= 6
+    assert 1 < lately["tokens_per_forward"] <= 9
     assert 0 < lately["estimated_ratio"] < lately["tokens_per_forward"]
     assert stats["options"]["threshold"] == 0.5
     assert (stats["api_servers"], stats["layers"], stats["model"]) == (1, 16, [MODEL])
