@@ -9,7 +9,7 @@ import numpy as np
 
 from adadecode_vllm.config import Ngram
 from adadecode_vllm.method.admission import MOST_MATCHES
-from adadecode_vllm.method.lookup import NOTHING, Continuation, until_stop
+from adadecode_vllm.method.lookup import NOTHING, Continuation, Query, until_stop
 from adadecode_vllm.patches import llvmlite_library
 
 
@@ -52,28 +52,25 @@ class NgramLookup:
         llvmlite_library.install()
         self._lookup = ngram_proposer._find_longest_matched_ngram_and_propose_tokens
         self._max_model_len = max_model_len
-        self.find("", np.zeros(2, np.int32), (), 1, 1, ())
+        self.find(Query("", np.zeros(2, np.int32), (), 1, 1, ()))
 
-    def find(
-        self,
-        request_id: str,
-        context: np.ndarray,
-        drafts: Sequence[int],
-        fewest_matches: int,
-        most: int,
-        stop_token_ids: Collection[int],
-    ) -> Continuation:
+    def find(self, query: Query) -> Continuation:
         """Look up in the request; see :class:`adadecode_vllm.method.lookup.Lookup`."""
-        if drafts:
-            context = np.concatenate((context, np.array(drafts, context.dtype)))
+        context = query.context
+        if query.drafts:
+            context = np.concatenate((context, np.array(query.drafts, context.dtype)))
         found = self._lookup(
-            context, fewest_matches, MOST_MATCHES, self._max_model_len, most
+            context,
+            query.fewest_matches,
+            MOST_MATCHES,
+            self._max_model_len,
+            query.most,
         )
         if not len(found):
             return NOTHING
         return Continuation(
-            until_stop(found.tolist(), stop_token_ids),
-            _matches(context, found, fewest_matches),
+            until_stop(found.tolist(), query.stop_token_ids),
+            _matches(context, found, query.fewest_matches),
         )
 
     def forget(self, request_ids: Collection[str]) -> None:

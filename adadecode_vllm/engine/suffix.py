@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from importlib.util import find_spec
 
 import numpy as np
 
-from adadecode_vllm.method.lookup import NOTHING, Continuation, until_stop
+from adadecode_vllm.method.lookup import NOTHING, Continuation, Query, until_stop
 
 TREE_DEPTH = 24
 CACHED_ANSWERS = 10_000
@@ -36,26 +36,20 @@ class SuffixLookup:
         # By request, how many of its tokens the trees have.
         self._known: dict[str, int] = {}
 
-    def find(
-        self,
-        request_id: str,
-        context: np.ndarray,
-        drafts: Sequence[int],
-        fewest_matches: int,
-        most: int,
-        stop_token_ids: Collection[int],
-    ) -> Continuation:
+    def find(self, query: Query) -> Continuation:
         """Look up; see :class:`adadecode_vllm.method.lookup.Lookup`."""
-        self._follow(request_id, context)
-        last = (*context[-TREE_DEPTH:].tolist(), *drafts)[-TREE_DEPTH:]
+        self._follow(query.request_id, query.context)
+        last = (*query.context[-TREE_DEPTH:].tolist(), *query.drafts)[-TREE_DEPTH:]
         found = self._cache.speculate(
-            request_id, last, max_spec_tokens=most, min_token_prob=LEAST_PROBABILITY
+            query.request_id,
+            last,
+            max_spec_tokens=query.most,
+            min_token_prob=LEAST_PROBABILITY,
         )
-        if not found.token_ids or found.match_len < fewest_matches:
+        if not found.token_ids or found.match_len < query.fewest_matches:
             return NOTHING
-        return Continuation(
-            until_stop(list(found.token_ids), stop_token_ids), int(found.match_len)
-        )
+        tokens = until_stop(list(found.token_ids), query.stop_token_ids)
+        return Continuation(tokens, int(found.match_len))
 
     def _follow(self, request_id: str, context: np.ndarray) -> None:
         """Take in a request's new tokens."""

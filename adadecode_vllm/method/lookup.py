@@ -42,31 +42,31 @@ def until_stop(token_ids: list[int], stop_token_ids: Collection[int]) -> list[in
     return token_ids
 
 
+class Query(NamedTuple):
+    """What to look up.
+
+    Attributes:
+        request_id: The request.
+        context: (n,) int32, its verified tokens.
+        drafts: Those behind them.
+        fewest_matches: Last tokens that must have occurred before.
+        most: Most tokens to draft.
+        stop_token_ids: Tokens after which nothing will be kept.
+    """
+
+    request_id: str
+    context: np.ndarray
+    drafts: Sequence[int]
+    fewest_matches: int
+    most: int
+    stop_token_ids: Collection[int]
+
+
 class Lookup(Protocol):
     """Finds what followed the same tokens before."""
 
-    def find(
-        self,
-        request_id: str,
-        context: np.ndarray,
-        drafts: Sequence[int],
-        fewest_matches: int,
-        most: int,
-        stop_token_ids: Collection[int],
-    ) -> Continuation:
-        """Draft what followed the same last tokens before.
-
-        Args:
-            request_id: The request.
-            context: (n,) int32, its verified tokens.
-            drafts: Those behind them.
-            fewest_matches: Last tokens that must have occurred before.
-            most: Most tokens to draft.
-            stop_token_ids: Tokens after which nothing will be kept.
-
-        Returns:
-            The tokens behind the longest match.
-        """
+    def find(self, query: Query) -> Continuation:
+        """The tokens that followed behind the longest match of the last ones."""
 
     def forget(self, request_ids: Collection[str]) -> None:
         """Release what is remembered of finished requests."""
@@ -115,13 +115,16 @@ class Contexts:
         if context is None or most < 1 or (len(drafts) and drafts[-1] in stops):
             return NOTHING
         by_costs = self._admission(request) is not None
+        one_is_enough = by_costs and self.ways[request] == "chain"
         return self._lookup().find(
-            self._request_ids[request],
-            context,
-            drafts.tolist(),
-            1 if by_costs and self.ways[request] == "chain" else FEWEST_MATCHES,
-            most,
-            stops,
+            Query(
+                self._request_ids[request],
+                context,
+                drafts.tolist(),
+                1 if one_is_enough else FEWEST_MATCHES,
+                most,
+                stops,
+            )
         )
 
     def promise(self, request: int, found: Continuation) -> float:

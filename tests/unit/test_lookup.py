@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +11,7 @@ import pytest
 
 from adadecode_vllm.method.admission import AcceptanceRecord
 from adadecode_vllm.method.cycle import DraftRequests
-from adadecode_vllm.method.lookup import Candidates, Contexts, Continuation
+from adadecode_vllm.method.lookup import Candidates, Contexts, Continuation, Query
 
 LEAST = 0.2
 
@@ -22,17 +22,9 @@ class Fake:
     def __init__(self) -> None:
         self.asked: list[tuple[str, list[int], int, int]] = []
 
-    def find(
-        self,
-        request_id: str,
-        context: np.ndarray,
-        drafts: Sequence[int],
-        fewest_matches: int,
-        most: int,
-        stop_token_ids: Collection[int],
-    ) -> Continuation:
-        tokens = [*context.tolist(), *drafts]
-        self.asked.append((request_id, tokens, fewest_matches, most))
+    def find(self, query: Query) -> Continuation:
+        tokens = [*query.context.tolist(), *query.drafts]
+        self.asked.append((query.request_id, tokens, query.fewest_matches, query.most))
         return Continuation([tokens[-1] + 1], tokens[-1])
 
     def forget(self, request_ids: Collection[str]) -> None:

@@ -11,7 +11,7 @@ from vllm.platforms import current_platform
 
 from adadecode_vllm.engine.ngram import NgramLookup
 from adadecode_vllm.method.admission import MOST_MATCHES
-from adadecode_vllm.method.lookup import NOTHING, Continuation
+from adadecode_vllm.method.lookup import NOTHING, Continuation, Query
 from adadecode_vllm.method.stats import Stats
 from adadecode_vllm.patches import llvmlite_library
 
@@ -31,7 +31,9 @@ def find(
     fewest: int = 2,
     drafts: tuple[int, ...] = (),
 ) -> Continuation:
-    return lookup.find("a", np.array(context, np.int32), drafts, fewest, most, stops)
+    return lookup.find(
+        Query("a", np.array(context, np.int32), drafts, fewest, most, stops)
+    )
 
 
 def test_what_followed_the_same_tokens_is_drafted(lookup: NgramLookup) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from adadecode_vllm.engine.suffix import TREE_DEPTH, SuffixLookup
-from adadecode_vllm.method.lookup import NOTHING, Continuation
+from adadecode_vllm.method.lookup import NOTHING, Continuation, Query
 
 pytest.importorskip("arctic_inference", reason="arctic-inference is not installed")
 
@@ -26,7 +26,7 @@ def find(
     stops: tuple[int, ...] = (),
 ) -> Continuation:
     return lookup.find(
-        request_id, np.array(context, np.int32), drafts, fewest, 3, stops
+        Query(request_id, np.array(context, np.int32), drafts, fewest, 3, stops)
     )
 
 
