@@ -87,7 +87,7 @@ def _kill_while_they_wait(
             list(chunks)
 
     def wait(prompt: str) -> None:
-        with pytest.raises(InternalServerError, match="EngineCore encountered"):
+        with pytest.raises(InternalServerError, match="EngineCore encountered|had an error while"):
             complete(server.client, prompt, **LONG, extra_body=ENDLESS)
 
     with ThreadPoolExecutor(2 * len(prompts)) as pool:
