@@ -25,11 +25,11 @@ _Options = TypeVar("_Options", bound=BaseModel)
 CONFIG_KEY = "adadecode"
 """Where the options stand in vLLM's ``additional_config``."""
 
-# vLLM's rejection sampler verifies at most this many drafts of a request at once
-# (vllm/v1/sample/rejection_sampler.py, MAX_SPEC_LEN).
 DEFAULT_CAP = 8
 """Most unverified tokens of a request, where nobody says."""
 
+# vLLM's rejection sampler verifies at most this many drafts of a request at once
+# (vllm/v1/sample/rejection_sampler.py, MAX_SPEC_LEN).
 _MAX_EARLY_PREDICTIONS = 128
 
 Ngram = Literal["off", "tail", "first", "chain"]

@@ -92,7 +92,7 @@ class Drafter:
         if requests.contexts is None:
             self._prefetch(cycle, requests.alone)
         window = cycle.window()
-        for exit_index in range(executor.num_segments - 1 + at_embedding):
+        for exit_index in range(len(self.stats.exit_layers)):
             predictions = np.count_nonzero(window.exits == exit_index)
             self.stats.early_predictions[exit_index] += predictions
         self.stats.drafting_seconds += ended - started

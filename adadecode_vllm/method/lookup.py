@@ -8,7 +8,6 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from adadecode_vllm.method.admission import Admission
 from adadecode_vllm.method.cycle import DraftRequests
 
 FEWEST_MATCHES = 2
@@ -97,6 +96,10 @@ class Contexts:
         self._request_ids = request_ids
         self._requests = requests
         self._lookup = lookup
+        admission = requests.admission
+        self._by_costs = [False] * size
+        if admission is not None:
+            self._by_costs = (~np.isnan(admission.least)).tolist()
 
     def find(self, request: int, drafts: np.ndarray) -> Continuation:
         """Look up behind a request's drafts.
@@ -114,8 +117,7 @@ class Contexts:
         stops = self._requests.stop_token_ids[request]
         if context is None or most < 1 or (len(drafts) and drafts[-1] in stops):
             return NOTHING
-        by_costs = self._admission(request) is not None
-        one_is_enough = by_costs and self.ways[request] == "chain"
+        one_is_enough = self._by_costs[request] and self.ways[request] == "chain"
         return self._lookup().find(
             Query(
                 self._request_ids[request],
@@ -137,17 +139,10 @@ class Contexts:
         Returns:
             The probability; -1 for nothing, or where thresholds decide.
         """
-        admission = self._admission(request)
-        if admission is None or not found.token_ids:
+        admission = self._requests.admission
+        if admission is None or not self._by_costs[request] or not found.token_ids:
             return -1.0
         return admission.lookup_promise(request, found.matches)
-
-    def _admission(self, request: int) -> Admission | None:
-        """What is known of drafts, where costs decide about a request's."""
-        admission = self._requests.admission
-        if admission is None or np.isnan(admission.least[request]):
-            return None
-        return admission
 
 
 class Candidates:
