@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from adadecode_vllm.config import DEFAULT_CAP
+from adadecode_vllm.engine.suffix import is_installed
 from adadecode_vllm.errors import AdaDecodeError
 
 BASELINE = "baseline"
@@ -184,7 +184,7 @@ def reason_to_skip(
             return "needs a small model with the same vocabulary; give --draft-model"
         if not Path(settings.draft_model).is_dir():
             return f"found no directory {settings.draft_model}; correct --draft-model"
-    if variant.kind == "suffix" and find_spec("arctic_inference") is None:
+    if variant.kind == "suffix" and not is_installed():
         return "needs the package arctic-inference; install it"
     if variant.kind == "transformers-early-exit" and min(batch_sizes) > 1:
         return "can only generate for one request at a time; add --batch-sizes 1"
