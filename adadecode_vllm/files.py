@@ -68,6 +68,21 @@ def writing_together(paths: Sequence[Path]) -> Iterator[list[Path]]:
             _swap(temporary, paths)
 
 
+def write_all(file: int, data: bytes | memoryview) -> None:
+    """Write to an open file until all is written.
+
+    Args:
+        file: Its descriptor.
+        data: Bytes.
+
+    Raises:
+        OSError: It cannot be written; a part may be.
+    """
+    left = memoryview(data)
+    while left:
+        left = left[os.write(file, left) :]
+
+
 def atomic_write(path: Path, content: bytes) -> Path:
     """Write a file under a temporary name, then rename it.
 

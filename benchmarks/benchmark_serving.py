@@ -285,7 +285,7 @@ class ServingSession:
             write_results(self._output, self.results)
 
 
-def main(arguments: Sequence[str] | None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print the table."""
     # vLLM logs to standard output, which is the table's.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

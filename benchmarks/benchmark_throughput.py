@@ -37,7 +37,7 @@ from benchmarks.variants import Variant, parse_variants
 DEFAULT_VARIANTS = "baseline,adadecode,single-exit,t-identity,ngram"
 
 
-def main(arguments: Sequence[str] | None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print the table."""
     parser = make_parser(__doc__ or "")
     add_variants_option(parser, DEFAULT_VARIANTS)

@@ -13,7 +13,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -201,13 +201,20 @@ def workload_from(
     return workload
 
 
-def run_command(main: Callable[[Sequence[str] | None], None]) -> None:
-    """Run a command; a user's mistake ends with a sentence and exit code 2."""
+def run_command(command: Callable[[], object]) -> None:
+    """Run a command; a user's mistake ends with a sentence and exit code 2.
+
+    Args:
+        command: What to run.
+
+    Raises:
+        SystemExit: After a mistake, or where plain vLLM failed.
+    """
     from benchmarks.process import VariantError
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        main(None)
+        command()
     except AdaDecodeError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from None

@@ -36,19 +36,6 @@ class Parity:
     ties: int = 0
     different: int = 0
 
-    @property
-    def total(self) -> int:
-        """All texts."""
-        return self.same + self.ties + self.different
-
-    def __add__(self, other: Parity) -> Parity:
-        """Counts of both."""
-        return Parity(
-            self.same + other.same,
-            self.ties + other.ties,
-            self.different + other.different,
-        )
-
 
 def first_difference(baseline: Sequence[int], text: Sequence[int]) -> int | None:
     """Index of the first token that differs, None if the texts are identical."""
@@ -129,15 +116,13 @@ def compare(
         texts: The other's.
         logits: The baseline's best logits by prompt; None where no tie is allowed.
     """
-    parity = Parity()
+    same = ties = 0
     for number, (expected, text) in enumerate(zip(baseline, texts, strict=True)):
         if list(expected) == list(text):
-            parity += Parity(same=1)
+            same += 1
         elif logits is not None and is_tie(expected, text, logits[number]):
-            parity += Parity(ties=1)
-        else:
-            parity += Parity(different=1)
-    return parity
+            ties += 1
+    return Parity(same, ties, len(texts) - same - ties)
 
 
 def judge(

@@ -10,6 +10,7 @@ compared by people who know why, not by standing in one table.
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +18,7 @@ import typer
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from adadecode_vllm.errors import AdaDecodeError
+from benchmarks.options import run_command
 from benchmarks.result_files import read_results
 from benchmarks.tables import results_table
 
@@ -27,18 +28,14 @@ def main(
     plots: Annotated[Path | None, typer.Option(help="Directory for PNG files")] = None,
 ) -> None:
     """Print the table as Markdown."""
-    try:
-        results = read_results(files)
-        if plots is not None:
-            from benchmarks.plots import draw_comparison
+    results = read_results(files)
+    if plots is not None:
+        from benchmarks.plots import draw_comparison
 
-            for path in draw_comparison(results, plots):
-                typer.echo(f"wrote {path}", err=True)
-    except AdaDecodeError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
+        for path in draw_comparison(results, plots):
+            typer.echo(f"wrote {path}", err=True)
     typer.echo(results_table(results))
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(partial(typer.run, main))

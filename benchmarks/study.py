@@ -47,10 +47,7 @@ class Plan:
 
 
 def _batch(settings: EngineSettings, args: argparse.Namespace) -> Plan:
-    return _by_size(settings, args.values or "1,2,4,8,16,32")
-
-
-def _by_size(settings: EngineSettings, values: str) -> Plan:
+    values = args.values or "1,2,4,8,16,32"
     sizes = numbers("--values", values, int, lambda n: n > 0)
     return Plan(
         parse_variants(f"{BASELINE},adadecode"),
@@ -93,21 +90,6 @@ def _exits(settings: EngineSettings, args: argparse.Namespace) -> Plan:
     return Plan(variants, [Case(variant.name) for variant in variants[1:]], settings)
 
 
-def _ablation(settings: EngineSettings, args: argparse.Namespace) -> Plan:
-    from adadecode_vllm.heads import load_heads_config
-
-    layers = load_heads_config(settings.heads).exit_layers
-    names = ["adadecode"]
-    names += [f"single-exit:{layer}" for layer in layers]
-    names += ["t-identity", *(f"heads:{heads}" for heads in args.other_heads)]
-    variants = parse_variants(",".join([BASELINE, *names]))
-    return Plan(variants, [Case(variant.name) for variant in variants[1:]], settings)
-
-
-def _breakdown(settings: EngineSettings, args: argparse.Namespace) -> Plan:
-    return _by_size(settings, args.values or "1")
-
-
 def _synthetic(settings: EngineSettings, args: argparse.Namespace) -> Plan:
     values = args.values or "0.5,0.6,0.7,0.8,0.9,0.95,1"
     rates = numbers("--values", values, float, lambda rate: 0 <= rate <= 1)
@@ -127,8 +109,6 @@ STUDIES: Mapping[
     "threshold": ("speedup by threshold", _threshold),
     "cap": ("speedup by the most unverified tokens of a request", _cap),
     "exits": ("every choice among the heads' exits", _exits),
-    "ablation": ("the paper's ablation table", _ablation),
-    "breakdown": ("where the time of a cycle goes", _breakdown),
     "synthetic": ("speedup by acceptance: predictions corrupted at a rate", _synthetic),
 }
 
@@ -142,18 +122,11 @@ def study_parser() -> argparse.ArgumentParser:
         help="; ".join(f"{name}: {text}" for name, (text, _) in STUDIES.items()),
     )
     parser.add_argument("--values", help="Comma-separated, instead of the study's own")
-    parser.add_argument(
-        "--other-heads",
-        action="append",
-        default=[],
-        metavar="DIR",
-        help="ablation: more heads to compare, such as those of one domain",
-    )
     parser.add_argument("--plots", type=Path, help="Directory for PNG files")
     return parser
 
 
-def main(arguments: Sequence[str] | None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run one study and print its tables."""
     args = study_parser().parse_args(arguments)
     plan = STUDIES[args.study][1](settings_from(args), args)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +23,6 @@ import typer
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.files import atomic_write
 from adadecode_vllm.toolkit.plotting import (
     add_legend,
@@ -32,6 +32,7 @@ from adadecode_vllm.toolkit.plotting import (
     series_style,
     to_png,
 )
+from benchmarks.options import run_command
 from benchmarks.plot_cases import read_cases
 from benchmarks.plots import bars
 from benchmarks.result_files import read_results
@@ -47,26 +48,20 @@ def main(
     growth: Annotated[Path, typer.Option(help="Agreement by training tokens")],
 ) -> None:
     """Draw both."""
-    try:
-        require_matplotlib(
-            "task_plots", "install adadecode-vllm with its `bench` extra"
-        )
-        results = {}
-        for text in task:
-            name, _, path = text.partition("=")
-            (results[name],) = read_results([Path(path)])
-        rows = json.loads(growth.read_text(encoding="utf-8"))["rows"]
-        figures = {
-            "speedup_by_task": speedup_by_task(results),
-            "agreement_by_tokens": agreement_by_tokens(rows),
-        }
-        directory.mkdir(parents=True, exist_ok=True)
-        for file, figure in figures.items():
-            written = atomic_write(directory / f"{file}.png", to_png(figure))
-            typer.echo(f"wrote {written}", err=True)
-    except AdaDecodeError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
+    require_matplotlib("task_plots", "install adadecode-vllm with its `bench` extra")
+    results = {}
+    for text in task:
+        name, _, path = text.partition("=")
+        (results[name],) = read_results([Path(path)])
+    rows = json.loads(growth.read_text(encoding="utf-8"))["rows"]
+    figures = {
+        "speedup_by_task": speedup_by_task(results),
+        "agreement_by_tokens": agreement_by_tokens(rows),
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    for file, figure in figures.items():
+        written = atomic_write(directory / f"{file}.png", to_png(figure))
+        typer.echo(f"wrote {written}", err=True)
 
 
 def speedup_by_task(results: Mapping[str, Mapping[str, Any]]) -> Figure:
@@ -113,4 +108,4 @@ def agreement_by_tokens(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(partial(typer.run, main))

@@ -40,6 +40,7 @@ from adadecode_vllm.heads import (
 from adadecode_vllm.heads.io import load_tensors
 from adadecode_vllm.toolkit.provenance import git_commit, package_versions
 from adadecode_vllm.toolkit.training.draft_vocabulary import MAX_TOKENS
+from benchmarks.options import run_command
 from benchmarks.widening import (
     Tensors,
     Widener,
@@ -327,26 +328,22 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
 ) -> None:
     """Write a larger model that computes the same function; sizes override PRESET's."""
-    try:
-        sizes = chosen_sizes(
-            preset,
-            Sizes.of(_read_config(model)),
-            hidden_size=hidden_size,
-            intermediate_size=intermediate_size,
-            num_layers=num_layers,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            vocab_size=vocab_size,
-        )
-        _, target = widen(
-            model, out, heads=heads, sizes=sizes, dtype=dtype, seed=seed, device=device
-        )
-    except AdaDecodeError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
+    sizes = chosen_sizes(
+        preset,
+        Sizes.of(_read_config(model)),
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        vocab_size=vocab_size,
+    )
+    _, target = widen(
+        model, out, heads=heads, sizes=sizes, dtype=dtype, seed=seed, device=device
+    )
     typer.echo(f"Wrote {out}: {target.parameters / 1e9:.2f} B parameters")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(partial(typer.run, main))

@@ -105,9 +105,11 @@ def load_workload(
     seed: int = 0,
     output_tokens: int | None = None,
     max_model_len: int | None = None,
-    chat: bool | None = None,
 ) -> Workload:
     """Make a workload for a model.
+
+    The chat template is applied where the tokenizer has one and the workload is read
+    from a file.
 
     Args:
         name: A key of `WORKLOADS`.
@@ -118,14 +120,12 @@ def load_workload(
         output_tokens: Most new tokens; None for the workload's own number.
         max_model_len: Most tokens of prompt and output; None for the model's own
             limit. Prompts that do not fit are left out, and their number is logged.
-        chat: Whether to apply the chat template; None for: where the tokenizer has
-            one and the workload is read from a file.
 
     Raises:
         AdaDecodeError: An option does not fit the workload or the model, the files
             cannot be used, or no prompt fits.
     """
-    _check(name, path, count, output_tokens, chat)
+    _check(name, path, count, output_tokens)
     target = load_model(str(model))
     if output_tokens is None:
         output_tokens = _OUTPUT_TOKENS.get(name, _PAPER_OUTPUT_TOKENS)
@@ -133,7 +133,7 @@ def load_workload(
     references: list[str] = []
     number = count or _BUILT_IN_COUNT
     if path is not None:
-        applied = _use_chat_template(target, chat, name)
+        applied = use_chat_template(target, None, name, finished=False)
         texts, prompts, references = _read(
             Selection(name, None, count, seed), path, target, applied
         )
@@ -176,11 +176,7 @@ def demo_corpus() -> ModuleType:
 
 
 def _check(
-    name: str,
-    path: Path | None,
-    count: int | None,
-    output_tokens: int | None,
-    chat: bool | None,
+    name: str, path: Path | None, count: int | None, output_tokens: int | None
 ) -> None:
     """Refuse options that cannot be meant."""
     if name not in WORKLOADS:
@@ -206,20 +202,6 @@ def _check(
             f"--dataset-path {path}: the workload {name} makes its own prompts; drop "
             "it, or choose --dataset-name text to use the file"
         )
-    if chat and not from_files:
-        raise AdaDecodeError(
-            f"--chat: the prompts of the workload {name} are plain text; drop it, or "
-            "choose another --dataset-name"
-        )
-
-
-def _use_chat_template(target: TargetModel, chat: bool | None, name: str) -> bool:
-    if chat and not getattr(target.tokenizer, "chat_template", None):
-        raise AdaDecodeError(
-            f"--chat: the tokenizer of {target.name} has no chat template; drop it, or "
-            "give a model that has one"
-        )
-    return use_chat_template(target, chat, name, finished=False)
 
 
 def _read(

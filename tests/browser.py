@@ -21,26 +21,18 @@ def find_chromium() -> str:
     pytest.skip("no Chromium: install Debian's `chromium`, or set CHROMIUM to its path")
 
 
-def open_page(
-    url: str, profile: Path, *, milliseconds: int, screenshot: Path | None = None
-) -> tuple[str, list[str]]:
+def open_page(url: str, profile: Path, *, milliseconds: int) -> tuple[str, list[str]]:
     """Let a page run for a while.
 
     Args:
         url: Its address.
         profile: A new directory.
         milliseconds: How long its timers think that it ran.
-        screenshot: A PNG to write instead of returning the document.
 
     Returns:
         The document as it is then, and what was written to the browser's console,
         errors and violations of the page's policy among it.
     """
-    output = (
-        ["--dump-dom"]
-        if screenshot is None
-        else [f"--screenshot={screenshot}", "--window-size=1120,1180"]
-    )
     done = subprocess.run(
         [
             find_chromium(),
@@ -52,7 +44,7 @@ def open_page(
             "--enable-logging=stderr",
             f"--user-data-dir={profile}",
             f"--virtual-time-budget={milliseconds}",
-            *output,
+            "--dump-dom",
             url,
         ],
         capture_output=True,

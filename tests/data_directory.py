@@ -18,8 +18,6 @@ def write_rows(
     rows: Sequence[tuple[Sequence[int], Sequence[int]]],
     *,
     vocab_size: int,
-    model: str = "tiny",
-    rows_per_shard: int = 64,
 ) -> Path:
     """Write prompts and answers, token ids both.
 
@@ -27,7 +25,7 @@ def write_rows(
         The directory.
     """
     info = DatasetInfo(
-        model=model,
+        model="tiny",
         vocab_size=vocab_size,
         rows=len(rows),
         complete=False,
@@ -37,7 +35,7 @@ def write_rows(
         versions={},
         created="2026-01-01T00:00:00+00:00",
     )
-    writer = ShardWriter(directory, info, rows_per_shard)
+    writer = ShardWriter(directory, info, rows_per_shard=64)
     data = [
         DataRow(index, "test", list(prompt), list(answer))
         for index, (prompt, answer) in enumerate(rows)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A local server that speaks the Hugging Face Hub's protocol, for downloads."""
+"""The Hugging Face Hub: a local server for downloads, its `HfApi` for uploads."""
 
 import hashlib
 import json
@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import huggingface_hub
 import pytest
@@ -120,3 +121,46 @@ def publish(hub: Hub, heads: Path, **more: bytes | None) -> None:
     hub.repositories["ann/heads"] = {
         name: content for name, content in files.items() if content is not None
     }
+
+
+class FakeApi:
+    """Stands for `HfApi`: records, and behaves as it is told."""
+
+    made: ClassVar[list[Any]] = []
+    error: Exception | None = None
+    is_private = True
+
+    def __init__(self, **values: Any) -> None:
+        self.values = values
+        self.created: dict[str, Any] = {}
+        self.commit: dict[str, Any] = {}
+        self.files: dict[str, bytes] = {}
+        self.made.append(self)
+
+    def create_repo(self, repo_id: str, **values: Any) -> None:
+        self.created = {"repo_id": repo_id, **values}
+
+    def model_info(self, repo_id: str) -> SimpleNamespace:
+        return SimpleNamespace(private=self.is_private)
+
+    def create_commit(
+        self, repo_id: str, operations: list[Any], **values: Any
+    ) -> SimpleNamespace:
+        if self.error:
+            raise self.error
+        self.commit = {"repo_id": repo_id, **values}
+        for operation in operations:
+            with operation.as_file() as file:
+                self.files[operation.path_in_repo] = file.read()
+        pull_request = "https://hub/pr/1" if values["create_pr"] else None
+        return SimpleNamespace(commit_url="https://hub/commit/1", pr_url=pull_request)
+
+
+def use_fake_api(monkeypatch: pytest.MonkeyPatch) -> type[FakeApi]:
+    """Let uploads end at a fake, of a class that no other test knows."""
+
+    class Api(FakeApi):
+        made: ClassVar[list[Any]] = []
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    return Api

@@ -62,6 +62,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     ),
     "Serving": (
         "streaming",
+        "streaming input",
         "chat",
         "metrics",
         "live page",
@@ -74,6 +75,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "pipeline parallel",
         "context parallel",
         "expert parallel",
+        "ranks that schedule themselves (external launcher)",
         "n-gram drafts beside the exits'",
         "exits before the first layer, heads with memory",
         "drafting that adapts to its speed",

@@ -94,10 +94,10 @@ def make_memory_heads(directory: Path) -> Path:
     """
     import torch
 
-    from adadecode_vllm.heads import load_exit_weights, load_heads_config, save_heads
+    from adadecode_vllm.heads import load_heads_config, load_tensors, save_heads
 
     trained = load_heads_config(HEADS)
-    weights = load_exit_weights(HEADS, trained)
+    weights = load_tensors(HEADS, trained).weights
     generator = torch.Generator().manual_seed(0)
     size = trained.hidden_size
 

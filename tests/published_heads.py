@@ -2,13 +2,13 @@
 """Heads as they are saved and published, for tests."""
 
 import shlex
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from adadecode_vllm.heads import (
-    ExitHeadsConfig,
-)
+from adadecode_vllm.heads import ExitHeadsConfig
+from adadecode_vllm.toolkit.publishing.save import save_pretrained
 from tests.tiny import FINGERPRINT
 
 D = 8
@@ -45,6 +45,16 @@ def make_config(**values: Any) -> ExitHeadsConfig:
 def make_weights() -> dict[int, torch.Tensor]:
     torch.manual_seed(0)
     return {layer: torch.randn(D, D) for layer in (1, 3)}
+
+
+def save_trained(directory: Path) -> Path:
+    """Save heads with the card of their training.
+
+    Returns:
+        The directory.
+    """
+    save_pretrained(directory, make_weights(), make_config(), training=TRAINING)
+    return directory
 
 
 def serve_words(card: str) -> list[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from adadecode_vllm.heads import load_draft_token_ids, load_heads_config
+from adadecode_vllm.heads import load_heads_config, load_tensors
 from tests.harness import HEADS, MODEL
 
 
@@ -45,7 +45,7 @@ def rename_frequent_tokens(directory: Path, count: int) -> RenamedModel:
             before.
     """
     shutil.copytree(MODEL, directory)
-    ranking = load_draft_token_ids(HEADS, load_heads_config(HEADS))
+    ranking = load_tensors(HEADS, load_heads_config(HEADS)).draft_token_ids
     assert ranking is not None
     settings = json.loads((directory / "config.json").read_text())
     special = [settings[f"{name}_token_id"] for name in ("bos", "eos", "pad")]

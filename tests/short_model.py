@@ -9,12 +9,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from adadecode_vllm.heads import (
-    load_draft_token_ids,
-    load_exit_weights,
-    load_heads_config,
-    save_heads,
-)
+from adadecode_vllm.heads import load_heads_config, load_tensors, save_heads
 from tests.harness import HEADS, MODEL
 
 
@@ -42,7 +37,7 @@ def save_short_model(directory: Path, layers: int, exits: list[int]) -> tuple[st
     }
     save_file(weights, path, metadata={"format": "pt"})
     config = load_heads_config(HEADS)
-    trained = load_exit_weights(HEADS, config)
+    trained = load_tensors(HEADS, config)
     short = config.model_copy(
         update={
             "exit_layers": exits,
@@ -52,8 +47,8 @@ def save_short_model(directory: Path, layers: int, exits: list[int]) -> tuple[st
     )
     save_heads(
         heads,
-        {layer: trained[layer] for layer in exits},
+        {layer: trained.weights[layer] for layer in exits},
         short,
-        load_draft_token_ids(HEADS, config),
+        trained.draft_token_ids,
     )
     return str(model), str(heads)

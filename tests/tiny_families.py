@@ -94,6 +94,12 @@ REQUEST: dict[str, Any] = {
 }
 
 
+def config_class(family: str) -> Any:
+    """The class of a family's configuration in Transformers."""
+    name = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
+    return getattr(transformers, name)
+
+
 def save_family(directory: Path, family: str, **extra: Any) -> None:
     """Save a random checkpoint whose exits are right often, but not always.
 
@@ -102,8 +108,7 @@ def save_family(directory: Path, family: str, **extra: Any) -> None:
         family: A key of :data:`FAMILIES`.
         **extra: More of its configuration.
     """
-    name = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
-    config = getattr(transformers, name)(**{**_SHAPE, **FAMILIES[family], **extra})
+    config = config_class(family)(**{**_SHAPE, **FAMILIES[family], **extra})
     torch.manual_seed(7)
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     # Gemma's norms multiply by 1 + weight.

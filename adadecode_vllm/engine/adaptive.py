@@ -15,8 +15,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-
 logger = logging.getLogger("vllm.adadecode")
 
 SETTLE_STEPS = 2
@@ -36,6 +34,10 @@ SHORTEST = 48
 LONGEST = 4096
 """Fewest and most steps between two looks."""
 
+LONGER = 4
+"""How many times longer than the last a pause may be: something else may have held up
+the steps that were looked at."""
+
 BETTER = 1.01
 """How much faster the other way must be for a change."""
 
@@ -46,16 +48,18 @@ COST_STEPS = 128
 """Steps that the cost of a draft is estimated from."""
 
 USUAL_COST = 0.05
-"""Share of a step that a draft is taken to cost until steps have told, or as much as
-one of the step's requests if that is less."""
+"""Share of a step that a draft or a request is taken to cost until steps have told."""
+
+USUAL_PROMISE = 0.9
+"""The most that a draft is taken to have to promise until then."""
 
 USUAL_SPREAD = 64.0
-"""Weight of that beside steps: their number times the variance of their drafts."""
+"""Weight of that beside steps: their number times the variance of what they hold."""
 
 USUAL_STEPS = 8
 """Steps from which on one that takes much longer than they did is cut short."""
 
-ADMISSION = (0.02, 0.9)
+ADMISSION = (0.02, 1.0)
 """Bounds of what a draft must promise."""
 
 
@@ -65,18 +69,29 @@ class _Rate:
 
     tokens: float = 0.0
     seconds: float = 0.0
+    requests: float = 0.0
     steps: float = 0.0
 
-    def add(self, tokens: int, seconds: float) -> None:
+    def add(self, requests: int, tokens: int, seconds: float) -> None:
         seconds = _usual(seconds, self.seconds, self.steps)
         keep = 1.0 - 1.0 / WINDOW_STEPS
         self.steps = keep * self.steps + 1
         self.tokens = keep * self.tokens + tokens
         self.seconds = keep * self.seconds + seconds
+        self.requests = keep * self.requests + requests
 
-    @property
-    def value(self) -> float:
-        return self.tokens / self.seconds if self.seconds else 0.0
+    def at(self, requests: float, request_seconds: float) -> float:
+        """Tokens per second of steps with another number of requests.
+
+        Args:
+            requests: Their number.
+            request_seconds: What one more adds to a step; at most its share of one.
+        """
+        if not self.seconds:
+            return 0.0
+        usual, seconds = self.requests / self.steps, self.seconds / self.steps
+        seconds += min(request_seconds, seconds / usual) * (requests - usual)
+        return self.tokens / self.steps * requests / usual / seconds
 
 
 def _usual(seconds: float, before: float, steps: float) -> float:
@@ -87,33 +102,45 @@ def _usual(seconds: float, before: float, steps: float) -> float:
     return seconds if steps < USUAL_STEPS else min(seconds, 3 * before / steps)
 
 
-class _DraftCost:
-    """What one more draft adds to a step, by least squares over the last steps.
+class _StepTimes:
+    """What one more request, and one more draft, adds to a step with drafts.
 
-    Attributes:
-        usual: Share of a step that is assumed until steps have told.
+    By least squares over the last steps. Both at once: while a batch empties, requests
+    and drafts change together.
     """
 
-    def __init__(self, usual: float) -> None:
-        self.usual = usual
-        # Sums over steps: 1, drafts, seconds, drafts squared, drafts times seconds.
-        self._sums = np.zeros(5)
+    def __init__(self) -> None:
+        # Over steps, in plain floats: so few are slower in arrays.
+        self._sums = [0.0] * 9
+        self.request_seconds = self.draft_seconds = 0.0
 
-    def add(self, drafts: int, seconds: float) -> None:
-        seconds = _usual(seconds, self._sums[2], self._sums[0])
+    def add(self, requests: int, drafts: int, seconds: float) -> None:
+        seconds = _usual(seconds, self._sums[3], self._sums[0])
+        terms = (
+            1.0,
+            requests,
+            drafts,
+            seconds,
+            requests * requests,
+            requests * drafts,
+            drafts * drafts,
+            requests * seconds,
+            drafts * seconds,
+        )
         keep = 1.0 - 1.0 / COST_STEPS
-        terms = (1, drafts, seconds, drafts * drafts, drafts * seconds)
-        self._sums = keep * self._sums + terms
-
-    @property
-    def seconds(self) -> float:
-        steps, drafts, seconds, squares, products = self._sums.tolist()
-        if not steps:
-            return 0.0
-        spread = squares - drafts * drafts / steps
-        usual = self.usual * seconds / steps
-        found = products - drafts * seconds / steps + usual * USUAL_SPREAD
-        return max(found / (spread + USUAL_SPREAD), 0.0)
+        self._sums = [
+            keep * old + new for old, new in zip(self._sums, terms, strict=True)
+        ]
+        steps, r, d, s, rr, rd, dd, rs, ds = self._sums
+        usual = USUAL_SPREAD * min(USUAL_COST, USUAL_PROMISE * steps / r) * s / steps
+        rr += USUAL_SPREAD - r * r / steps
+        dd += USUAL_SPREAD - d * d / steps
+        rd -= r * d / steps
+        rs += usual - r * s / steps
+        ds += usual - d * s / steps
+        both = rr * dd - rd * rd
+        self.request_seconds = max((rs * dd - ds * rd) / both, 0.0)
+        self.draft_seconds = max((ds * rr - rs * rd) / both, 0.0)
 
 
 class _Size:
@@ -121,59 +148,69 @@ class _Size:
 
     Attributes:
         drafts: Whether the next step drafts.
-        draft_cost: What one more draft costs.
+        times: What requests and drafts add to a step.
+        rates: By whether they drafted, what steps yielded.
     """
 
-    def __init__(self, requests: int) -> None:
-        self._requests = requests
+    def __init__(self) -> None:
         self.drafts = True
-        self.draft_cost = _DraftCost(min(USUAL_COST, 1.0 / requests))
+        self.times = _StepTimes()
         self.rates = {True: _Rate(), False: _Rate()}
         self._best = True
         self._left = FIRST_STEPS
+        self._pause = SHORTEST // LONGER
 
-    @property
-    def admission(self) -> float:
+    def admission(self, requests: int) -> float:
         """What a draft must promise: the tokens of the time that it takes."""
-        rate = self.rates[True].value
-        promise = self.draft_cost.seconds * rate
-        if not rate:
-            # Nothing is known yet: a step yields a token for each request.
-            promise = self.draft_cost.usual * self._requests
+        rate = self.rates[True].at(requests, self.times.request_seconds)
+        # Until something is known, a step yields a token for each request.
+        promise = (
+            self.times.draft_seconds * rate
+            if rate
+            else min(USUAL_COST * requests, USUAL_PROMISE)
+        )
         return min(max(promise, ADMISSION[0]), ADMISSION[1])
 
-    def compare(self, drafted: bool, tokens: int, seconds: float) -> Compared:
+    def compare(
+        self, requests: int, drafted: bool, tokens: int, seconds: float
+    ) -> Compared:
         """A step beside one without drafts, where the speed of these is known."""
-        plain, own = self.rates[False], self.rates[drafted]
+        own = self.rates[drafted]
         seconds = _usual(seconds, own.seconds, own.steps)
         if not drafted:
             return Compared(seconds, seconds)
-        if not plain.tokens:
-            return Compared()
-        return Compared(seconds, tokens / plain.value)
+        plain = self.rates[False].at(requests, self.times.request_seconds)
+        return Compared(seconds, tokens / plain) if plain else Compared()
 
-    def count(self, drafted: bool, drafts: int, tokens: int, seconds: float) -> bool:
+    def count(
+        self, requests: int, drafted: bool, drafts: int, tokens: int, seconds: float
+    ) -> bool:
         """Note a step, and whether the next ones go another way."""
-        self.rates[drafted].add(tokens, seconds)
+        self.rates[drafted].add(requests, tokens, seconds)
         if drafted:
-            self.draft_cost.add(drafts, seconds)
+            self.times.add(requests, drafts, seconds)
         if drafted is not self.drafts:
             return False
         self._left -= 1
         if self._left > 0:
             return False
         if self.drafts is self._best:
-            # Look at the other way.
+            # Look at the other way, as it is now.
             self.drafts = not self._best
+            self.rates[self.drafts] = _Rate()
             self._left = PROBE_STEPS
             return True
-        known, other = (self.rates[way].value for way in (self._best, self.drafts))
+        known, other = (
+            self.rates[way].at(requests, self.times.request_seconds)
+            for way in (self._best, self.drafts)
+        )
         if other > BETTER * known:
             self._best = self.drafts
         slower, faster = sorted((known, other))
         loss = 1.0 - slower / faster if faster else 0.0
         pause = (PROBE_STEPS + SETTLE_STEPS) * loss / PROBE_COST
-        self._left = int(min(max(pause, SHORTEST), LONGEST))
+        longest = min(self._pause * LONGER, LONGEST)
+        self._left = self._pause = int(min(max(pause, SHORTEST), longest))
         changed = self.drafts is not self._best
         self.drafts = self._best
         return changed
@@ -216,7 +253,7 @@ class AdaptiveDrafting:
             clock: Seconds.
         """
         self._clock = clock
-        self._sizes = [_Size(1 << power) for power in range(most_requests.bit_length())]
+        self._sizes = [_Size() for _ in range(most_requests.bit_length())]
         self._ended: float | None = None
         self._drafted: bool | None = None
         self._same = 0
@@ -228,7 +265,7 @@ class AdaptiveDrafting:
 
     def admission(self, requests: int) -> float:
         """The least probability of a draft that pays in a step of so many requests."""
-        return self._sizes[requests.bit_length() - 1].admission
+        return self._sizes[requests.bit_length() - 1].admission(requests)
 
     def take_compared(self) -> Compared | None:
         """What was compared since the last call; None for nothing."""
@@ -265,17 +302,17 @@ class AdaptiveDrafting:
         if began is not None and requests and decodes and self._same >= SETTLE_STEPS:
             size = self._sizes[requests.bit_length() - 1]
             seconds = self._ended - began
-            changed = size.count(drafted, drafts, tokens, seconds)
-            self._compared += size.compare(drafted, tokens, seconds)
+            changed = size.count(requests, drafted, drafts, tokens, seconds)
+            self._compared += size.compare(requests, drafted, tokens, seconds)
             if changed:
                 logger.debug(
                     "adadecode: steps of about %d requests %s drafts: %.1f tokens/s "
                     "with, %.1f without; a draft pays above %.2f",
                     requests,
                     "have" if size.drafts else "have no",
-                    size.rates[True].value,
-                    size.rates[False].value,
-                    size.admission,
+                    size.rates[True].at(requests, size.times.request_seconds),
+                    size.rates[False].at(requests, size.times.request_seconds),
+                    size.admission(requests),
                 )
         if not busy:
             self._ended = None

@@ -176,7 +176,7 @@ class DraftCycle:
 
     def _admit(self, sampled: Sampled) -> Admission | None:
         """What drafts must promise, where the scheduler knows what they cost."""
-        if self._admission is None:
+        if self._admission is None or not self.adadecode.settings.by_costs:
             return None
         least = np.full(len(sampled.rows), self._admission)
         for index, own in enumerate(sampled.options or ()):

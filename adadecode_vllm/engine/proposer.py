@@ -53,6 +53,7 @@ class AdaDecodeProposer:
             target_model: The model as vLLM loaded it.
         """
         self.adadecode = AdaDecode(target_model, self.config, self.vllm_config)
+        self.adadecode.model.run_compiled(target_model)
         self.cycle = DraftCycle(
             self.adadecode, self.vllm_config.model_config.max_model_len
         )

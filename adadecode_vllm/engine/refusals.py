@@ -16,7 +16,7 @@ from adadecode_vllm.engine.families import SUPPORTED_ARCHITECTURES
 from adadecode_vllm.errors import AdaDecodeError
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, VllmConfig
+    from vllm.config import ModelConfig, ParallelConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
     from adadecode_vllm.heads import Heads
@@ -153,6 +153,7 @@ def check_engine(
     _check_model(vllm_config.model_config)
     _check_features(vllm_config)
     _check_mixture_of_experts(vllm_config)
+    _check_ranks(vllm_config.parallel_config, config)
     from adadecode_vllm.engine.heads_fit import (
         check_heads_fit,
         resolve_draft_vocabulary,
@@ -279,6 +280,18 @@ def _check_mixture_of_experts(vllm_config: VllmConfig) -> None:
             "it finds a layer's experts by counting the layers of a whole forward, and "
             "early predictions run a part of them",
             "Remove it",
+        )
+
+
+def _check_ranks(parallel: ParallelConfig, config: AdaDecodeConfig) -> None:
+    launcher = parallel.distributed_executor_backend == "external_launcher"
+    if launcher and parallel.world_size > 1 and config.policy == "cost":
+        raise _refusal(
+            f"--distributed-executor-backend external_launcher with "
+            f"{parallel.world_size} ranks",
+            "each rank schedules by itself, and would time its own steps to decide "
+            "what to draft",
+            'Set "policy": "threshold" in --adadecode-config',
         )
 
 

@@ -9,12 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from vllm.config import CompilationMode
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
-from vllm.v1.worker.cpu_model_runner import (
-    CPUModelRunner,
-    _set_global_compilation_settings,
-)
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from adadecode_vllm.engine.adadecode import AdaDecode
 from adadecode_vllm.engine.batch import AttentionBatcher, KVGroup
@@ -35,7 +31,8 @@ if TYPE_CHECKING:
 class AdaDecodeCPUModelRunner(CPUModelRunner):
     """vLLM's runner, whose forward resumes pending tokens.
 
-    Steps without a pending token run the model's unchanged forward.
+    Steps without a pending token run the model's own forward, segment by segment where
+    there are several.
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
@@ -50,9 +47,19 @@ class AdaDecodeCPUModelRunner(CPUModelRunner):
         self._scheduled: SchedulerOutput | None = None
         self._dropped: dict[str, int] = {}
         self._draft: Callable[[], list[list[int]]] | None = None
-        # vLLM replaces all drafts of a batch by zeros once one request comes within
-        # num_speculative_tokens of the drafter's length. Early predictions are bounded
-        # request by request instead.
+        self._keep_drafts_near_the_end()
+
+    def update_max_model_len(self, max_model_len: int) -> None:
+        """Take over the length for which the KV cache has room; see vLLM."""
+        super().update_max_model_len(max_model_len)
+        self._keep_drafts_near_the_end()
+
+    def _keep_drafts_near_the_end(self) -> None:
+        """Bound early predictions request by request.
+
+        vLLM replaces all drafts of a batch by zeros once one request comes within
+        num_speculative_tokens of the drafter's length.
+        """
         self.effective_drafter_max_model_len = self.max_model_len + 2 * (
             self.num_spec_tokens + 1
         )
@@ -80,18 +87,6 @@ class AdaDecodeCPUModelRunner(CPUModelRunner):
             # Requests with a budget run in steps without drafts, where vLLM would look
             # for their rows as if there were some.
             holder.in_spec_mode = False
-
-    def warming_up_model(self) -> None:
-        """Compile the model, then the segments.
-
-        Also where the engine's threshold never lets them run: a request may ask for
-        another, and what is compiled while requests are served would be compiled for
-        one batch size alone.
-        """
-        super().warming_up_model()
-        if self.vllm_config.compilation_config.mode != CompilationMode.NONE:
-            with _set_global_compilation_settings(self.vllm_config):
-                self.adadecode.model.warm_up()
 
     def _sample(self, logits: Any, spec_decode_metadata: Any) -> Any:
         """Sample; without drafts as plain vLLM does, which is cheaper."""

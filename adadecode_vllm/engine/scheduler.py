@@ -115,6 +115,16 @@ class AdaDecodeScheduler(Scheduler):
             self._adapt(self._adaptive, scheduler_output, model_runner_output)
         return outputs
 
+    def _handle_stopped_request(self, request: Request) -> bool:
+        """End a request, or one's turn; see vLLM.
+
+        The next turn begins behind what was computed. Drafts that followed the turn's
+        last token were, too, but are not of the text. vLLM 0.33 takes them back itself.
+        """
+        computed = request.num_tokens - 1 + request.num_output_placeholders
+        request.num_computed_tokens = min(request.num_computed_tokens, computed)
+        return super()._handle_stopped_request(request)
+
     def _adapt(
         self,
         adaptive: AdaptiveDrafting,

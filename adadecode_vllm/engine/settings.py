@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adadecode_vllm.config import AdaDecodeConfig, Ngram, parse_config
+from adadecode_vllm.config import (
+    OF_THRESHOLDS,
+    AdaDecodeConfig,
+    Ngram,
+    parse_config,
+)
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.heads import ExitHeadsConfig
 from adadecode_vllm.method.policy import ThresholdPolicy
@@ -71,6 +76,8 @@ class Settings:
     def configure(self, options: Mapping[str, Any]) -> None:
         """Change when to predict early, for studies on a running engine.
 
+        As at start-up, a threshold decides in place of costs.
+
         Args:
             options: Those of :data:`_CHANGEABLE`; what is not named stays.
 
@@ -83,7 +90,10 @@ class Settings:
                 f"adadecode_configure: {fixed[0]} cannot be changed on a running "
                 "engine. Set it in --adadecode-config."
             )
-        config = parse_config({**self._config.model_dump(), **options})
+        changed = {**self._config.model_dump(), **options}
+        if not OF_THRESHOLDS.isdisjoint(options):
+            changed["policy"] = "threshold"
+        config = parse_config(changed)
         if config.max_early_predictions > self._max_draft_tokens:
             raise AdaDecodeError(
                 f"adadecode_configure: max_early_predictions = "
@@ -92,6 +102,11 @@ class Settings:
                 "--adadecode-config."
             )
         self._apply(config)
+
+    @property
+    def by_costs(self) -> bool:
+        """Whether costs decide, where a request does not give a threshold."""
+        return self._config.policy == "cost"
 
     def admit(self, request_id: str, params: SamplingParams | None) -> None:
         """Learn what a new request asks for.

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -83,8 +84,39 @@ class SplitModel:
             return module(*arguments), None
         return module(*arguments)
 
+    def run_compiled(self, model: nn.Module) -> None:
+        """Let a compiled model run as its segments, one after the other.
+
+        Then its layers are compiled once instead of twice, and a forward without
+        pending tokens runs the same code as one with them. A model that vLLM does not
+        compile by itself, or that is a single segment, is left alone.
+
+        Args:
+            model: The model that was split, before its first forward.
+        """
+        inner: Any = model.model
+        if self.num_segments == 1 or getattr(inner, "do_not_compile", True):
+            return
+
+        def forward(
+            input_ids: torch.Tensor | None,
+            positions: torch.Tensor,
+            intermediate_tensors: None = None,
+            inputs_embeds: torch.Tensor | None = None,
+        ) -> torch.Tensor:
+            if inputs_embeds is None:
+                assert input_ids is not None, "tokens or their embeddings"
+                inputs_embeds = self.embed(input_ids)
+            hidden, residual = inputs_embeds, None
+            for segment in range(self.num_segments):
+                hidden, residual = self.call(segment, positions, hidden, residual)
+            return hidden
+
+        inner.do_not_compile = True
+        inner.forward = forward
+
     @torch.inference_mode()
-    def warm_up(self, num_tokens: int = 2) -> None:
+    def warm_up(self, num_tokens: int) -> None:
         """Compile the segments, outside of any request.
 
         A single segment is the whole model: it is never run here but by vLLM.

@@ -16,6 +16,9 @@ LEAST_PROBABILITY = 0.1
 """vLLM's defaults for suffix decoding: most tokens of a match and its continuation,
 answers that are remembered, and how often what follows must have followed before."""
 
+CACHED_TOKENS = 1_000_000
+"""Most tokens of all answers that are remembered, however few they are."""
+
 
 def is_installed() -> bool:
     """Whether there is arctic-inference."""
@@ -33,8 +36,12 @@ class SuffixLookup:
         from arctic_inference.suffix_decoding import SuffixDecodingCache
 
         self._cache = SuffixDecodingCache(TREE_DEPTH, CACHED_ANSWERS)
-        # By request, how many of its tokens the trees have.
+        # By request, how many of its tokens the trees have, and had at first.
         self._known: dict[str, int] = {}
+        self._first: dict[str, int] = {}
+        # Tokens of finished answers that the common tree keeps, oldest first.
+        self._answers: dict[str, int] = {}
+        self._kept = 0
 
     def find(self, query: Query) -> Continuation:
         """Look up; see :class:`adadecode_vllm.method.lookup.Lookup`."""
@@ -63,12 +70,25 @@ class SuffixLookup:
     def _begin(self, request_id: str, context: np.ndarray) -> None:
         """Start a request, whose name may have been that of another one."""
         self.forget([request_id])
-        if request_id in self._cache.cached_requests:
-            self._cache.evict_cached_response(request_id)
+        self._evict(request_id)
         self._cache.start_request(request_id, context.tolist())
+        self._first[request_id] = len(context)
 
     def forget(self, request_ids: Collection[str]) -> None:
         """Release the prompts of finished requests; their answers stay for others."""
         for request_id in request_ids:
-            if self._known.pop(request_id, None) is not None:
-                self._cache.stop_request(request_id)
+            known = self._known.pop(request_id, None)
+            if known is None:
+                continue
+            self._cache.stop_request(request_id)
+            answer = known - self._first.pop(request_id)
+            self._answers[request_id] = answer
+            self._kept += answer
+        while self._kept > CACHED_TOKENS:
+            self._evict(next(iter(self._answers)))
+
+    def _evict(self, request_id: str) -> None:
+        """Let go of a finished answer, if it is remembered."""
+        self._kept -= self._answers.pop(request_id, 0)
+        if request_id in self._cache.cached_requests:
+            self._cache.evict_cached_response(request_id)

@@ -151,9 +151,10 @@ class AdaDecodeWorker:
         """Change when to predict early; reached through ``LLM.collective_rpc``.
 
         Args:
-            **options: ``threshold``, ``max_early_predictions`` (up to the engine's
-                own), ``gate``, ``last_guess`` and ``synthetic_acceptance_rate``; what
-                is not named stays.
+            **options: ``threshold``, ``gate``, ``last_guess`` and
+                ``synthetic_acceptance_rate``, which also end deciding by costs,
+                ``ngram``, and ``max_early_predictions`` up to the engine's own; what is
+                not named stays.
 
         Raises:
             AdaDecodeError: If an option cannot be changed or its value is wrong.

@@ -34,27 +34,21 @@ if TYPE_CHECKING:
         resolve_heads,
     )
     from adadecode_vllm.heads.init import init_heads
-    from adadecode_vllm.heads.io import (
-        load_draft_token_ids,
-        load_exit_memory,
-        load_exit_weights,
-        save_heads,
-    )
+    from adadecode_vllm.heads.io import HeadsTensors, load_tensors, save_heads
     from adadecode_vllm.heads.module import ExitHeads
 
 __all__ = [
     "ExitHeads",
     "ExitHeadsConfig",
     "Heads",
+    "HeadsTensors",
     "LMHeadRows",
     "check_fingerprint",
     "from_pretrained",
     "init_heads",
     "lm_head_fingerprint",
-    "load_draft_token_ids",
-    "load_exit_memory",
-    "load_exit_weights",
     "load_heads_config",
+    "load_tensors",
     "pin_heads",
     "read_lm_head",
     "resolve_heads",
@@ -64,6 +58,7 @@ __all__ = [
 
 _MODULE_OF = {
     "Heads": "artifact",
+    "HeadsTensors": "io",
     "resolve_heads": "hub",
     "pin_heads": "hub",
     "from_pretrained": "hub",
@@ -73,10 +68,8 @@ _MODULE_OF = {
     "check_fingerprint": "fingerprint",
     "init_heads": "init",
     "lm_head_fingerprint": "fingerprint",
-    "load_draft_token_ids": "io",
-    "load_exit_memory": "io",
-    "load_exit_weights": "io",
     "load_heads_config": "config",
+    "load_tensors": "io",
     "read_lm_head": "fingerprint",
     "same_lm_head": "fingerprint",
     "save_heads": "io",

@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from adadecode_vllm import __version__
-from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.errors import AdaDecodeError, problems
 from adadecode_vllm.heads.files import (
     CONFIG_FILE,
     DRAFT_TOKENS,
@@ -148,29 +148,6 @@ class ExitHeadsConfig(BaseModel):
             )
         return self
 
-    def acceptance_thresholds(self, threshold: float) -> list[float]:
-        """Thresholds on the exits' probabilities for the gate `acceptance`.
-
-        Args:
-            threshold: Probability of acceptance to exceed, in [0, 1].
-
-        Returns:
-            One for each of `exit_layers`.
-
-        Raises:
-            AdaDecodeError: If the heads are not calibrated.
-        """
-        if self.calibration is None:
-            raise AdaDecodeError(
-                "--adadecode-config: gate = 'acceptance' is refused, because the heads "
-                "are not calibrated. Train them with `adadecode train` and a held-out "
-                "share, or use the gate 'probability'."
-            )
-        return [
-            self.calibration[str(layer)].probability_threshold(threshold)
-            for layer in self.exit_layers
-        ]
-
     def thresholds(
         self, gate: str, threshold: float, exit_layers: Sequence[int] | None = None
     ) -> list[float]:
@@ -178,7 +155,8 @@ class ExitHeadsConfig(BaseModel):
 
         Args:
             gate: `probability` or `acceptance`.
-            threshold: Of the gate, in [0, 1].
+            threshold: What the probability, or that of acceptance, must exceed; in
+                [0, 1].
             exit_layers: Some of `exit_layers`; None for all.
 
         Returns:
@@ -190,9 +168,16 @@ class ExitHeadsConfig(BaseModel):
         layers = self.exit_layers if exit_layers is None else exit_layers
         if gate == "probability":
             return [threshold] * len(layers)
-        every = self.acceptance_thresholds(threshold)
-        by_layer = dict(zip(self.exit_layers, every, strict=True))
-        return [by_layer[layer] for layer in layers]
+        if self.calibration is None:
+            raise AdaDecodeError(
+                "--adadecode-config: gate = 'acceptance' is refused, because the heads "
+                "are not calibrated. Train them with `adadecode train` and a held-out "
+                "share, or use the gate 'probability'."
+            )
+        return [
+            self.calibration[str(layer)].probability_threshold(threshold)
+            for layer in layers
+        ]
 
     def calibrations(
         self, exit_layers: Sequence[int]
@@ -375,8 +360,11 @@ def _explain(
     directory: Path, values: dict[str, Any], error: ValidationError
 ) -> AdaDecodeError:
     """Turn pydantic's report into one sentence."""
-    details = error.errors(include_url=False)
-    unknown = [d["loc"][0] for d in details if d["type"] == "extra_forbidden"]
+    unknown = [
+        detail["loc"][0]
+        for detail in error.errors(include_url=False)
+        if detail["type"] == "extra_forbidden"
+    ]
     if unknown:
         names = ", ".join(repr(name) for name in unknown)
         return heads_error(
@@ -386,13 +374,8 @@ def _explain(
             f"{__version__})",
             "install the version that wrote it, or remove the key",
         )
-    problems = []
-    for detail in details:
-        place = ".".join(str(part) for part in detail["loc"])
-        message = detail["msg"].removeprefix("Value error, ")
-        problems.append(f"{place}: {message}" if place else message)
     return heads_error(
         directory,
-        f"{CONFIG_FILE} is invalid: {', '.join(problems)}",
+        f"{CONFIG_FILE} is invalid: {', '.join(problems(error))}",
         "correct the file or save the heads again",
     )

@@ -90,7 +90,7 @@ def config_path(directory: Path) -> Path:
             f"the path {what}",
             "give the directory that `adadecode init-heads` or training wrote",
         )
-    return _resolve(directory, CONFIG_FILE)
+    return real_path(directory, CONFIG_FILE)
 
 
 def weights_path(directory: Path) -> Path:
@@ -119,7 +119,55 @@ def weights_path(directory: Path) -> Path:
                 f"it holds {', '.join(pickles)} but no {WEIGHTS_FILE}; {_NO_PICKLE}",
                 f"convert the weights to {WEIGHTS_FILE}",
             )
-    return _resolve(directory, WEIGHTS_FILE)
+    return real_path(directory, WEIGHTS_FILE)
+
+
+def real_path(directory: Path, name: str) -> Path:
+    """Return the real path of a heads directory's file.
+
+    In the cache of downloads every file is a link, within the cache.
+
+    Args:
+        directory: The heads directory; it exists.
+        name: The file's name.
+
+    Returns:
+        The path with all links resolved.
+
+    Raises:
+        AdaDecodeError: The file is missing, or a link leaves the directory.
+    """
+    path = directory / name
+    if not path.exists() and not path.is_symlink():
+        if aside := sorted(file.name for file in directory.glob(f"{name}.old-*")):
+            raise heads_error(
+                directory,
+                f"{name} is missing, because writing heads was interrupted",
+                f"write them again, or rename {aside[-1]} and the file like it back",
+            )
+        raise heads_error(
+            directory,
+            f"{name} is missing",
+            "give a directory that `adadecode init-heads` or training wrote",
+        )
+    root = directory.resolve()
+    allowed = [root]
+    # The Hugging Face cache: snapshots/<revision>/file -> ../../blobs/<hash>.
+    if root.parent.name == "snapshots":
+        allowed.append(root.parent.parent / "blobs")
+    try:
+        target = path.resolve(strict=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop, before 3.13
+        raise heads_error(
+            directory, f"{name} is a broken link", "copy the file itself there"
+        ) from error
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise heads_error(
+            directory,
+            f"{name} is a link that leaves the directory",
+            "copy the file itself there",
+        )
+    return target
 
 
 @contextmanager
@@ -198,38 +246,3 @@ def _unreadable(directory: Path, error: SafetensorError) -> AdaDecodeError:
         f"{WEIGHTS_FILE} is not a safetensors file ({error}); {_NO_PICKLE}",
         "save the heads as safetensors",
     )
-
-
-def _resolve(directory: Path, name: str) -> Path:
-    """Follow links from `directory / name`, within the allowed places only."""
-    path = directory / name
-    if not path.exists() and not path.is_symlink():
-        if aside := sorted(file.name for file in directory.glob(f"{name}.old-*")):
-            raise heads_error(
-                directory,
-                f"{name} is missing, because writing heads was interrupted",
-                f"write them again, or rename {aside[-1]} and the file like it back",
-            )
-        raise heads_error(
-            directory,
-            f"{name} is missing",
-            "give a directory that `adadecode init-heads` or training wrote",
-        )
-    root = directory.resolve()
-    allowed = [root]
-    # The Hugging Face cache: snapshots/<revision>/file -> ../../blobs/<hash>.
-    if root.parent.name == "snapshots":
-        allowed.append(root.parent.parent / "blobs")
-    try:
-        target = path.resolve(strict=True)
-    except (OSError, RuntimeError) as error:  # RuntimeError: a loop, before 3.13
-        raise heads_error(
-            directory, f"{name} is a broken link", "copy the file itself there"
-        ) from error
-    if not any(target.is_relative_to(place) for place in allowed):
-        raise heads_error(
-            directory,
-            f"{name} is a link that leaves the directory",
-            "copy the file itself there",
-        )
-    return target

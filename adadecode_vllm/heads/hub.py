@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Heads to fetch from the Hub; `from_pretrained` has huggingface_hub's arguments.
+"""What is fetched from the Hub; `from_pretrained` has huggingface_hub's arguments.
 
-From a repository only `config.json`, `model.safetensors` and `README.md` are ever
-fetched, and the weights only once the configuration has turned out to be that of exit
-heads.
+From a repository of heads only `config.json`, `model.safetensors` and `README.md` are
+ever fetched, and the weights only once the configuration has turned out to be that of
+exit heads.
 """
 
 import json
+from collections.abc import Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
 
 from adadecode_vllm import __version__
+from adadecode_vllm.errors import AdaDecodeError, first_line
 from adadecode_vllm.heads.config import MODEL_TYPE
 from adadecode_vllm.heads.files import (
     CARD_FILE,
@@ -20,7 +22,7 @@ from adadecode_vllm.heads.files import (
     config_path,
     heads_error,
 )
-from adadecode_vllm.heads.hub_errors import explained, first_line
+from adadecode_vllm.heads.hub_errors import explained
 
 LIBRARY = "adadecode-vllm"
 
@@ -45,6 +47,33 @@ def is_hub_id(name: str) -> bool:
     except HFValidationError:
         return False
     return True
+
+
+def download_model(model: str, patterns: Sequence[str]) -> Path:
+    """Download files of a base model, or find them downloaded.
+
+    Args:
+        model: The name of a repository on the Hub.
+        patterns: Which of its files, such as `*.json`.
+
+    Returns:
+        The directory in the cache.
+
+    Raises:
+        AdaDecodeError: There is no such repository, or the Hub cannot be reached.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=list(patterns)))
+    # OSError: no connection; ValueError: not even the form of a repository's name.
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise AdaDecodeError(
+            f"MODEL {model}: neither a local directory nor a repository that the "
+            f"Hugging Face Hub gave ({first_line(error)}); check the name, the "
+            "connection and your access to the model"
+        ) from error
 
 
 def pin_heads(name_or_path: str | PathLike[str]) -> tuple[str, Path]:

@@ -4,7 +4,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.errors import AdaDecodeError, first_line
 
 
 @contextmanager
@@ -64,9 +64,3 @@ def _explain(error: Exception, revision: str | None) -> tuple[str, str]:
         f"the Hugging Face Hub gave an error ({first_line(error)})",
         "check the connection and try again",
     )
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its kind if it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 
-from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.errors import AdaDecodeError, first_line
 from adadecode_vllm.heads.config import (
     ExitHeadsConfig,
     HeadsDtype,
     exit_layers_problem,
 )
 from adadecode_vllm.heads.fingerprint import read_lm_head
+from adadecode_vllm.heads.hub import download_model
 from adadecode_vllm.heads.io import save_heads
 from adadecode_vllm.heads.output import check_output
 from adadecode_vllm.remote_code import only_trusted_code
@@ -92,19 +93,8 @@ def _checkpoint(model: str, *, with_code: bool) -> Path:
     """Return the model's local directory, downloading the checkpoint if needed."""
     if Path(model).is_dir():
         return Path(model)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        patterns = [*_CHECKPOINT_FILES, *(["*.py"] if with_code else [])]
-        return Path(snapshot_download(model, allow_patterns=patterns))
-    # OSError: no connection; ValueError: not even the form of a repository's name.
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise AdaDecodeError(
-            f"MODEL {model}: neither a local directory nor a repository that the "
-            f"Hugging Face Hub gave ({str(error).splitlines()[0]}); check the name, "
-            "the connection and your access to the model"
-        ) from error
+    code = ["*.py"] if with_code else []
+    return download_model(model, [*_CHECKPOINT_FILES, *code])
 
 
 def _dimensions(
@@ -124,8 +114,7 @@ def _dimensions(
     except (AttributeError, ImportError, OSError, ValueError) as error:
         raise AdaDecodeError(
             f"MODEL {model}: its configuration is not that of a language model "
-            f"({str(error).splitlines()[0]}); give a Llama-like model in the Hugging "
-            "Face layout"
+            f"({first_line(error)}); give a Llama-like model in the Hugging Face layout"
         ) from error
 
 

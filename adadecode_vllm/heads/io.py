@@ -4,7 +4,6 @@
 import os
 import re
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -145,7 +144,8 @@ def load_tensors(
             configuration, a matrix holds NaN or infinity, or the token ids are outside
             the vocabulary or not distinct.
     """
-    with _opened(directory, config) as tensors:
+    directory = Path(directory)
+    with open_tensors(directory, config.stored_tensors, "pt") as tensors:
         return HeadsTensors(
             _exits(tensors, directory, config, tensor_name),
             _exits(tensors, directory, config, memory_name) if config.memory else None,
@@ -153,77 +153,9 @@ def load_tensors(
         )
 
 
-def load_exit_weights(
-    directory: str | PathLike[str], config: ExitHeadsConfig
-) -> dict[int, torch.Tensor]:
-    """Read T of every exit of a heads directory.
-
-    Args:
-        directory: The directory that `load_heads_config` accepted.
-        config: What it returned.
-
-    Returns:
-        `HeadsTensors.weights`.
-
-    Raises:
-        AdaDecodeError: The file cannot be read, or a weight is NaN or infinite.
-    """
-    with _opened(directory, config) as tensors:
-        return _exits(tensors, directory, config, tensor_name)
-
-
-def load_exit_memory(
-    directory: str | PathLike[str], config: ExitHeadsConfig
-) -> dict[int, torch.Tensor] | None:
-    """Read U of every exit of a heads directory.
-
-    Args:
-        directory: The directory that `load_heads_config` accepted.
-        config: What it returned.
-
-    Returns:
-        `HeadsTensors.memory`.
-
-    Raises:
-        AdaDecodeError: The file cannot be read, or a matrix is NaN or infinite.
-    """
-    if not config.memory:
-        return None
-    with _opened(directory, config) as tensors:
-        return _exits(tensors, directory, config, memory_name)
-
-
-def load_draft_token_ids(
-    directory: str | PathLike[str], config: ExitHeadsConfig
-) -> torch.Tensor | None:
-    """Read the draft vocabulary of a heads directory.
-
-    Args:
-        directory: The directory that `load_heads_config` accepted.
-        config: What it returned.
-
-    Returns:
-        `HeadsTensors.draft_token_ids`.
-
-    Raises:
-        AdaDecodeError: The file cannot be read, or the ids are of another number than
-            the configuration says, outside the vocabulary, or not distinct.
-    """
-    if config.draft_vocabulary is None:
-        return None
-    with _opened(directory, config) as tensors:
-        return _draft_token_ids(tensors, directory, config)
-
-
-def _opened(
-    directory: str | PathLike[str], config: ExitHeadsConfig
-) -> AbstractContextManager[Any]:
-    return open_tensors(Path(directory), config.stored_tensors, "pt")
-
-
 def _exits(
     tensors: Any,
-    directory: str | PathLike[str],
+    directory: Path,
     config: ExitHeadsConfig,
     name: Callable[[int], str],
 ) -> dict[int, torch.Tensor]:
@@ -232,7 +164,7 @@ def _exits(
     for layer, matrix in found.items():
         if not torch.isfinite(matrix).all():
             raise heads_error(
-                Path(directory),
+                directory,
                 f"{name(layer)} holds NaN or infinity",
                 "train the heads again, or take an earlier checkpoint",
             )
@@ -240,7 +172,7 @@ def _exits(
 
 
 def _draft_token_ids(
-    tensors: Any, directory: str | PathLike[str], config: ExitHeadsConfig
+    tensors: Any, directory: Path, config: ExitHeadsConfig
 ) -> torch.Tensor | None:
     """Read the draft vocabulary, where there is one."""
     if config.draft_vocabulary is None:
@@ -248,7 +180,7 @@ def _draft_token_ids(
     token_ids: torch.Tensor = tensors.get_tensor(DRAFT_TOKENS)
     if problem := _draft_tokens_problem(token_ids, config):
         raise heads_error(
-            Path(directory),
+            directory,
             problem,
             "make it anew with `adadecode draft-vocabulary`, or take an earlier copy",
         )

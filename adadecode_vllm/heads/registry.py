@@ -14,7 +14,7 @@ from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.errors import AdaDecodeError, problems
 from adadecode_vllm.heads.config import load_heads_config
 from adadecode_vllm.heads.files import CONFIG_FILE
 from adadecode_vllm.heads.fingerprint import LMHeadRows, read_lm_head, same_lm_head
@@ -119,10 +119,7 @@ def _read(path: Path) -> _Registry:
     except OSError as error:
         reason = error.strerror or str(error)
     except ValidationError as error:
-        detail = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in detail["loc"])
-        message = detail["msg"].removeprefix("Value error, ")
-        reason = f"{place}: {message}" if place else message
+        reason = problems(error)[0]
     raise AdaDecodeError(
         f"{REGISTRY_VARIABLE} {path}: it is not a registry of heads ({reason}). "
         "Correct the file or the path, or unset the variable."

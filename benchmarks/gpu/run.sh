@@ -14,16 +14,17 @@
 #   speed   the demo model widened to Llama 3.1 8B's shape: plain vLLM, AdaDecode,
 #           one fixed exit with every prediction submitted, never predicting, n-gram;
 #           1, 4, 16 and 64 requests at a time; one JSON
-#   real    only if asked for: SmolLM2-135M-Instruct and its heads in that shape, which
+#   real    only if asked for: SmolLM2-135M-Instruct in that shape, at the defaults, which
 #           is real acceptance at that cost. PARTS (WORK/parts) holds the GGUF file, or
-#           its parts (parts.sh), and the wheel of gguf; docs/gpu.md has the calls
+#           its parts (of `split`), and the wheel of gguf; docs/gpu.md has the calls
 #
 # A stage that fails or takes longer than it may (PARITY_SECONDS, SPEED_SECONDS) does not
 # keep the next one from running; the exit status tells. SHAPE, VARIANTS, BATCHES, ROUNDS,
 # TOKENS and REPEATS change what is measured, SIDE how many engines are loaded beside
 # plain vLLM (5 hold 100 GiB in Llama 3.1 8B's shape). The stage real also takes
-# REAL_CONFIG (AdaDecode's options), DATASET and DATASET_PATH (the benchmark's
-# --dataset-name and --dataset-path; prompts of examples/smollm2 otherwise).
+# REAL_HEADS, REAL_CONFIG (AdaDecode's options), PROMPTS (their number), DATASET and
+# DATASET_PATH (the benchmark's --dataset-name and --dataset-path; otherwise the prompts of
+# examples/smollm2).
 set -euo pipefail
 kit=${1:?usage: run.sh KIT OUT [STAGE...]}
 out=${2:?usage: run.sh KIT OUT [STAGE...]}
@@ -85,14 +86,18 @@ widen() {
         --device "$device"
 }
 widen_demo() { widen examples/demo/model examples/demo/heads "$shape"; }
+# Widen_real HEADS NAME: SmolLM2-135M-Instruct with these heads, at $work/NAME.
 widen_real() {
     local parts=${PARTS:-$work/parts} gguf=SmolLM2-135M-Instruct.Q4_1.gguf
-    "$root/benchmarks/gpu/parts.sh" join "$parts" "$gguf"
+    if [[ ! -e $parts/$gguf ]]; then
+        cat "$parts/$gguf".part-* >"$parts/$gguf.whole"
+        mv "$parts/$gguf.whole" "$parts/$gguf"
+    fi
     "$python" -m pip install --quiet --no-deps --no-index --find-links "$parts" \
         --upgrade --target "$work/gguf" gguf
     PYTHONPATH=$work/gguf:$PYTHONPATH "$python" examples/smollm2/fetch.py \
         "$work/smollm2" --downloads "$parts"
-    widen "$work/smollm2" examples/smollm2/heads "real-$shape"
+    widen "$work/smollm2" "$1" "$2"
 }
 
 # Compare NAME VARIANTS BATCHES PROMPTS [ARGS...]: plain vLLM and others, side by side.
@@ -138,14 +143,14 @@ fi
 
 if wants real; then
     say "SmolLM2-135M-Instruct in the shape of $shape"
-    widen_real
+    heads=${REAL_HEADS:-examples/smollm2/memory-heads}
+    name=real-$(basename "$heads")-$shape
+    widen_real "$heads" "$name"
     say "real acceptance"
-    # The heads' exits 2, 4, 8 and 15 of 30 layers are 2, 4, 8 and 16 of 32.
-    config='{"threshold": 0.5, "max_early_predictions": 3, "gate": "acceptance"}'
-    compare "real-$shape" baseline,paper,adadecode,ngram-tail,exits:2+8,ngram 1,4 8 \
+    compare "$name" baseline,adadecode,threshold-1,ngram:5 1,4,8 "${PROMPTS:-8}" \
         --dataset-name "${DATASET:-text}" \
         --dataset-path "${DATASET_PATH:-examples/smollm2/prompts/problems.jsonl}" \
-        --adadecode-config "${REAL_CONFIG:-$config}"
+        --adadecode-config "${REAL_CONFIG:-"{}"}"
 fi
 say "done"
 exit "$failed"

@@ -292,8 +292,18 @@ SOURCES = [
         "patches/cpu_expand_kernel.py: what is registered already is warned of",
     ),
     (
+        "vllm.entrypoints.cli.serve.run_multi_api_server",
+        "engine_args = vllm.AsyncEngineArgs.from_cli_args(args)",
+        "patches/engine_args.py: the options are put into the arguments here",
+    ),
+    (
+        "vllm.entrypoints.cli.serve.run_multi_api_server",
+        "args=args, num_servers=num_api_servers,",
+        "patches/engine_args.py: API servers are started with the same arguments",
+    ),
+    (
         "vllm.v1.utils.APIServerProcessManager.__init__",
-        "args",
+        "args=(listen_address, sock, args, client_config),",
         "patches/engine_args.py: API servers are started with the same arguments",
     ),
     (

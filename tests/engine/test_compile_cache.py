@@ -40,8 +40,8 @@ def test_another_start_with_other_options(
         return compiled(cache)
 
     first = start(threshold=0.5)
-    assert len(first) == 4  # the model and three segments
+    assert len(first) == 3  # the segments, which are the model
     assert start(threshold=0.2, max_early_predictions=3, ngram="tail") == first
     fewer = start(threshold=0.5, exit_layers=[4])
-    assert len(fewer) == 4 + 3
+    assert len(fewer) == 3 + 2
     assert fewer.items() > first.items()

@@ -16,11 +16,12 @@ import pytest
 
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.toolkit.data import generate as generate_module
-from adadecode_vllm.toolkit.data import load_dataset_info, ray_generate, read_rows
+from adadecode_vllm.toolkit.data import ray_generate
 from adadecode_vllm.toolkit.data.generate import EngineSpec
 from adadecode_vllm.toolkit.data.make import make_data
-from adadecode_vllm.toolkit.data.options import DataOptions, Silence
+from adadecode_vllm.toolkit.data.options import DataOptions, Progress
 from adadecode_vllm.toolkit.data.ray_generate import import_ray
+from adadecode_vllm.toolkit.data.shards import load_dataset_info, read_rows
 from tests.harness import MAX_MODEL_LEN, MODEL, demo_corpus, generate, start_engine
 
 pytestmark = pytest.mark.engine
@@ -202,7 +203,7 @@ def test_ray_keeps_the_answers_of_an_unfinished_shard(
         engine={**ENGINE, "max_num_seqs": 1},  # one after the other
     )
 
-    class Interrupting(Silence):
+    class Interrupting(Progress):
         came: ClassVar[list[float]] = []  # since the actor took up the shard
 
         def answered(self, tokens: int, began: float) -> None:

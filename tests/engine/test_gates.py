@@ -10,10 +10,7 @@ from typing import Any
 
 import pytest
 
-from adadecode_vllm.heads import (
-    load_draft_token_ids,
-    load_heads_config,
-)
+from adadecode_vllm.heads import load_heads_config, load_tensors
 from tests.harness import (
     HEADS,
     MODEL,
@@ -59,7 +56,7 @@ def test_a_reduced_draft_vocabulary(
 
 def test_only_its_tokens_are_predicted(reduced: Any, prompts: list[str]) -> None:
     config = load_heads_config(HEADS)
-    token_ids = load_draft_token_ids(HEADS, config)
+    token_ids = load_tensors(HEADS, config).draft_token_ids
     assert token_ids is not None
     allowed = set(token_ids[:FEW].tolist())
     drafted: set[int] = set()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from adadecode_vllm.heads import load_exit_weights, load_heads_config
+from adadecode_vllm.heads import load_heads_config, load_tensors
 from tests.harness import (
     MODEL,
     OUTPUT_TOKENS,
@@ -129,15 +129,12 @@ def test_drafts_are_those_of_the_formula(
     """Step by step, in a batch whose requests accept different numbers of drafts."""
     from vllm import SamplingParams
 
-    from adadecode_vllm.heads import load_exit_memory
-
-    config = load_heads_config(heads)
-    memory = load_exit_memory(heads, config)
-    assert memory is not None
+    tensors = load_tensors(heads, load_heads_config(heads))
+    assert tensors.memory is not None
     formula = Formula(
         AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32),
-        load_exit_weights(heads, config),
-        memory,
+        tensors.weights,
+        tensors.memory,
         engine.layers,
         threshold=0.15,
     )

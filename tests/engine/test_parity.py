@@ -156,6 +156,30 @@ def test_the_demo_reaches_its_target(adaptive: Any) -> None:
     assert rejected > 0
 
 
+def test_a_length_for_which_the_kv_cache_has_room(prompts: list[str]) -> None:
+    """Up to its end, also where vLLM cannot verify the request's drafts.
+
+    Comes before the last: its engines take the place of the one that tests share.
+    """
+    room = {"max_model_len": -1, "kv_cache_memory_bytes": 3 << 19}
+    kinds: list[dict[str, Any]] = [{}, {"logit_bias": {5: 100.0}}]
+
+    def texts(llm: Any) -> list[list[int]]:
+        return [
+            generate(llm, prompts[:1], None, ignore_eos=True, **kind)[0]
+            for kind in kinds
+        ]
+
+    with start_engine(**room) as llm:
+        expected = texts(llm)
+        length = llm.llm_engine.model_config.max_model_len
+        assert 64 < length < MAX_MODEL_LEN
+    with start_engine(**adadecode_options(threshold=0.3), **room) as llm:
+        assert texts(llm) == expected
+        assert llm.llm_engine.model_config.max_model_len == length
+        assert sum(stats(llm)["accepted"]) > 0
+
+
 def test_defaults(prompts: list[str], reference: Reference) -> None:
     """Without any option: drafts by costs, n-gram lookup first.
 

@@ -18,11 +18,11 @@ from typing import Any
 import psutil
 import pytest
 
-from adadecode_vllm.toolkit.data import load_dataset_info, read_rows
 from adadecode_vllm.toolkit.data import make as make_module
 from adadecode_vllm.toolkit.data.generate import Answer
 from adadecode_vllm.toolkit.data.make import make_data
-from adadecode_vllm.toolkit.data.options import DataOptions, Silence
+from adadecode_vllm.toolkit.data.options import DataOptions, Progress
+from adadecode_vllm.toolkit.data.shards import load_dataset_info, read_rows
 from tests.harness import MAX_MODEL_LEN, MODEL, demo_corpus
 
 pytest.importorskip("ray", reason="needs the extra `ray`")
@@ -60,7 +60,7 @@ def engines() -> list[psutil.Process]:
     ]
 
 
-class Losing(Silence):
+class Losing(Progress):
     """Kills an engine after three answers, and the second machine after seven."""
 
     def __init__(self, machines: Any) -> None:

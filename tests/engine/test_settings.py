@@ -7,12 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from adadecode_vllm.heads import (
-    load_draft_token_ids,
-    load_exit_weights,
-    load_heads_config,
-    save_heads,
-)
+from adadecode_vllm.heads import load_heads_config, load_tensors, save_heads
 from tests.harness import (
     HEADS,
     Reference,
@@ -138,14 +133,14 @@ def test_a_ranking_of_half_the_vocabulary_is_used_by_default(
 ) -> None:
     """Also where two ranks share the LM head and the ranking does not divide."""
     config = load_heads_config(HEADS)
-    token_ids = load_draft_token_ids(HEADS, config)
-    assert token_ids is not None
+    tensors = load_tensors(HEADS, config)
+    assert tensors.draft_token_ids is not None
     size = config.vocab_size // 2 - 1
     save_heads(
         tmp_path / "heads",
-        load_exit_weights(HEADS, config),
+        tensors.weights,
         config.model_copy(update={"draft_vocabulary": size}),
-        token_ids[:size],
+        tensors.draft_token_ids[:size],
     )
     options = adadecode_options(str(tmp_path / "heads"), threshold=0.3)
     with start_engine(**options, tensor_parallel_size=2) as llm:

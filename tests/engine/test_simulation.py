@@ -220,14 +220,11 @@ def test_heads_with_memory_beside_ngram_drafts(
             assert_same(found, counters, len(prompts))
 
 
-class RowsCost:
+class RowsCost(StepCosts):
     """A forward costs its rows alone, in numbers that add up exactly."""
 
     def __init__(self, row: float) -> None:
         self.row = row
-
-    def drafting(self, share: float, tokens: int, asked: int) -> float:
-        return 0.0
 
     def verifying(self, segments: Sequence[tuple[float, int]]) -> float:
         return 1.0 + self.row * segments[-1][1]

@@ -250,6 +250,8 @@ _XARGS = st.builds(
 @example({"adadecode_max_early_predictions": 10**5000})
 @example({"adadecode_a\nb": 1})
 @example({"adadecode_threshold": "a\nb"})
+@example({"adadecode_threshold": "-1e0"})
+@example({"adadecode_max_early_predictions": "-1"})
 @example({"adadecode_enabled": "\ud800"})
 @example({"adadecode_\ud800": 1})
 @example({"adadecode_" + "x" * 100_000: 1})

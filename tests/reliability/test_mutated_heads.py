@@ -25,9 +25,8 @@ from safetensors.torch import load_file, save_file
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.heads import (
     ExitHeads,
-    load_draft_token_ids,
-    load_exit_weights,
     load_heads_config,
+    load_tensors,
     read_lm_head,
     resolve_heads,
     same_lm_head,
@@ -192,8 +191,8 @@ def _start_up(directory: Path) -> str:
         config = load_heads_config(resolve_heads(str(directory)))
         if not same_lm_head(config.lm_head_fingerprint, lm_head.fingerprint):
             return "other model"
-        heads = ExitHeads(load_exit_weights(directory, config), torch.float32)
-        tokens = load_draft_token_ids(directory, config)
+        tensors = load_tensors(directory, config)
+        heads = ExitHeads(tensors.weights, torch.float32)
     except AdaDecodeError as error:
         message = str(error)
         assert str(directory) in message, message
@@ -204,6 +203,7 @@ def _start_up(directory: Path) -> str:
     states = torch.ones(1, config.hidden_size)
     for layer in heads.exit_layers:
         assert torch.isfinite(heads(layer, states)).all()
+    tokens = tensors.draft_token_ids
     if tokens is not None:
         assert len(tokens.unique()) == len(tokens) == config.draft_vocabulary
         assert 0 <= int(tokens.min()) <= int(tokens.max()) < config.vocab_size

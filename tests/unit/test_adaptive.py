@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from random import Random
 
 import pytest
@@ -110,10 +111,14 @@ def test_it_follows_the_text() -> None:
     assert steps.share(500) > 0.9
 
 
-def test_where_both_are_alike_little_is_lost() -> None:
-    steps = Steps(lambda step, drafted: (5, 1.25) if drafted else (4, 1.0))
+@pytest.mark.parametrize("seconds", [1.25, 1.255])
+def test_where_both_are_nearly_alike_the_way_seldom_changes(seconds: float) -> None:
+    """Drafting goes on where steps without are as fast, or faster by too little."""
+    steps = Steps(lambda step, drafted: (5, seconds) if drafted else (4, 1.0))
     steps.run(3000)
-    assert steps.tokens / steps.seconds == 4
+    # Of 64 steps, a look at the other way takes 14: it begins and it ends.
+    assert 0.75 < steps.share(2000) < 0.8
+    assert sum(a is not b for a, b in pairwise(steps.ways)) < 3000 / 64 * 2 + 2
 
 
 def test_batch_sizes_are_apart() -> None:
@@ -156,6 +161,45 @@ def test_a_draft_must_promise_what_its_time_would_bring(cost: float) -> None:
     found = steps.adaptive.admission(REQUESTS)
     assert found == pytest.approx(max(0.02, cost * rate), abs=0.08, rel=0.25)
     assert steps.adaptive.admission(1) == 0.05
+
+
+@pytest.mark.parametrize("cost", [0.005, 0.01])
+def test_fewer_requests_are_no_cheaper_drafts(cost: float) -> None:
+    """While a batch empties, steps get shorter and more of them draft."""
+    random = Random(1)
+    requests = drafts = 0
+
+    def step(number: int, drafted: bool) -> tuple[int, float]:
+        seconds = 0.2 + 0.01 * requests + cost * drafts + random.gauss(0, 0.01)
+        return requests + (drafts if drafted else 0) // 2, seconds
+
+    steps = Steps(step)
+    for number in range(600):
+        requests = 63 - number * 31 // 600
+        steps.drafts = drafts = random.randint(0, 12) + (63 - requests) // 4
+        steps.run(1, requests)
+    # A step of 48 requests takes 0.7 s without drafts, of which it has about ten.
+    rate = (48 + 5) / (0.7 + 10 * cost)
+    assert steps.adaptive.admission(48) == pytest.approx(cost * rate, abs=0.06)
+
+
+def test_ways_are_compared_at_the_same_number_of_requests() -> None:
+    """A look at the other way with fewer requests does not make that one slower."""
+    requests = 0
+
+    def step(number: int, drafted: bool) -> tuple[int, float]:
+        # Drafts bring a tenth more tokens and take a fifth longer.
+        seconds = 1.0 + 0.01 * requests
+        return (
+            (requests * 11, seconds * 12) if drafted else (requests * 10, seconds * 10)
+        )
+
+    steps = Steps(step)
+    steps.drafts = 0
+    for number in range(200):
+        requests = 63 if number < 14 else 40
+        steps.run(1, requests)
+    assert steps.share(100) == 0.0
 
 
 def test_a_draft_has_its_usual_cost_until_steps_have_told() -> None:

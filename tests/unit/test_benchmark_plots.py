@@ -272,7 +272,7 @@ def test_without_matplotlib_a_sentence_says_what_to_install(
 
 def test_the_plots_of_the_real_model() -> None:
     results = {
-        task: read_results([RESULTS / f"smollm2_memory_{task}_float32.json"])[0]
+        task: read_results([RESULTS / f"smollm2_chain_{task}_float32.json"])[0]
         for task in ("gsm8k", "xsum")
     }
     (axes,) = speedup_by_task(results).axes

@@ -25,27 +25,27 @@ def draw(slope: float, intercept: float, n: int = 40_000) -> tuple[np.ndarray, .
 
 def test_recovers_the_map() -> None:
     log_odds, agreed = draw(0.7, 1.5)
-    slopes, intercept = fit_logistic(log_odds[:, None], agreed)
-    assert slopes[0] == pytest.approx(0.7, abs=0.05)
+    slope, intercept = fit_logistic(log_odds, agreed)
+    assert slope == pytest.approx(0.7, abs=0.05)
     assert intercept == pytest.approx(1.5, abs=0.05)
     before, _ = reliability(sigmoid(log_odds), agreed)
-    after, _ = reliability(sigmoid(slopes[0] * log_odds + intercept), agreed)
+    after, _ = reliability(sigmoid(slope * log_odds + intercept), agreed)
     assert before > 0.1
     assert after < 0.02
 
 
 def test_a_falling_map_becomes_flat() -> None:
     log_odds, agreed = draw(-0.7, 0.0)
-    slopes, intercept = fit_logistic(log_odds[:, None], agreed)
-    assert slopes[0] == 0
+    slope, intercept = fit_logistic(log_odds, agreed)
+    assert slope == 0
     assert sigmoid(np.array(intercept)) == pytest.approx(agreed.mean(), abs=0.01)
 
 
 @pytest.mark.parametrize("agreed", [True, False])
 def test_one_outcome_only_stays_finite(agreed: bool) -> None:
     log_odds, _ = draw(1, 0, 100)
-    slopes, intercept = fit_logistic(log_odds[:, None], np.full(100, agreed))
-    assert np.isfinite(slopes).all()
+    slope, intercept = fit_logistic(log_odds, np.full(100, agreed))
+    assert np.isfinite(slope)
     assert (intercept > 0) == agreed
 
 
@@ -76,18 +76,18 @@ def test_acceptance_thresholds_invert_the_map() -> None:
             "3": ExitCalibration(slope=0.0, intercept=2.0, tokens=10),
         }
     )
-    low, constant = heads.acceptance_thresholds(0.75)
+    low, constant = heads.thresholds("acceptance", 0.75)
     log_odds = np.log(low / (1 - low))
     assert sigmoid(np.array(0.5 * log_odds + 1.0)) == pytest.approx(0.75)
     assert constant == 0.0  # always 0.88: every token passes
-    assert heads.acceptance_thresholds(0.95)[1] == 1.0  # and none here
-    assert heads.acceptance_thresholds(1.0) == [1.0, 1.0]
-    assert heads.acceptance_thresholds(0.0) == [0.0, 0.0]
+    assert heads.thresholds("acceptance", 0.95)[1] == 1.0  # and none here
+    assert heads.thresholds("acceptance", 1.0) == [1.0, 1.0]
+    assert heads.thresholds("acceptance", 0.0) == [0.0, 0.0]
 
 
 def test_heads_without_calibration_are_refused() -> None:
     with pytest.raises(AdaDecodeError, match=r"gate = .*not calibrated"):
-        config().acceptance_thresholds(0.5)
+        config().thresholds("acceptance", 0.5)
 
 
 def test_calibration_must_name_the_exits() -> None:

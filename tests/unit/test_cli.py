@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from adadecode_vllm import __version__
-from adadecode_vllm.cli import main
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.heads import (
     init_heads,
     lm_head_fingerprint,
-    load_exit_weights,
     load_heads_config,
+    load_tensors,
 )
+from tests.command import run
 from tests.tiny import HIDDEN_SIZE, NUM_LAYERS, VOCAB_SIZE, save_tiny_llama
 
 
@@ -25,14 +25,6 @@ from tests.tiny import HIDDEN_SIZE, NUM_LAYERS, VOCAB_SIZE, save_tiny_llama
 def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
     directory = tmp_path_factory.mktemp("model")
     return directory, save_tiny_llama(directory)
-
-
-def run(*argv: object) -> int:
-    """Run the command and return its exit code."""
-    with pytest.raises(SystemExit) as caught:
-        main([str(arg) for arg in argv])
-    assert isinstance(caught.value.code, int)
-    return caught.value.code
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -63,7 +55,7 @@ def test_init_heads_writes_identities(
         "memory": False,
     }
     identity = torch.eye(HIDDEN_SIZE, dtype=getattr(torch, dtype))
-    for weight in load_exit_weights(heads, config).values():
+    for weight in load_tensors(heads, config).weights.values():
         assert torch.equal(weight, identity)
 
 

@@ -21,32 +21,19 @@ import pytest
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.toolkit import progress as progress_module
 from adadecode_vllm.toolkit.data import generate as generate_module
-from adadecode_vllm.toolkit.data import load_dataset_info, read_rows
 from adadecode_vllm.toolkit.data.command import Display
 from adadecode_vllm.toolkit.data.generate import Answer, EngineSpec, Shards
 from adadecode_vllm.toolkit.data.journal import Journals
 from adadecode_vllm.toolkit.data.make import make_data
 from adadecode_vllm.toolkit.data.options import DataOptions
 from adadecode_vllm.toolkit.data.place import alone
-from tests.fake_answers import (
-    fail_after,
-    fake_answers,
-    make_options,
-    without_engine,
-)
+from adadecode_vllm.toolkit.data.shards import load_dataset_info, read_rows
+from tests.fake_answers import fail_after, fake_answers
 from tests.harness import ROOT
 
+pytestmark = pytest.mark.usefixtures("no_engine")
+
 JOURNAL = "part-00000.unfinished.jsonl"
-
-
-@pytest.fixture(autouse=True)
-def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_engine(monkeypatch)
-
-
-@pytest.fixture
-def options(tmp_path: Path) -> DataOptions:
-    return make_options(tmp_path)
 
 
 def content(directory: Path) -> dict[str, bytes]:
@@ -91,14 +78,24 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name
+    ("number", "rows_per_shard"),
+    [
+        # One shard, never whole.
+        (signal.SIGKILL, 20),
+        (signal.SIGTERM, 20),
+        (signal.SIGINT, 20),
+        # Four whole ones of seven.
+        (signal.SIGKILL, 3),
+    ],
+    ids=["SIGKILL", "SIGTERM", "SIGINT", "whole shards"],
 )
-def test_answers_of_an_unfinished_shard_survive(
+def test_answers_survive_the_end_of_the_process(
     options: DataOptions,
     asked: list[int],
     number: signal.Signals,
+    rows_per_shard: int,
 ) -> None:
-    options = replace(options, rows_per_shard=20)  # one shard, never whole
+    options = replace(options, rows_per_shard=rows_per_shard)
     expected = made(options)
     program = f"""
 import sys, time
@@ -119,12 +116,18 @@ g.model_length = lambda spec: 256
 g.generate = slowly
 make_data(DataOptions(out=Path({str(options.out)!r}), model={options.model!r},
     inputs=(Path({str(options.inputs[0])!r}),), chat=False, max_new_tokens=100,
-    rows_per_shard=20))
+    rows_per_shard={rows_per_shard}))
 """
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
     journal = options.out / JOURNAL
+
+    def twelve_are_kept() -> bool:
+        if rows_per_shard == 3:
+            return (options.out / "part-00003.parquet").exists()
+        return journal.exists() and len(journal.read_bytes().splitlines()) >= 13
+
     deadline = time.monotonic() + 120
-    while not journal.exists() or len(journal.read_bytes().splitlines()) < 13:
+    while not twelve_are_kept():
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -133,9 +136,11 @@ make_data(DataOptions(out=Path({str(options.out)!r}), model={options.model!r},
     with pytest.raises(AdaDecodeError, match="incomplete"):
         load_dataset_info(options.out)  # part of a shard is never read as data
     asked.clear()
-    make_data(options)
+    info = make_data(options)
     assert len(asked) == 8
     assert shards(options.out) == expected
+    whole = load_dataset_info(options.out.with_name("whole"))
+    assert info.fingerprint == whole.fingerprint
 
 
 def test_a_torn_journal_keeps_what_is_whole(tmp_path: Path) -> None:
@@ -194,8 +199,13 @@ def test_a_shard_whose_answers_are_all_kept_needs_no_engine(
 
     with monkeypatch.context() as patch:
         patch.setattr("adadecode_vllm.toolkit.data.shards.pq.write_table", full)
-        with pytest.raises(AdaDecodeError, match="writing failed"):
+        with pytest.raises(AdaDecodeError) as caught:
             make_data(options)
+    sentence = "writing failed (No space left on device); make room"
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+    # The answers of the shard that could not be written are kept, too.
+    assert sorted(content(options.out)) == ["dataset.json", JOURNAL]
     monkeypatch.setattr(generate_module, "generate", fail_after(0))
     with pytest.raises(RuntimeError):  # for the shards behind it
         make_data(options)

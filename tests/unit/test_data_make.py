@@ -4,10 +4,7 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,30 +15,20 @@ from typer.testing import CliRunner
 
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.toolkit.data import generate as generate_module
-from adadecode_vllm.toolkit.data import load_dataset_info, read_rows
 from adadecode_vllm.toolkit.data.command import data_command
 from adadecode_vllm.toolkit.data.generate import EngineSpec, Shards, dtype_here
 from adadecode_vllm.toolkit.data.make import make_data
 from adadecode_vllm.toolkit.data.options import DataOptions
-from adadecode_vllm.toolkit.data.shards import rows_fingerprint
-from adadecode_vllm.toolkit.data.tasks import Selection
-from tests.fake_answers import (
-    fail_after,
-    fake_answers,
-    make_options,
-    without_engine,
+from adadecode_vllm.toolkit.data.shards import (
+    load_dataset_info,
+    read_rows,
+    rows_fingerprint,
 )
-from tests.harness import MODEL, ROOT
+from adadecode_vllm.toolkit.data.tasks import Selection
+from tests.fake_answers import fail_after, fake_answers
+from tests.harness import MODEL
 
-
-@pytest.fixture(autouse=True)
-def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_engine(monkeypatch)
-
-
-@pytest.fixture
-def options(tmp_path: Path) -> DataOptions:
-    return make_options(tmp_path)
+pytestmark = pytest.mark.usefixtures("no_engine")
 
 
 def content(directory: Path) -> dict[str, bytes]:
@@ -192,52 +179,6 @@ def test_resume_out_of_order(
     assert make_data(options).fingerprint == whole.fingerprint
 
 
-KILLED = """
-import sys, time
-from pathlib import Path
-from adadecode_vllm.toolkit.data import generate as g
-from adadecode_vllm.toolkit.data.make import make_data
-from adadecode_vllm.toolkit.data.options import DataOptions
-from tests.fake_answers import fake_answers
-
-def slowly(*args):
-    for answer in fake_answers(*args):
-        time.sleep(0.1)
-        yield answer
-
-g.check_options = lambda options: None
-g.model_length = lambda spec: 256
-g.generate = slowly
-out, model, questions = sys.argv[1:]
-make_data(DataOptions(out=Path(out), model=model, inputs=(Path(questions),),
-    chat=False, max_new_tokens=100, rows_per_shard=3))
-"""
-
-
-def test_resume_after_a_kill(options: DataOptions) -> None:
-    whole = make_data(replace(options, out=options.out.with_name("whole")))
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-c", KILLED),
-            *(str(options.out), options.model, str(options.inputs[0])),
-        ],
-        cwd=ROOT,
-    )
-    deadline = time.monotonic() + 120
-    while len(content(options.out)) < 2 and time.monotonic() < deadline:
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    assert 2 <= len(content(options.out)) < 7
-    assert not json.loads((options.out / "dataset.json").read_text())["complete"]
-    assert make_data(options).fingerprint == whole.fingerprint
-    assert content(options.out) == content(options.out.with_name("whole"))
-    assert sorted(p.name for p in options.out.iterdir()) == [
-        *("dataset.json", *sorted(content(options.out)))
-    ]
-
-
 def test_a_damaged_shard_is_made_again(options: DataOptions) -> None:
     info = make_data(options)
     path = options.out / "part-00002.parquet"
@@ -374,21 +315,6 @@ def test_limits(options: DataOptions, change: dict[str, Any], message: str) -> N
 def test_out_is_a_file(options: DataOptions) -> None:
     options.out.write_text("")
     assert "OUT" in refusal(options)
-
-
-def test_a_full_disk_is_a_sentence(
-    options: DataOptions, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*args: Any, **kwargs: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("adadecode_vllm.toolkit.data.shards.pq.write_table", full)
-    assert "writing failed (No space left on device); make room" in refusal(options)
-    # The answers of the shard that could not be written are kept, too.
-    assert sorted(path.name for path in options.out.iterdir()) == [
-        "dataset.json",
-        "part-00000.unfinished.jsonl",
-    ]
 
 
 def test_without_ray(options: DataOptions, monkeypatch: pytest.MonkeyPatch) -> None:

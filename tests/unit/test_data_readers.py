@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import gzip
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +20,8 @@ from adadecode_vllm.toolkit.data.tasks import (
     input_files,
     select_examples,
 )
+from tests.published_data import GSM8K, HUMANEVAL, XSUM, write_records
 
-XSUM = [
-    {"document": f"Article {i}\nabout a town.", "summary": f"Town {i}.", "id": str(i)}
-    for i in range(30)
-]
 MBPP = [
     {
         "task_id": i,
@@ -38,36 +33,6 @@ MBPP = [
     }
     for i in range(1, 975)
 ]
-HUMANEVAL = [
-    {
-        "task_id": f"HumanEval/{i}",
-        "prompt": f'def f{i}(x: int) -> int:\n    """ Add {i}. """\n',
-        "canonical_solution": f"    return x + {i}\n",
-        "test": "def check(candidate):\n    assert candidate(1) > 0\n",
-        "entry_point": f"f{i}",
-    }
-    for i in range(164)
-]
-GSM8K = [
-    {"question": f"Ann has {i} apples?", "answer": f"She has <<{i}={i}>>{i}.\n#### {i}"}
-    for i in range(40)
-]
-
-
-def write_jsonl(path: Path, records: list[dict[str, Any]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(record) + "\n" for record in records)
-    if path.suffix == ".gz":
-        path.write_bytes(gzip.compress(text.encode()))
-    else:
-        path.write_text(text)
-    return path
-
-
-def write_parquet(path: Path, records: list[dict[str, Any]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(records), path)
-    return path
 
 
 def select(selection: Selection, *inputs: Path) -> list[Example]:
@@ -78,12 +43,11 @@ def select(selection: Selection, *inputs: Path) -> list[Example]:
 # The published formats
 
 
-@pytest.mark.parametrize("write", [write_jsonl, write_parquet])
-def test_xsum(tmp_path: Path, write: Callable[..., Path]) -> None:
-    suffix = "jsonl" if write is write_jsonl else "parquet"
-    write(tmp_path / f"data/train-00000-of-00001.{suffix}", XSUM)
-    write(tmp_path / f"data/test-00000-of-00001.{suffix}", XSUM[:3])
-    write(tmp_path / f"data/validation-00000-of-00001.{suffix}", XSUM[:5])
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_xsum(tmp_path: Path, suffix: str) -> None:
+    write_records(tmp_path / f"data/train-00000-of-00001.{suffix}", XSUM)
+    write_records(tmp_path / f"data/test-00000-of-00001.{suffix}", XSUM[:3])
+    write_records(tmp_path / f"data/validation-00000-of-00001.{suffix}", XSUM[:5])
     (tmp_path / "README.md").write_text("about the data")
     examples = select(Selection("xsum"), tmp_path)
     assert len(examples) == 30
@@ -97,7 +61,7 @@ def test_xsum(tmp_path: Path, write: Callable[..., Path]) -> None:
 
 
 def test_mbpp(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "mbpp.jsonl", MBPP)
+    path = write_records(tmp_path / "mbpp.jsonl", MBPP)
     examples = select(Selection("mbpp"), path)
     assert len(examples) == 974
     assert "Write a function to add 1." in examples[0].plain
@@ -117,8 +81,8 @@ def test_mbpp_of_the_hub(tmp_path: Path) -> None:
         "validation": MBPP[510:600],
     }
     for name, records in splits.items():
-        write_parquet(tmp_path / f"full/{name}-00000-of-00001.parquet", records)
-        write_parquet(
+        write_records(tmp_path / f"full/{name}-00000-of-00001.parquet", records)
+        write_records(
             tmp_path / f"sanitized/{name}-00000-of-00001.parquet",
             [{"task_id": r["task_id"], "prompt": r["text"]} for r in records],
         )
@@ -127,20 +91,20 @@ def test_mbpp_of_the_hub(tmp_path: Path) -> None:
 
 
 def test_humaneval(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "HumanEval.jsonl.gz", HUMANEVAL)
+    path = write_records(tmp_path / "HumanEval.jsonl.gz", HUMANEVAL)
     examples = select(Selection("humaneval"), path)
     assert len(examples) == 164
     assert examples[3].plain == HUMANEVAL[3]["prompt"]
     assert examples[3].source == "humaneval/test"
     assert examples[3].reply.startswith("```python\ndef f3(")
-    write_parquet(tmp_path / "hub" / "test-00000-of-00001.parquet", HUMANEVAL)
+    write_records(tmp_path / "hub" / "test-00000-of-00001.parquet", HUMANEVAL)
     assert select(Selection("humaneval"), tmp_path / "hub") == examples
 
 
 def test_gsm8k(tmp_path: Path) -> None:
     for name in ("train", "train_socratic", "test", "test_socratic"):
-        write_jsonl(tmp_path / f"{name}.jsonl", GSM8K[: 40 if "train" in name else 7])
-    write_jsonl(tmp_path / "example_model_solutions.jsonl", [{"question": "x"}])
+        write_records(tmp_path / f"{name}.jsonl", GSM8K[: 40 if "train" in name else 7])
+    write_records(tmp_path / "example_model_solutions.jsonl", [{"question": "x"}])
     examples = select(Selection("gsm8k"), tmp_path)
     assert len(examples) == 40
     assert examples[2].plain == "Question: Ann has 2 apples?\nAnswer:"
@@ -149,10 +113,10 @@ def test_gsm8k(tmp_path: Path) -> None:
 
 
 def test_text(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "a.jsonl", [{"text": "one"}, {"text": "two", "x": 1}])
-    write_jsonl(tmp_path / "b.jsonl.gz", [{"text": "three"}])
+    write_records(tmp_path / "a.jsonl", [{"text": "one"}, {"text": "two", "x": 1}])
+    write_records(tmp_path / "b.jsonl.gz", [{"text": "three"}])
     (tmp_path / "c.json").write_text('[{"text": "four"}]')
-    write_parquet(tmp_path / "d.parquet", [{"text": "five", "x": 1}])
+    write_records(tmp_path / "d.parquet", [{"text": "five", "x": 1}])
     (tmp_path / "e.txt").write_text("six\n\nstill six\n")
     (tmp_path / ".hidden.txt").write_text("hidden")
     (tmp_path / "f.csv").write_text("not,read")
@@ -162,7 +126,7 @@ def test_text(tmp_path: Path) -> None:
     ]
     assert [e.source for e in examples][-2:] == ["d.parquet", "e.txt"]
     with_field = Selection("text", text_field="body")
-    write_jsonl(tmp_path / "sub" / "a.jsonl", [{"body": "seven"}])
+    write_records(tmp_path / "sub" / "a.jsonl", [{"body": "seven"}])
     assert select(with_field, tmp_path / "sub")[0].plain == "seven"
     # In the order in which they are named.
     named = select(Selection("text"), tmp_path / "d.parquet", tmp_path / "a.jsonl")
@@ -173,7 +137,7 @@ def test_text(tmp_path: Path) -> None:
 
 
 def test_the_seed_decides_and_order_stays(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "train.jsonl", GSM8K)
+    path = write_records(tmp_path / "train.jsonl", GSM8K)
     picked = [e.plain for e in select(Selection("gsm8k", count=10), path)]
     assert picked == [e.plain for e in select(Selection("gsm8k", count=10), path)]
     other = [e.plain for e in select(Selection("gsm8k", count=10, seed=1), path)]
@@ -197,20 +161,20 @@ def test_the_papers_counts(tmp_path: Path) -> None:
 
 
 def _jsonl(directory: Path, name: str, records: list[dict[str, Any]]) -> Path:
-    return write_jsonl(directory / f"{name}.jsonl", records)
+    return write_records(directory / f"{name}.jsonl", records)
 
 
 def test_fewer_than_the_paper_is_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    select(Selection("xsum"), write_jsonl(tmp_path / "train.jsonl", XSUM))
+    select(Selection("xsum"), write_records(tmp_path / "train.jsonl", XSUM))
     assert "hold 30 records of xsum train; the paper used 10,000" in caplog.text
 
 
 def test_blank_records_are_counted(tmp_path: Path) -> None:
     records = [XSUM[0], {**XSUM[1], "document": " \n"}, XSUM[2]]
     selection = check_selection(Selection("xsum"))
-    files = [write_jsonl(tmp_path / "train.jsonl", records)]
+    files = [write_records(tmp_path / "train.jsonl", records)]
     examples, blank = select_examples(selection, files)
     assert (len(examples), blank) == (2, 1)
 
@@ -278,7 +242,7 @@ def test_bad_files(tmp_path: Path, name: str, content: bytes, message: str) -> N
 
 
 def test_missing_columns_of_parquet(tmp_path: Path) -> None:
-    path = write_parquet(tmp_path / "a.parquet", [{"body": "x"}])
+    path = write_records(tmp_path / "a.parquet", [{"body": "x"}])
     assert "a.parquet, row 0: there is no field 'text'" in (
         refusal(Selection("text"), path)
     )
@@ -291,11 +255,11 @@ def test_parquet_without_rows(tmp_path: Path) -> None:
 
 
 def test_fields_of_tasks(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "mbpp.jsonl", [{**MBPP[0], "test_list": "assert"}])
+    path = write_records(tmp_path / "mbpp.jsonl", [{**MBPP[0], "test_list": "assert"}])
     assert "'test_list' is not a list of texts" in refusal(Selection("mbpp"), path)
-    path = write_jsonl(tmp_path / "mbpp.jsonl", [{**MBPP[0], "task_id": "1"}])
+    path = write_records(tmp_path / "mbpp.jsonl", [{**MBPP[0], "task_id": "1"}])
     assert "'task_id' is not an integer" in refusal(Selection("mbpp", "test"), path)
-    path = write_jsonl(tmp_path / "train.jsonl", GSM8K)
+    path = write_records(tmp_path / "train.jsonl", GSM8K)
     assert "there is no field 'document'" in refusal(Selection("xsum"), path)
 
 
@@ -311,24 +275,24 @@ def test_missing_files(tmp_path: Path) -> None:
 
 
 def test_the_wrong_split(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "test.jsonl", GSM8K)
+    path = write_records(tmp_path / "test.jsonl", GSM8K)
     text = refusal(Selection("gsm8k", "train"), path)
     assert "by its name this is the test split and --split is train" in text
     text = refusal(Selection("gsm8k", "train"), tmp_path)
     assert "no file there is named for the train split of gsm8k" in text
     # A name that says nothing is believed.
-    path = write_jsonl(tmp_path / "questions.jsonl", GSM8K)
+    path = write_records(tmp_path / "questions.jsonl", GSM8K)
     assert len(select(Selection("gsm8k", "train"), path)) == 40
 
 
 def test_too_few_records(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "train.jsonl", GSM8K)
+    path = write_records(tmp_path / "train.jsonl", GSM8K)
     text = refusal(Selection("gsm8k", count=41), path)
     assert "--count 41: the files hold only 40 usable records" in text
 
 
 def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}])
+    path = write_records(tmp_path / "a.jsonl", [{"text": "x"}])
 
     def denied(*args: Any, **kwargs: Any) -> None:
         raise PermissionError(13, "Permission denied")

@@ -18,14 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adadecode_vllm.errors import AdaDecodeError
-from adadecode_vllm.toolkit.data import (
+from adadecode_vllm.toolkit.data.info import DatasetInfo
+from adadecode_vllm.toolkit.data.shards import (
+    SCHEMA,
     DataRow,
-    DatasetInfo,
     ShardWriter,
     load_dataset_info,
     read_rows,
+    rows_fingerprint,
 )
-from adadecode_vllm.toolkit.data.shards import SCHEMA, rows_fingerprint
 
 INFO = DatasetInfo(
     model="tiny",

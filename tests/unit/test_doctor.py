@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from adadecode_vllm import compat
-from adadecode_vllm.cli import main
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.heads import init_heads, load_heads_config, save_heads
 from adadecode_vllm.toolkit.doctor import installation, machine, memory
@@ -32,19 +31,13 @@ from adadecode_vllm.toolkit.doctor.memory import (
 from adadecode_vllm.toolkit.doctor.model import read_model
 from adadecode_vllm.toolkit.evaluation.output import write_evaluation
 from adadecode_vllm.toolkit.publishing.card import predicted_best, render_card
+from tests.command import run
 from tests.harness import HEADS, MODEL
 from tests.published_heads import make_config
 from tests.tiny import save_tiny_llama
 from tests.unit.test_report import make_evaluation
 
 GB = 10**9
-
-
-def run(*argv: object) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main(["doctor", *map(str, argv)])
-    assert isinstance(caught.value.code, int)
-    return caught.value.code
 
 
 def by_check(findings: list[Finding]) -> dict[str, Finding]:
@@ -367,7 +360,7 @@ def test_what_vllm_would_reserve_is_not_free(
 
 
 def test_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(MODEL, HEADS, "--json") == 0
+    assert run("doctor", MODEL, HEADS, "--json") == 0
     report = json.loads(capsys.readouterr().out)
     findings = {finding["check"]: finding for finding in report["findings"]}
     assert report["ok"] is True
@@ -386,7 +379,7 @@ def test_the_list_is_readable(
     heads: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     damage(heads, "config.json", hidden_size=17)
-    assert run(model, heads) == 1
+    assert run("doctor", model, heads) == 1
     out = " ".join(capsys.readouterr().out.split())
     assert "problem heads HEADS" in out
     assert "instead of (17, 17)" in out
@@ -567,6 +560,6 @@ def test_a_card_tells_what_it_predicts() -> None:
 
 def test_errors_of_users_stay_errors() -> None:
     """A wrong option is the command line's mistake, not a finding."""
-    assert run("--nonsense") == 2
+    assert run("doctor", "--nonsense") == 2
     with pytest.raises(AdaDecodeError):
         read_model("")

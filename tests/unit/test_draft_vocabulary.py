@@ -9,26 +9,16 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
-from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from adadecode_vllm.cli import main
 from adadecode_vllm.errors import AdaDecodeError
-from adadecode_vllm.heads import (
-    ExitHeadsConfig,
-    load_draft_token_ids,
-    load_exit_weights,
-    load_heads_config,
-    save_heads,
-)
+from adadecode_vllm.heads import load_heads_config, load_tensors, save_heads
 from adadecode_vllm.toolkit.publishing.card import name_draft_vocabulary, render_card
 from adadecode_vllm.toolkit.publishing.save import save_pretrained
 from adadecode_vllm.toolkit.publishing.upload import push_to_hub
@@ -40,32 +30,16 @@ from adadecode_vllm.toolkit.training.draft_vocabulary import (
     count_tokens,
     rank_tokens,
 )
-from adadecode_vllm.toolkit.training.run import Reporter, RunOptions, train_heads
-from adadecode_vllm.toolkit.training.settings import TrainSettings
+from tests.command import run
 from tests.data_directory import write_rows
+from tests.fake_hub import FakeApi
 from tests.harness import DEMO
-from tests.tiny import FINGERPRINT, VOCAB_SIZE, save_tiny_llama
+from tests.published_heads import make_config, make_weights
+from tests.tiny import VOCAB_SIZE
+from tests.training import train
 
-D = 8
 IDS = [7, 31, 0, 12]
 ROW = "| Draft vocabulary | the 4 most frequent tokens of the training text |"
-
-
-def make_config(**values: Any) -> ExitHeadsConfig:
-    defaults: dict[str, Any] = {
-        "exit_layers": [1, 3],
-        "hidden_size": D,
-        "vocab_size": 32,
-        "num_hidden_layers": 4,
-        "base_model": "tiny",
-        "lm_head_fingerprint": FINGERPRINT,
-    }
-    return ExitHeadsConfig(**defaults | values)
-
-
-def make_weights() -> dict[int, torch.Tensor]:
-    torch.manual_seed(0)
-    return {layer: torch.randn(D, D) for layer in (1, 3)}
 
 
 @pytest.fixture
@@ -100,11 +74,11 @@ def test_round_trip(tmp_path: Path, dtype: Any, named: int | None) -> None:
     save_heads(tmp_path, make_weights(), config, torch.tensor(IDS))
     loaded = load_heads_config(tmp_path)
     assert loaded == make_config(dtype=dtype, draft_vocabulary=4)
-    token_ids = load_draft_token_ids(tmp_path, loaded)
+    token_ids = load_tensors(tmp_path, loaded).draft_token_ids
     assert token_ids is not None
     assert token_ids.dtype == torch.int64
     assert token_ids.tolist() == IDS
-    weights = load_exit_weights(tmp_path, loaded)
+    weights = load_tensors(tmp_path, loaded).weights
     for layer, weight in make_weights().items():
         assert torch.equal(weights[layer], weight.to(getattr(torch, dtype)))
     assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
@@ -114,7 +88,7 @@ def test_absent_stays_absent(tmp_path: Path) -> None:
     save_heads(tmp_path, make_weights(), make_config())
     config = load_heads_config(tmp_path)
     assert config.draft_vocabulary is None
-    assert load_draft_token_ids(tmp_path, config) is None
+    assert load_tensors(tmp_path, config).draft_token_ids is None
     assert set(json.loads((tmp_path / "config.json").read_text())) == {
         "model_type",
         "exit_layers",
@@ -131,7 +105,7 @@ def test_absent_stays_absent(tmp_path: Path) -> None:
 
 def test_saving_again_without_it_removes_it(heads: Path) -> None:
     save_heads(heads, make_weights(), make_config())
-    assert load_draft_token_ids(heads, load_heads_config(heads)) is None
+    assert load_tensors(heads, load_heads_config(heads)).draft_token_ids is None
 
 
 @pytest.mark.parametrize(
@@ -228,18 +202,18 @@ def test_ids_that_cannot_be_used_are_refused(
 ) -> None:
     edit(heads, torch.tensor(token_ids))
     config = load_heads_config(heads)
-    assert message in refusal(heads, lambda d: load_draft_token_ids(d, config))
+    assert message in refusal(heads, lambda d: load_tensors(d, config).draft_token_ids)
 
 
 def test_a_file_changed_since_its_header_was_checked_is_refused(heads: Path) -> None:
     config = load_heads_config(heads)
     edit(heads, torch.tensor([1, 2]))
     assert "has shape (2,) instead of (4,)" in refusal(
-        heads, lambda d: load_draft_token_ids(d, config)
+        heads, lambda d: load_tensors(d, config).draft_token_ids
     )
     edit(heads, None)
     assert "model.safetensors" in refusal(
-        heads, lambda d: load_draft_token_ids(d, config)
+        heads, lambda d: load_tensors(d, config).draft_token_ids
     )
 
 
@@ -263,27 +237,14 @@ def test_a_card_is_told_of_another_one() -> None:
     assert name_draft_vocabulary("Mine\n", make_config(draft_vocabulary=4)) == "Mine\n"
 
 
-def test_pushing_carries_it(heads: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pushed: dict[str, bytes] = {}
-
-    def create_commit(
-        _repo: str, operations: list[Any], **_values: Any
-    ) -> SimpleNamespace:
-        for operation in operations:
-            with operation.as_file() as file:
-                pushed[operation.path_in_repo] = file.read()
-        return SimpleNamespace(commit_url="https://hub/commit/1", pr_url=None)
-
-    api = SimpleNamespace(
-        create_repo=lambda *_args, **_values: None, create_commit=create_commit
-    )
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda **_values: api)
+def test_pushing_carries_it(heads: Path, api: type[FakeApi]) -> None:
     push_to_hub(heads, "ann/heads")
+    pushed = api.made[0].files
     copy = heads.parent / "copy"
     copy.mkdir()
     for name, content in pushed.items():
         (copy / name).write_bytes(content)
-    token_ids = load_draft_token_ids(copy, load_heads_config(copy))
+    token_ids = load_tensors(copy, load_heads_config(copy)).draft_token_ids
     assert token_ids is not None
     assert token_ids.tolist() == IDS
     assert ROW in pushed["README.md"].decode()
@@ -331,34 +292,14 @@ def test_ids_outside_the_vocabulary_are_refused(token: int) -> None:
 # Training
 
 
-def train(tmp_path: Path, **settings: Any) -> tuple[Teacher, Path]:
-    save_tiny_llama(tmp_path / "model", max_position_embeddings=64)
-    teacher = Teacher.load(str(tmp_path / "model"))
-    generator = torch.Generator().manual_seed(1)
-
-    def draw(count: int) -> list[int]:
-        return torch.randint(3, 40, (count,), generator=generator).tolist()
-
-    rows = [(draw(i % 4), draw(10 + i % 7)) for i in range(20)]
-    data = write_rows(tmp_path / "data", rows, vocab_size=VOCAB_SIZE)
-    train_heads(
-        teacher,
-        [data],
-        [1, 2],
-        TrainSettings(epochs=1, batch_size=8, held_out=0.2, **settings),
-        RunOptions(tmp_path / "heads"),
-        Accelerator(cpu=True),
-        Reporter(),
-    )
-    return teacher, data
-
-
-def test_training_ranks_the_tokens_that_it_predicts(tmp_path: Path) -> None:
-    teacher, data = train(tmp_path, max_length=12)
+def test_training_ranks_the_tokens_that_it_predicts(
+    teacher: Teacher, data: Path, tmp_path: Path
+) -> None:
+    train(teacher, data, tmp_path / "heads", epochs=1, held_out=0.2, max_length=12)
     texts, _ = split_held_out(load_texts([data], teacher, 12), 0.2, 0)
     expected = Counter(token for text in texts for token in text.answer)
     config = load_heads_config(tmp_path / "heads")
-    token_ids = load_draft_token_ids(tmp_path / "heads", config)
+    token_ids = load_tensors(tmp_path / "heads", config).draft_token_ids
     assert token_ids is not None
     assert token_ids.tolist() == sorted(
         expected, key=lambda token: (-expected[token], token)
@@ -367,19 +308,7 @@ def test_training_ranks_the_tokens_that_it_predicts(tmp_path: Path) -> None:
     assert "| Draft vocabulary | the " in (tmp_path / "heads/README.md").read_text()
 
 
-def test_full_size_heads_have_none(tmp_path: Path) -> None:
-    train(tmp_path, head="full")
-    tensors = load_file(tmp_path / "heads" / "run" / "full_heads.safetensors")
-    assert sorted(tensors) == ["exit_heads.1.weight", "exit_heads.2.weight"]
-
-
 # The command
-
-
-def run(*argv: object) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main([str(argument) for argument in argv])
-    return int(caught.value.code or 0)
 
 
 def small_data(
@@ -404,7 +333,7 @@ def demo(tmp_path: Path) -> Path:
     config = load_heads_config(directory)
     save_heads(
         directory,
-        load_exit_weights(directory, config),
+        load_tensors(directory, config).weights,
         config.model_copy(update={"draft_vocabulary": None}),
     )
     return directory
@@ -415,7 +344,7 @@ def test_the_command_ranks_the_tokens_of_data(
 ) -> None:
     data = small_data(tmp_path / "data")
     config = load_heads_config(demo)
-    before = load_exit_weights(demo, config)
+    before = load_tensors(demo, config).weights
     assert run("draft-vocabulary", demo, "--data", data) == 0
     assert capsys.readouterr().out == (
         "10 tokens of text, 4 distinct\n"
@@ -426,10 +355,10 @@ def test_the_command_ranks_the_tokens_of_data(
     )
     after = load_heads_config(demo)
     assert after == config.model_copy(update={"draft_vocabulary": 4})
-    token_ids = load_draft_token_ids(demo, after)
+    token_ids = load_tensors(demo, after).draft_token_ids
     assert token_ids is not None
     assert token_ids.tolist() == [900, 8, 20, 3]
-    weights = load_exit_weights(demo, after)
+    weights = load_tensors(demo, after).weights
     for layer, weight in before.items():
         assert weights[layer].numpy().tobytes() == weight.numpy().tobytes()
     assert (demo / "README.md").read_text().count(ROW) == 1
@@ -445,7 +374,7 @@ def test_the_command_adds_data_up_and_replaces_what_was_there(
     argv = ("--data", first, "--data", second, "--size", "2")
     assert run("draft-vocabulary", demo, *argv) == 0
     assert "the first 100% of the ranking, 2 tokens: 73.3%" in capsys.readouterr().out
-    token_ids = load_draft_token_ids(demo, load_heads_config(demo))
+    token_ids = load_tensors(demo, load_heads_config(demo)).draft_token_ids
     assert token_ids is not None
     assert token_ids.tolist() == [3, 900]
     assert "the 2 most frequent tokens" in (demo / "README.md").read_text()
@@ -518,7 +447,7 @@ def test_missing_heads_or_data_is_one_sentence(
 
 def test_the_shipped_heads_have_one() -> None:
     config = load_heads_config(DEMO / "heads")
-    token_ids = load_draft_token_ids(DEMO / "heads", config)
+    token_ids = load_tensors(DEMO / "heads", config).draft_token_ids
     assert token_ids is not None
     assert len(token_ids) <= config.vocab_size
     # The end of an answer can be predicted early as well.

@@ -12,19 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from adadecode_vllm.cli import main
 from adadecode_vllm.toolkit import progress as progress_module
 from adadecode_vllm.toolkit.evaluation.output import EVALUATION_FILE
 from adadecode_vllm.toolkit.report.write import REPORT_FILES
+from tests.command import run
 from tests.data_directory import write_answers
-from tests.tiny import save_tiny_llama
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("model")
-    save_tiny_llama(directory, max_position_embeddings=64)
-    return directory
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +28,6 @@ def data(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
 def heads(model: Path, tmp_path: Path) -> Path:
     assert run("init-heads", model, tmp_path / "heads", "--exit-layers", "1,2") == 0
     return tmp_path / "heads"
-
-
-def run(*argv: object) -> int:
-    with pytest.raises(SystemExit) as exit_:
-        main([str(argument) for argument in argv])
-    return int(exit_.value.code or 0)
 
 
 @pytest.mark.parametrize("name", [EVALUATION_FILE, "report.html", "loss.png"])

@@ -11,10 +11,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from adadecode_vllm.errors import AdaDecodeError
-from adadecode_vllm.heads import (
-    load_exit_weights,
-    load_heads_config,
-)
+from adadecode_vllm.heads import load_heads_config, load_tensors
 from adadecode_vllm.heads.hub import is_hub_id
 from adadecode_vllm.toolkit.publishing.card import render_card, write_card
 from adadecode_vllm.toolkit.publishing.save import (
@@ -24,7 +21,6 @@ from adadecode_vllm.toolkit.publishing.save import (
 from tests.published_heads import (
     BASE,
     FILES,
-    TRAINING,
     D,
     argument,
     make_config,
@@ -33,14 +29,6 @@ from tests.published_heads import (
 )
 from tests.unit.test_report import make_evaluation
 
-
-@pytest.fixture
-def heads(tmp_path: Path) -> Path:
-    directory = tmp_path / "heads"
-    save_pretrained(directory, make_weights(), make_config(), training=TRAINING)
-    return directory
-
-
 # save_pretrained
 
 
@@ -48,7 +36,7 @@ def test_save_pretrained(heads: Path) -> None:
     config = load_heads_config(heads)
     assert sorted(os.listdir(heads)) == FILES
     assert config == make_config(speculators_config=make_speculators_config(BASE))
-    weights = load_exit_weights(heads, config)
+    weights = load_tensors(heads, config).weights
     for layer, weight in make_weights().items():
         assert torch.equal(weights[layer], weight)
 

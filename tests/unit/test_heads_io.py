@@ -18,38 +18,18 @@ from safetensors.torch import load_file, save_file
 
 from adadecode_vllm import __version__
 from adadecode_vllm.errors import AdaDecodeError
-from adadecode_vllm.heads import (
-    ExitHeads,
-    ExitHeadsConfig,
-    load_exit_memory,
-    load_exit_weights,
-    load_heads_config,
-    save_heads,
-)
+from adadecode_vllm.heads import ExitHeads, load_heads_config, load_tensors, save_heads
 from adadecode_vllm.heads.output import check_output, holds_heads
-from tests.tiny import FINGERPRINT, save_tiny_llama
+from tests.published_heads import D, make_config, make_weights
+from tests.tiny import save_tiny_llama
 
-D = 8
 DTYPES = ["float32", "bfloat16", "float16"]
-
-
-def make_config(**values: Any) -> ExitHeadsConfig:
-    defaults: dict[str, Any] = {
-        "exit_layers": [1, 3],
-        "hidden_size": D,
-        "vocab_size": 32,
-        "num_hidden_layers": 4,
-        "base_model": "tiny",
-        "lm_head_fingerprint": FINGERPRINT,
-    }
-    return ExitHeadsConfig(**defaults | values)
 
 
 @pytest.fixture
 def heads(tmp_path: Path) -> Path:
     directory = tmp_path / "heads"
-    weights = {layer: torch.randn(D, D) for layer in (1, 3)}
-    save_heads(directory, weights, make_config())
+    save_heads(directory, make_weights(), make_config())
     return directory
 
 
@@ -83,7 +63,7 @@ def test_round_trip(data: st.DataObject, dtype: Any, hidden_size: int) -> None:
     with tempfile.TemporaryDirectory() as directory:
         save_heads(directory, weights, config)
         loaded_config = load_heads_config(directory)
-        loaded = load_exit_weights(directory, loaded_config)
+        loaded = load_tensors(directory, loaded_config).weights
     assert loaded_config == config
     assert list(loaded) == layers
     for layer in layers:
@@ -92,21 +72,20 @@ def test_round_trip(data: st.DataObject, dtype: Any, hidden_size: int) -> None:
         assert torch.equal(loaded[layer], expected)
 
 
-def matrices() -> dict[int, torch.Tensor]:
-    return {layer: torch.randn(D, D) for layer in (1, 3)}
-
-
 def test_round_trip_with_memory(tmp_path: Path) -> None:
-    weights, memory = matrices(), matrices()
+    weights = make_weights()
+    memory = {layer: -weight for layer, weight in weights.items()}
     save_heads(tmp_path, weights, make_config(), memory=memory)
     config = load_heads_config(tmp_path)
     assert config == make_config(memory=True)
-    loaded = load_exit_memory(tmp_path, config)
+    loaded = load_tensors(tmp_path, config).memory
     assert loaded is not None
     assert list(loaded) == [1, 3]
     for layer in (1, 3):
         assert torch.equal(loaded[layer], memory[layer])
-        assert torch.equal(load_exit_weights(tmp_path, config)[layer], weights[layer])
+        assert torch.equal(
+            load_tensors(tmp_path, config).weights[layer], weights[layer]
+        )
     names = sorted(load_file(tmp_path / "model.safetensors"))
     assert names == [
         f"exit_heads.{k}.{n}" for k in (1, 3) for n in ("memory", "weight")
@@ -119,14 +98,14 @@ def test_round_trip_with_memory(tmp_path: Path) -> None:
 def test_heads_without_memory_say_nothing_of_it(heads: Path) -> None:
     """So that earlier versions, which refuse unknown keys, read them."""
     assert "memory" not in json.loads((heads / "config.json").read_text())
-    assert load_exit_memory(heads, load_heads_config(heads)) is None
+    assert load_tensors(heads, load_heads_config(heads)).memory is None
 
 
 def test_save_refuses_unfit_memory(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"memory for layers \[1\].*are \[1, 3\]"):
-        save_heads(tmp_path, matrices(), make_config(), memory={1: torch.eye(D)})
+        save_heads(tmp_path, make_weights(), make_config(), memory={1: torch.eye(D)})
     with pytest.raises(ValueError, match="memory is true, but there is none"):
-        save_heads(tmp_path, matrices(), make_config(memory=True))
+        save_heads(tmp_path, make_weights(), make_config(memory=True))
     assert not os.listdir(tmp_path)
 
 
@@ -143,7 +122,7 @@ def test_saving_replaces_heads_and_leaves_no_other_file(heads: Path) -> None:
 def test_failed_save_keeps_the_old_heads(
     heads: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = load_exit_weights(heads, load_heads_config(heads))
+    before = load_tensors(heads, load_heads_config(heads)).weights
 
     def no_space(*args: Any, **kwargs: Any) -> None:
         raise OSError("No space left on device")
@@ -151,7 +130,7 @@ def test_failed_save_keeps_the_old_heads(
     monkeypatch.setattr(Path, "write_text", no_space)
     with pytest.raises(OSError, match="No space left"):
         save_heads(heads, {2: torch.eye(D)}, make_config(exit_layers=[2]))
-    after = load_exit_weights(heads, load_heads_config(heads))
+    after = load_tensors(heads, load_heads_config(heads)).weights
     assert before.keys() == after.keys()
     assert all(torch.equal(before[layer], after[layer]) for layer in before)
     assert sorted(os.listdir(heads)) == ["config.json", "model.safetensors"]
@@ -448,7 +427,7 @@ def test_load_refuses_weights_that_are_not_finite(heads: Path, value: float) -> 
     edit_weights(heads, **{"exit_heads.3.weight": weight})
     config = load_heads_config(heads)
     with pytest.raises(AdaDecodeError, match=r"exit_heads\.3\.weight holds NaN"):
-        load_exit_weights(heads, config)
+        load_tensors(heads, config)
 
 
 def test_unreadable_file_is_a_sentence(
@@ -476,7 +455,7 @@ def test_links_of_the_hugging_face_cache_are_followed(
         (heads / name).rename(blobs / str(number))
         (snapshot / name).symlink_to(Path("../../blobs") / str(number))
     config = load_heads_config(snapshot)
-    assert list(load_exit_weights(snapshot, config)) == [1, 3]
+    assert list(load_tensors(snapshot, config).weights) == [1, 3]
 
 
 def test_a_blobs_directory_elsewhere_is_refused(heads: Path, tmp_path: Path) -> None:
@@ -509,21 +488,14 @@ def test_schema_is_frozen() -> None:
         make_config().hidden_size = 3  # type: ignore[misc]
 
 
-def test_module_applies_the_weight() -> None:
-    weight = torch.randn(D, D)
-    heads = ExitHeads({3: weight}, torch.float32)
-    hidden = torch.randn(5, D)
-    expected = (weight @ hidden.T).T
-    torch.testing.assert_close(heads(3, hidden), expected)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_module_casts_and_needs_no_gradient(dtype: torch.dtype) -> None:
     weight = torch.randn(D, D)
-    heads = ExitHeads({1: weight}, dtype)
+    heads = ExitHeads({3: weight}, dtype)
+    assert heads.exit_layers == (3,)
     assert not any(parameter.requires_grad for parameter in heads.parameters())
     hidden = torch.randn(2, D, dtype=dtype)
-    torch.testing.assert_close(heads(1, hidden), hidden @ weight.to(dtype).T)
+    torch.testing.assert_close(heads(3, hidden), hidden @ weight.to(dtype).T)
 
 
 def test_identity_costs_nothing() -> None:
@@ -571,12 +543,3 @@ def test_almost_the_identity_is_not_the_identity() -> None:
     weight = torch.eye(D)
     weight[0, 1] = 1e-9  # within allclose's tolerance
     assert ExitHeads({1: weight}, torch.float32).identity_layers == frozenset()
-
-
-def test_the_module_multiplies_by_what_was_stored(heads: Path) -> None:
-    weights = load_exit_weights(heads, load_heads_config(heads))
-    module = ExitHeads({3: weights[3]}, torch.bfloat16)
-    assert module.exit_layers == (3,)
-    hidden = torch.randn(2, D).bfloat16()
-    expected = hidden @ weights[3].bfloat16().T
-    torch.testing.assert_close(module(3, hidden), expected)

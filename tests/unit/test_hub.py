@@ -8,8 +8,7 @@ Downloads run huggingface_hub itself against a local server; uploads stop at its
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -18,10 +17,7 @@ from huggingface_hub import ModelCard
 
 from adadecode_vllm import __version__
 from adadecode_vllm.errors import AdaDecodeError
-from adadecode_vllm.heads import (
-    load_exit_weights,
-    load_heads_config,
-)
+from adadecode_vllm.heads import load_heads_config, load_tensors
 from adadecode_vllm.heads.hub import (
     from_pretrained,
     pin_heads,
@@ -29,24 +25,15 @@ from adadecode_vllm.heads.hub import (
 )
 from adadecode_vllm.toolkit.publishing.save import save_pretrained
 from adadecode_vllm.toolkit.publishing.upload import push_to_hub
-from tests.fake_hub import Hub, publish, serve_hub, use_cache
+from tests.fake_hub import FakeApi, Hub, publish, serve_hub, use_cache
 from tests.published_heads import (
     BASE,
     FILES,
-    TRAINING,
     argument,
     make_config,
     make_weights,
     serve_words,
 )
-
-
-@pytest.fixture
-def heads(tmp_path: Path) -> Path:
-    directory = tmp_path / "heads"
-    save_pretrained(directory, make_weights(), make_config(), training=TRAINING)
-    return directory
-
 
 # Downloads
 
@@ -74,7 +61,7 @@ def test_download(hub: Hub, heads: Path) -> None:
     assert hub.fetched() == FILES
     config = load_heads_config(directory)
     assert config == load_heads_config(heads)
-    assert torch.equal(load_exit_weights(directory, config)[3], make_weights()[3])
+    assert torch.equal(load_tensors(directory, config).weights[3], make_weights()[3])
 
 
 def test_second_download_fetches_nothing(hub: Hub, heads: Path) -> None:
@@ -236,48 +223,6 @@ def test_missing_paths_are_not_looked_up(hub: Hub, path: str) -> None:
 
 
 # Uploads
-
-
-class FakeApi:
-    """Stands for `HfApi`: records, and behaves as it is told."""
-
-    made: ClassVar[list[Any]] = []
-    error: Exception | None = None
-    is_private = True
-
-    def __init__(self, **values: Any) -> None:
-        self.values = values
-        self.created: dict[str, Any] = {}
-        self.commit: dict[str, Any] = {}
-        self.files: dict[str, bytes] = {}
-        self.made.append(self)
-
-    def create_repo(self, repo_id: str, **values: Any) -> None:
-        self.created = {"repo_id": repo_id, **values}
-
-    def model_info(self, repo_id: str) -> SimpleNamespace:
-        return SimpleNamespace(private=self.is_private)
-
-    def create_commit(
-        self, repo_id: str, operations: list[Any], **values: Any
-    ) -> SimpleNamespace:
-        if self.error:
-            raise self.error
-        self.commit = {"repo_id": repo_id, **values}
-        for operation in operations:
-            with operation.as_file() as file:
-                self.files[operation.path_in_repo] = file.read()
-        pull_request = "https://hub/pr/1" if values["create_pr"] else None
-        return SimpleNamespace(commit_url="https://hub/commit/1", pr_url=pull_request)
-
-
-@pytest.fixture
-def api(monkeypatch: pytest.MonkeyPatch) -> type[FakeApi]:
-    class Api(FakeApi):
-        made: ClassVar[list[Any]] = []
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    return Api
 
 
 def test_push(api: type[FakeApi], heads: Path) -> None:

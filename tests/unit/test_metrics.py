@@ -23,7 +23,6 @@ from vllm.distributed.ec_transfer.ec_connector.metrics import (
 from vllm.v1.metrics import loggers
 from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 
-from adadecode_vllm.cli import main
 from adadecode_vllm.config import CONFIG_KEY
 from adadecode_vllm.engine import metric_loggers
 from adadecode_vllm.engine.counter_report import (
@@ -50,6 +49,7 @@ from adadecode_vllm.method.ledger import REASONS
 from adadecode_vllm.method.stats import REPORTED, REPORTED_PER_EXIT, Stats
 from adadecode_vllm.patches import stat_loggers
 from adadecode_vllm.toolkit.stats.snapshot import metrics_url, parse
+from tests.command import run
 
 ROOT = Path(__file__).parents[2]
 EXITS = (2, 4)
@@ -350,13 +350,6 @@ def answering() -> Iterator[Callable[[int, str], str]]:
         server.server_close()
 
 
-def _run(*argv: str) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main(["stats", *argv])
-    assert isinstance(caught.value.code, int)
-    return caught.value.code
-
-
 def test_stats_once(
     prom: Callable[..., AdaDecodeProm],
     answering: Callable[[int, str], str],
@@ -372,7 +365,7 @@ def test_stats_once(
     stats.drafting_seconds = 1.25
     dropped = [12.0 if reason == "not_scheduled" else 0.0 for reason in REASONS]
     reader.observe({CONFIG_KEY: [*stats.reported().tolist(), *dropped]})
-    assert _run(answering(200, _values()), "--once") == 0
+    assert run("stats", answering(200, _values()), "--once") == 0
     output = capsys.readouterr().out
     rows = [re.findall(r"[\d.,]+(?: %)?", line) for line in output.splitlines()]
     assert ["2", "2,000", "1,500", "75.0 %", "1,330", "70", "95.0 %"] in rows
@@ -399,7 +392,7 @@ def test_stats_of_something_else(
     text: str,
     sentence: str,
 ) -> None:
-    assert _run(answering(status, text), "--once") == 2
+    assert run("stats", answering(status, text), "--once") == 2
     error = capsys.readouterr().err
     assert error.startswith("error: URL http://127.0.0.1:")
     assert sentence in error
@@ -407,7 +400,7 @@ def test_stats_of_something_else(
 
 
 def test_stats_without_a_server(capsys: pytest.CaptureFixture[str]) -> None:
-    assert _run("http://127.0.0.1:9", "--once") == 2
+    assert run("stats", "http://127.0.0.1:9", "--once") == 2
     assert "no answer" in capsys.readouterr().err
 
 

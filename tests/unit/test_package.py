@@ -76,20 +76,26 @@ def test_every_dependency_is_bounded(pyproject: dict[str, Any]) -> None:
     assert unbounded == []
 
 
+LIGHT = [
+    (
+        "adadecode_vllm adadecode_vllm.cli adadecode_vllm.heads "
+        "adadecode_vllm.heads.config adadecode_vllm.patches",
+        "torch vllm transformers",
+    ),
+    (
+        "adadecode_vllm.toolkit.report adadecode_vllm.heads.hub",
+        "torch vllm matplotlib numpy huggingface_hub",
+    ),
+]
+
+
 @pytest.mark.parametrize(
-    "module",
-    [
-        "adadecode_vllm",
-        "adadecode_vllm.cli",
-        "adadecode_vllm.heads",
-        "adadecode_vllm.heads.config",
-        "adadecode_vllm.patches",
-    ],
+    ("modules", "forbidden"), LIGHT, ids=["package", "report and hub"]
 )
-def test_import_is_light(module: str) -> None:
+def test_imports_are_light(modules: str, forbidden: str) -> None:
     code = (
-        f"import sys, {module}\n"
-        "print(sorted({'torch', 'vllm', 'transformers'} & sys.modules.keys()))"
+        f"import sys, {', '.join(modules.split())}\n"
+        f"print(sorted(set({forbidden!r}.split()) & sys.modules.keys()))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from adadecode_vllm.config import parse_config
-from adadecode_vllm.heads import load_exit_weights, load_heads_config
+from adadecode_vllm.heads import load_heads_config, load_tensors
 from adadecode_vllm.heads.registry import (
     REGISTRY_VARIABLE,
     SHIPPED,
@@ -56,7 +56,7 @@ def test_what_is_shipped(entry: dict[str, str]) -> None:
     """It can be served as it is, is small, and names no place of one machine."""
     directory = SHIPPED.parent / entry["directory"]
     config = load_heads_config(directory)
-    load_exit_weights(directory, config)
+    load_tensors(directory, config)
     parse_config({**(config.recommended or {}), "heads": str(directory)})
     assert {path.name for path in directory.iterdir()} == {
         *("README.md", "config.json", "model.safetensors")

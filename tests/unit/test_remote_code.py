@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from adadecode_vllm.cli import main
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.heads import load_heads_config
 from adadecode_vllm.toolkit.data.generate import EngineSpec, check_options, model_length
+from tests.command import run
 from tests.data_directory import write_rows
 from tests.harness import MODEL
 from tests.tiny import save_tiny_llama
@@ -95,12 +95,6 @@ def commands(model: Path, work: Path) -> dict[str, list[str]]:
     }
 
 
-def run(argv: list[str]) -> int:
-    with pytest.raises(SystemExit) as exit_:
-        main(argv)
-    return int(exit_.value.code or 0)
-
-
 @pytest.mark.parametrize("command", ["init-heads", "eval", "train", "data"])
 def test_code_runs_only_if_the_user_says_so(
     model: Path,
@@ -112,9 +106,9 @@ def test_code_runs_only_if_the_user_says_so(
 ) -> None:
     argv = commands(model, tmp_path)
     if command == "eval":
-        assert run([*argv["init-heads"], "--trust-remote-code"]) == 0
+        assert run(*argv["init-heads"], "--trust-remote-code") == 0
         marker.unlink()
-    assert run(argv[command]) == 2
+    assert run(*argv[command]) == 2
     argument = "--model" if command == "data" else "MODEL"
     assert capsys.readouterr().err.splitlines()[-1] == (
         f"error: {argument} {model}: the model brings program code of its own, which "
@@ -123,7 +117,7 @@ def test_code_runs_only_if_the_user_says_so(
     )
     assert not marker.exists()
     assert questions == []
-    assert run([*argv[command], "--trust-remote-code"]) == 0
+    assert run(*argv[command], "--trust-remote-code") == 0
     if command != "eval":  # which has imported it before
         assert "imported" in marker.read_text()
     assert questions == []

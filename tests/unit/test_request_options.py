@@ -8,8 +8,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.input_processor import InputProcessor
@@ -109,29 +107,6 @@ def test_bad_options_are_named_with_reason_and_remedy(
         parse(**options)
     assert sentence in str(caught.value)
     assert str(caught.value).endswith(".")
-
-
-_TEXT = st.text("true01.-e", max_size=6)
-_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | _TEXT,
-    lambda children: (
-        st.lists(children, max_size=3) | st.dictionaries(_TEXT, children, max_size=3)
-    ),
-    max_leaves=6,
-)
-_NAMES = st.sampled_from(["enabled", "threshold", "max_early_predictions", "", "x"])
-
-
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.dictionaries(_NAMES, _VALUES, max_size=3))
-def test_anything_is_read_or_refused(options: dict[str, Any]) -> None:
-    try:
-        found = parse(**options)
-    except AdaDecodeError:
-        return
-    assert found.threshold is None or 0 <= found.threshold <= 1
-    cap = found.max_early_predictions
-    assert cap is None or 0 <= cap <= CONFIG.max_early_predictions
 
 
 def front_door(options: dict[str, Any] | None) -> Any:

@@ -198,3 +198,14 @@ def test_what_cannot_be_changed_changes_nothing() -> None:
         assert running.policy is before
     running.configure({"threshold": 0.5})
     assert running.policy.thresholds == [0.5] * 3
+
+
+def test_a_threshold_that_is_set_decides_in_place_of_costs() -> None:
+    heads = load_heads_config(HEADS)
+    running = Settings(parse_config({"heads": HEADS, "exit_layers": EXITS}), heads)
+    assert running.by_costs
+    running.configure({"max_early_predictions": 2})
+    assert running.by_costs
+    running.configure({"threshold": 0.5})
+    assert not running.by_costs
+    assert running.policy.thresholds == [0.5] * 3

@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from adadecode_vllm.engine import suffix
 from adadecode_vllm.engine.suffix import TREE_DEPTH, SuffixLookup
 from adadecode_vllm.method.lookup import NOTHING, Continuation, Query
 
@@ -59,6 +60,20 @@ def test_a_name_may_be_used_again(lookup: SuffixLookup) -> None:
     assert find(lookup, "a", [5, 6, 7, 3, 1, 2]) == NOTHING
     # Shorter than before: another text.
     assert find(lookup, "a", [8, 9, 4, 8, 9]) == ([4, 8], 2)
+
+
+def test_answers_are_bounded_by_their_tokens(
+    lookup: SuffixLookup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suffix, "CACHED_TOKENS", 6)
+    for name, first in (("a", 10), ("b", 20), ("c", 30)):
+        text = [1, 2, first, first + 1, first + 2]
+        for known in range(2, 6):
+            find(lookup, name, text[:known])
+        lookup.forget([name])
+    assert find(lookup, "d", [5, 10], fewest=1) == NOTHING
+    assert find(lookup, "e", [5, 20], fewest=1).token_ids == [21]
+    assert find(lookup, "f", [5, 30], fewest=1).token_ids == [31]
 
 
 def test_long_matches(lookup: SuffixLookup) -> None:

@@ -13,9 +13,9 @@ import pytest
 import torch
 import yaml
 
-from adadecode_vllm.cli import main
-from adadecode_vllm.heads import load_exit_weights, load_heads_config
+from adadecode_vllm.heads import load_heads_config, load_tensors
 from adadecode_vllm.toolkit.report.text import percent
+from tests.command import run
 from tests.data_directory import write_answers
 from tests.harness import ROOT
 from tests.tiny import save_tiny_llama
@@ -24,21 +24,8 @@ TRAIN = ("--exit-layers", "1,2", "--epochs", "2", "--batch-size", "8")
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("model")
-    save_tiny_llama(directory, max_position_embeddings=64)
-    return directory
-
-
-@pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
     return write_answers(tmp_path_factory.mktemp("data") / "d", model, 24, 12)
-
-
-def run(*argv: object) -> int:
-    with pytest.raises(SystemExit) as exit_:
-        main([str(argument) for argument in argv])
-    return int(exit_.value.code or 0)
 
 
 def test_train_then_eval(
@@ -90,7 +77,8 @@ def test_train_then_eval_with_memory(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--exit-layers", "9"), "--exit-layers contains 9, but the model's 4 layers"),
+        (("--exit-layers", "4"), "--exit-layers contains 4, but the model's 4 layers"),
+        (("--exit-layers", "2,1"), "--exit-layers must be strictly increasing, not"),
         (("--exit-layers", "x"), "--exit-layers 'x': not a list of integers"),
         (
             ("--preset", "fast"),
@@ -187,8 +175,8 @@ def test_two_processes_train_the_same_heads(
     assert result.returncode == 0, result.stderr[-2000:]
     record = yaml.safe_load((two / "run" / "run.yaml").read_text())
     assert record["processes"] == 2
-    first = load_exit_weights(one, load_heads_config(one))
-    second = load_exit_weights(two, load_heads_config(two))
+    first = load_tensors(one, load_heads_config(one)).weights
+    second = load_tensors(two, load_heads_config(two)).weights
     for layer in (1, 2):
         torch.testing.assert_close(first[layer], second[layer], rtol=1e-3, atol=1e-4)
     assert load_heads_config(two).memory == memory

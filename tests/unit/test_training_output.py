@@ -3,88 +3,36 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from accelerate import Accelerator
 
-from adadecode_vllm.cli import main
 from adadecode_vllm.errors import AdaDecodeError
-from adadecode_vllm.heads import load_exit_weights, load_heads_config
+from adadecode_vllm.heads import load_heads_config, load_tensors
 from adadecode_vllm.toolkit import progress as progress_module
-from adadecode_vllm.toolkit.states import cache as cache_module
 from adadecode_vllm.toolkit.states.teacher import Teacher
 from adadecode_vllm.toolkit.training import trainer as trainer_module
-from adadecode_vllm.toolkit.training.run import Reporter, RunOptions, train_heads
-from adadecode_vllm.toolkit.training.settings import TrainSettings
-from tests.data_directory import write_random_texts, write_rows
+from tests.command import run
 from tests.harness import ROOT
-from tests.tiny import VOCAB_SIZE, save_tiny_llama
+from tests.tiny import save_tiny_llama
+from tests.training import Killed
+from tests.training import train as train_once
 
 TRAIN = ("--exit-layers", "1,2", "--epochs", "2", "--batch-size", "8")
 STEPS = 5  # of an epoch
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("model")
-    save_tiny_llama(directory, max_position_embeddings=64)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def teacher(model: Path) -> Teacher:
-    return Teacher.load(str(model))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_random_texts(tmp_path_factory.mktemp("data") / "d")
-
-
-class Killed(BaseException):
-    pass
-
-
-def train(
-    teacher: Teacher,
-    data: Path,
-    output: Path,
-    *,
-    kill_at: int | None = None,
-    rate: float = 1e-2,
-    head: Any = "transform",
-    **options: Any,
-) -> list[int]:
-    """Train two epochs; return the steps that were made."""
-    steps: list[int] = []
-
-    def step(record: dict[str, Any]) -> None:
-        if record["step"] == kill_at:
-            raise Killed
-        steps.append(record["step"])
-
-    train_heads(
-        teacher,
-        [data],
-        [1, 2],
-        TrainSettings(
-            epochs=2, batch_size=8, held_out=0.1, learning_rate=rate, head=head
-        ),
-        RunOptions(output, **options),
-        Accelerator(cpu=True),
-        Reporter(step=step),
-    )
-    return steps
+# Two epochs of so many steps.
+train = partial(train_once, epochs=2, held_out=0.1)
+# A run of another kind, in place of what is there.
+ANOTHER: dict[str, Any] = {"learning_rate": 1e-3, "overwrite": True}
 
 
 def content(directory: Path) -> dict[str, bytes]:
@@ -93,12 +41,6 @@ def content(directory: Path) -> dict[str, bytes]:
         for path in directory.rglob("*")
         if path.is_file()
     }
-
-
-def run(*argv: object) -> int:
-    with pytest.raises(SystemExit) as exit_:
-        main([str(argument) for argument in argv])
-    return int(exit_.value.code or 0)
 
 
 # Nothing is touched before everything has been read
@@ -117,7 +59,10 @@ def test_heads_survive_data_that_is_not_there(
     for arguments, flag in (
         (("--data", "/nonexistent"), "--data /nonexistent: the path does not exist"),
         (("--data", data, "--exit-layers", "9"), "--exit-layers contains 9"),
-        (("--data", data, "--max-length", "65"), "--max-length 65: the model allows"),
+        (
+            ("--data", data, "--max-length", "65"),
+            "--max-length 65: the model allows 64",
+        ),
     ):
         assert run("train", model, heads, *TRAIN, *arguments, "--overwrite") == 2
         assert f"error: {flag}" in capsys.readouterr().err
@@ -188,14 +133,14 @@ def test_old_heads_stay_until_the_new_are_trained(
     (output / "notes.md").write_text("mine")
     before = content(output)
     with pytest.raises(Killed):
-        train(teacher, data, output, rate=1e-3, overwrite=True, kill_at=kill_at)
+        train(teacher, data, output, **ANOTHER, kill_at=kill_at)
     assert before.items() <= content(output).items()
     # The same command, --overwrite included, goes on after the last whole epoch.
-    steps = train(teacher, data, output, rate=1e-3, overwrite=True)
+    steps = train(teacher, data, output, **ANOTHER).steps
     assert len(steps) == 2 * STEPS - (kill_at - 1) // STEPS * STEPS
     record = yaml.safe_load((output / "run" / "run.yaml").read_text())
     assert record["settings"]["learning_rate"] == 1e-3
-    train(teacher, data, tmp_path / "fresh", rate=1e-3)
+    train(teacher, data, tmp_path / "fresh", learning_rate=1e-3)
     fresh, replaced = content(tmp_path / "fresh"), content(output)
     for name in ("config.json", "model.safetensors", "run/history.json"):
         assert replaced[name] == fresh[name]
@@ -208,11 +153,11 @@ def test_an_unfinished_run_of_another_kind_stays_until_then(
     with pytest.raises(Killed):
         train(teacher, data, tmp_path, kill_at=STEPS + 1)
     with pytest.raises(Killed):
-        train(teacher, data, tmp_path, rate=1e-3, overwrite=True, kill_at=STEPS + 1)
+        train(teacher, data, tmp_path, **ANOTHER, kill_at=STEPS + 1)
     # Both go on.
     with pytest.raises(Killed):
         train(teacher, data, tmp_path, kill_at=2 * STEPS)
-    assert len(train(teacher, data, tmp_path, rate=1e-3, overwrite=True)) == STEPS
+    assert len(train(teacher, data, tmp_path, **ANOTHER).steps) == STEPS
     assert not (tmp_path / "run.new").exists()
     assert not (tmp_path / "run" / "checkpoint.safetensors").exists()
 
@@ -222,8 +167,9 @@ def test_a_third_run_takes_the_place_of_the_second(
 ) -> None:
     train(teacher, data, tmp_path)
     with pytest.raises(Killed):
-        train(teacher, data, tmp_path, rate=1e-3, overwrite=True, kill_at=2 * STEPS)
-    assert len(train(teacher, data, tmp_path, rate=1e-4, overwrite=True)) == 2 * STEPS
+        train(teacher, data, tmp_path, **ANOTHER, kill_at=2 * STEPS)
+    third = train(teacher, data, tmp_path, learning_rate=1e-4, overwrite=True)
+    assert len(third.steps) == 2 * STEPS
     record = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())
     assert record["settings"]["learning_rate"] == 1e-4
 
@@ -254,11 +200,11 @@ def test_the_end_may_be_interrupted_anywhere(
         patch.setattr(os, "rename", interrupt(os.rename))
         if renames < 6:
             with pytest.raises(Killed):
-                train(teacher, data, tmp_path, rate=1e-3, overwrite=True)
+                train(teacher, data, tmp_path, **ANOTHER)
         else:
-            train(teacher, data, tmp_path, rate=1e-3, overwrite=True)
-    load_exit_weights(tmp_path, load_heads_config(tmp_path))  # the old or the new
-    steps = train(teacher, data, tmp_path, rate=1e-3, overwrite=True)
+            train(teacher, data, tmp_path, **ANOTHER)
+    load_tensors(tmp_path, load_heads_config(tmp_path))  # the old or the new
+    steps = train(teacher, data, tmp_path, **ANOTHER).steps
     assert steps == ([] if renames < 6 else list(range(1, 2 * STEPS + 1)))
     record = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())
     assert record["settings"]["learning_rate"] == 1e-3
@@ -267,15 +213,16 @@ def test_the_end_may_be_interrupted_anywhere(
     ]
 
 
-def test_full_size_heads_are_not_overwritten(
-    teacher: Teacher, data: Path, tmp_path: Path
+@pytest.mark.parametrize("head", ["transform", "full"])
+def test_heads_are_not_overwritten(
+    teacher: Teacher, data: Path, tmp_path: Path, head: str
 ) -> None:
-    train(teacher, data, tmp_path, head="full")
+    train(teacher, data, tmp_path, head=head)
     before = content(tmp_path)
     with pytest.raises(AdaDecodeError, match=r"OUT .*already holds heads"):
-        train(teacher, data, tmp_path, head="full")
+        train(teacher, data, tmp_path, head=head)
     assert content(tmp_path) == before
-    train(teacher, data, tmp_path, head="full", overwrite=True)
+    train(teacher, data, tmp_path, head=head, overwrite=True)
 
 
 @pytest.mark.parametrize("failing", ["checkpoint", "outputs"])
@@ -298,9 +245,9 @@ def test_a_full_disk_is_a_sentence_and_costs_nothing(
         else:
             patch.setattr("adadecode_vllm.heads.io.save_tensors", full)
         with pytest.raises(AdaDecodeError, match=r"OUT .*: writing failed \(No space"):
-            train(teacher, data, tmp_path, rate=1e-3, overwrite=True)
+            train(teacher, data, tmp_path, **ANOTHER)
     assert before.items() <= content(tmp_path).items()
-    steps = train(teacher, data, tmp_path, rate=1e-3, overwrite=True)
+    steps = train(teacher, data, tmp_path, **ANOTHER).steps
     assert len(steps) == (2 * STEPS if failing == "checkpoint" else 0)
 
 
@@ -311,77 +258,7 @@ def test_left_overs_of_a_killed_run_do_not_stop_the_next(
         train(teacher, data, tmp_path, kill_at=STEPS + 1)
     for name in (".tmpB2dXq1", f"checkpoint.safetensors.tmp-1-{'0' * 16}"):
         (tmp_path / "run" / name).write_text("half")
-    assert len(train(teacher, data, tmp_path)) == STEPS
-
-
-# The cache
-
-
-def test_states_of_an_interrupted_run_are_used_again(
-    teacher: Teacher, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also those of a run that is to replace heads, before its first epoch."""
-
-    def never(*_arguments: Any) -> Any:
-        raise AssertionError("the cache should have been used")
-
-    for options in ({}, {"overwrite": True, "rate": 1e-3}):
-        with pytest.raises(Killed):
-            train(teacher, data, tmp_path, kill_at=2, **options)
-        with monkeypatch.context() as patch:
-            patch.setattr(Teacher, "streams", never)
-            train(teacher, data, tmp_path, **options)
-
-
-def test_an_own_cache_that_does_not_fit_is_written_anew(
-    teacher: Teacher, data: Path, tmp_path: Path
-) -> None:
-    other = write_rows(tmp_path / "d", [([], [5] * 9)] * 20, vocab_size=VOCAB_SIZE)
-    output = tmp_path / "out"
-    with pytest.raises(Killed):
-        train(teacher, other, output, kill_at=1)
-    cache = output / "run" / "cache"
-    (cache / "states.bin").write_bytes(b"")
-    with pytest.raises(Killed):
-        train(teacher, other, output, kill_at=1)
-    values = json.loads((cache / "manifest.json").read_text())
-    (cache / "manifest.json").write_text(json.dumps(values | {"shard_tokens": 4}))
-    (cache / "states-00000.bin").write_bytes(b"an earlier version's")
-    with pytest.raises(Killed):
-        train(teacher, other, output, kill_at=1)
-    assert not (cache / "states-00000.bin").exists()
-    (cache / "manifest.json").write_text("{")
-    train(teacher, data, output)
-
-
-@pytest.mark.parametrize("name", ["states-notes.bin", "manifest.json.mine", "a.tmp-b"])
-def test_names_like_those_of_a_cache_are_left_alone(
-    teacher: Teacher, data: Path, tmp_path: Path, name: str
-) -> None:
-    directory = tmp_path / "cache"
-    directory.mkdir()
-    (directory / name).write_text("mine")
-    with pytest.raises(AdaDecodeError, match=r"--cache-dir .*it holds other files"):
-        train(teacher, data, tmp_path / "out", cache_directory=tmp_path / "cache")
-    assert (directory / name).read_text() == "mine"
-
-
-def test_states_follow_no_link(
-    teacher: Teacher, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    precious = tmp_path / "precious"
-    precious.write_text("mine")
-    begin = cache_module.begin
-
-    def plant(directory: Path, manifest: Any) -> None:
-        """Somebody else puts a link there just before the file is made."""
-        begin(directory, manifest)
-        (directory / "states.bin").symlink_to(precious)
-
-    monkeypatch.setattr(cache_module, "begin", plant)
-    with pytest.raises(AdaDecodeError, match=r"--cache-dir .*writing failed"):
-        train(teacher, data, tmp_path / "out", cache_directory=tmp_path / "cache")
-    assert precious.read_text() == "mine"
+    assert len(train(teacher, data, tmp_path).steps) == STEPS
 
 
 # Progress

@@ -1,32 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training from a model and text to heads, with kills, caches and mistakes."""
+"""Training from a model and text to heads, with kills and mistakes."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from safetensors.torch import load_file
 
 from adadecode_vllm.config import parse_config
 from adadecode_vllm.errors import AdaDecodeError
-from adadecode_vllm.heads import (
-    load_draft_token_ids,
-    load_exit_memory,
-    load_exit_weights,
-    load_heads_config,
-)
+from adadecode_vllm.heads import load_heads_config, load_tensors
 from adadecode_vllm.heads.io import HeadsTensors
 from adadecode_vllm.toolkit.evaluation.measure import measure
 from adadecode_vllm.toolkit.evaluation.run import SimulationGrid, evaluate_heads
-from adadecode_vllm.toolkit.states import cache as cache_module
 from adadecode_vllm.toolkit.states.cache import LiveStates
 from adadecode_vllm.toolkit.states.teacher import Teacher
 from adadecode_vllm.toolkit.states.texts import load_texts, split_held_out
@@ -34,68 +27,23 @@ from adadecode_vllm.toolkit.training.recommend import recommend
 from adadecode_vllm.toolkit.training.ridge import ridge_heads
 from adadecode_vllm.toolkit.training.run import Reporter, RunOptions, train_heads
 from adadecode_vllm.toolkit.training.settings import TrainSettings
-from tests.data_directory import write_random_texts, write_rows
-from tests.tiny import NUM_LAYERS, VOCAB_SIZE, save_tiny_llama
+from tests.data_directory import write_rows
+from tests.tiny import NUM_LAYERS, VOCAB_SIZE
+from tests.training import SETTINGS, Killed, train, weights_of
 
-SETTINGS: dict[str, Any] = {
-    "epochs": 3,
-    "batch_size": 8,
-    "learning_rate": 1e-2,
-    "held_out": 0.2,
-    "chunk_tokens": 50,
-    "pass_tokens": 120,
-}
+MEMORY: dict[str, Any] = {"memory": True, "unroll": 2, "start": "ridge"}
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
-    directory = tmp_path_factory.mktemp("model")
-    save_tiny_llama(directory, max_position_embeddings=64)
-    return Teacher.load(str(directory))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_random_texts(tmp_path_factory.mktemp("data") / "d")
-
-
-class Killed(Exception):
-    pass
-
-
-def train(
-    teacher: Teacher,
-    data: Path,
-    output: Path,
-    *,
-    kill_at: int | None = None,
-    exit_layers: list[int] | None = None,
-    settings: dict[str, Any] | None = None,
-    **options: Any,
-) -> dict[str, Any]:
-    def step(record: dict[str, Any]) -> None:
-        if record["step"] == kill_at:
-            raise Killed
-
-    return train_heads(
-        teacher,
-        [data],
-        exit_layers or [1, 2],
-        TrainSettings(**SETTINGS | (settings or {})),
-        RunOptions(output, **options),
-        Accelerator(cpu=True),
-        Reporter(step=step),
-    )
-
-
-def weights_of(output: Path) -> dict[int, torch.Tensor]:
-    return load_exit_weights(output, load_heads_config(output))
+def memory_of(heads: Path) -> dict[int, torch.Tensor]:
+    memory = load_tensors(heads, load_heads_config(heads)).memory
+    assert memory is not None
+    return memory
 
 
 def test_training_brings_the_exits_closer(
     teacher: Teacher, data: Path, tmp_path: Path
 ) -> None:
-    record = train(teacher, data, tmp_path, settings={"epochs": 10})
+    record = train(teacher, data, tmp_path, epochs=10).record
     history = json.loads((tmp_path / "run" / "history.json").read_text())
     first, last = history["held_out"][0], history["held_out"][-1]
     for layer in ("1", "2"):
@@ -117,21 +65,21 @@ def test_training_brings_the_exits_closer(
 def test_what_serves_the_heads_is_recommended(
     teacher: Teacher, data: Path, tmp_path: Path, memory: bool
 ) -> None:
-    settings = MEMORY["settings"] if memory else {}
-    record = train(teacher, data, tmp_path, settings=settings, max_early_predictions=3)
+    settings = MEMORY if memory else {}
+    run = train(teacher, data, tmp_path, max_early_predictions=3, **settings)
     recommended = load_heads_config(tmp_path).recommended
     assert recommended is not None
     config = parse_config({**recommended, "heads": str(tmp_path)})
     assert config.exit_layers is not None
     assert set(config.exit_layers) <= {1, 2}
     assert (config.policy, config.max_early_predictions) == ("cost", 3)
-    assert record["recommended"] == recommended
+    assert run.record["recommended"] == recommended
 
 
 def test_nothing_is_recommended_without_held_out_text(
     teacher: Teacher, data: Path, tmp_path: Path
 ) -> None:
-    train(teacher, data, tmp_path, settings={"held_out": 0.0})
+    train(teacher, data, tmp_path, held_out=0.0)
     config = load_heads_config(tmp_path)
     assert (config.recommended, config.calibration) == (None, None)
 
@@ -139,11 +87,11 @@ def test_nothing_is_recommended_without_held_out_text(
 def test_a_model_of_the_hub_is_known_to_the_commit(
     teacher: Teacher, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train(teacher, data, tmp_path / "local", settings={"epochs": 1})
+    train(teacher, data, tmp_path / "local", epochs=1)
     assert load_heads_config(tmp_path / "local").base_model_revision is None
     # As Transformers notes it for what it fetched.
     monkeypatch.setattr(teacher.model.config, "_commit_hash", "0a1b2c", raising=False)
-    train(teacher, data, tmp_path / "hub", settings={"epochs": 1})
+    train(teacher, data, tmp_path / "hub", epochs=1)
     assert load_heads_config(tmp_path / "hub").base_model_revision == "0a1b2c"
 
 
@@ -193,41 +141,32 @@ def test_the_exits_that_pay_are_recommended(
     assert found.choice.acceptance == 1.0
 
 
+@pytest.mark.parametrize("memory", [False, True])
 def test_a_killed_run_ends_with_the_same_bits(
-    teacher: Teacher, data: Path, tmp_path: Path
+    teacher: Teacher, data: Path, tmp_path: Path, memory: bool
 ) -> None:
-    train(teacher, data, tmp_path / "whole")
+    options: dict[str, Any] = {"exit_layers": [0, 2], **MEMORY} if memory else {}
+    train(teacher, data, tmp_path / "whole", **options)
     for kill_at in (6, 9):  # within the second and the third epoch
         with pytest.raises(Killed):
-            train(teacher, data, tmp_path / "killed", kill_at=kill_at)
+            train(teacher, data, tmp_path / "killed", kill_at=kill_at, **options)
         assert not (tmp_path / "killed" / "config.json").exists()
-    record = train(teacher, data, tmp_path / "killed")
-    whole, resumed = weights_of(tmp_path / "whole"), weights_of(tmp_path / "killed")
-    for layer in (1, 2):
-        assert torch.equal(whole[layer], resumed[layer])
+    record = train(teacher, data, tmp_path / "killed", **options).record
+    for read in (weights_of, memory_of) if memory else (weights_of,):
+        whole, resumed = read(tmp_path / "whole"), read(tmp_path / "killed")
+        assert list(whole) == list(resumed) == ([0, 2] if memory else [1, 2])
+        assert all(torch.equal(whole[layer], resumed[layer]) for layer in whole)
     assert record["epochs_run"] == 3
     histories = [
-        json.loads((tmp_path / name / "run" / "history.json").read_text())
+        (tmp_path / name / "run" / "history.json").read_text()
         for name in ("whole", "killed")
     ]
     assert histories[0] == histories[1]
 
 
-MEMORY: dict[str, Any] = {
-    "exit_layers": [0, 2],
-    "settings": {"memory": True, "unroll": 2, "start": "ridge"},
-}
-
-
-def memory_of(output: Path) -> dict[int, torch.Tensor]:
-    memory = load_exit_memory(output, load_heads_config(output))
-    assert memory is not None
-    return memory
-
-
 def test_heads_with_memory(teacher: Teacher, data: Path, tmp_path: Path) -> None:
-    settings = {**MEMORY["settings"], "start": "identity", "epochs": 10}
-    record = train(teacher, data, tmp_path, exit_layers=[0, 2], settings=settings)
+    settings = {**MEMORY, "start": "identity", "epochs": 10}
+    record = train(teacher, data, tmp_path, exit_layers=[0, 2], **settings).record
     history = json.loads((tmp_path / "run" / "history.json").read_text())
     first, last = history["held_out"][0], history["held_out"][-1]
     config = load_heads_config(tmp_path)
@@ -254,24 +193,6 @@ def test_heads_with_memory(teacher: Teacher, data: Path, tmp_path: Path) -> None
     assert report["cost"]["transform_share"] == pytest.approx(identity / 2)
 
 
-def test_a_killed_run_with_memory_ends_with_the_same_bits(
-    teacher: Teacher, data: Path, tmp_path: Path
-) -> None:
-    train(teacher, data, tmp_path / "whole", **MEMORY)
-    for kill_at in (6, 9):
-        with pytest.raises(Killed):
-            train(teacher, data, tmp_path / "killed", kill_at=kill_at, **MEMORY)
-    train(teacher, data, tmp_path / "killed", **MEMORY)
-    for read in (weights_of, memory_of):
-        whole, resumed = read(tmp_path / "whole"), read(tmp_path / "killed")
-        assert all(torch.equal(whole[layer], resumed[layer]) for layer in (0, 2))
-    histories = [
-        (tmp_path / name / "run" / "history.json").read_text()
-        for name in ("whole", "killed")
-    ]
-    assert histories[0] == histories[1]
-
-
 @pytest.mark.parametrize("memory", [False, True])
 def test_least_squares_are_a_start(
     teacher: Teacher, data: Path, tmp_path: Path, memory: bool
@@ -279,7 +200,7 @@ def test_least_squares_are_a_start(
     losses = {}
     for start in ("identity", "ridge"):
         settings = {"start": start, "memory": memory, "learning_rate": 1e-9}
-        train(teacher, data, tmp_path / start, exit_layers=[0, 2], settings=settings)
+        train(teacher, data, tmp_path / start, exit_layers=[0, 2], **settings)
         history = json.loads((tmp_path / start / "run" / "history.json").read_text())
         losses[start] = history["steps"][0]["loss"]
     for layer in ("0", "2"):
@@ -313,219 +234,23 @@ def test_an_unfinished_run_of_another_kind_is_not_continued(
     with pytest.raises(Killed):
         train(teacher, data, tmp_path, kill_at=6)
     with pytest.raises(AdaDecodeError, match="unfinished run with another model"):
-        train(teacher, data, tmp_path, settings={"learning_rate": 1e-3})
-    train(teacher, data, tmp_path, settings={"learning_rate": 1e-3}, overwrite=True)
-
-
-def test_without_cache_the_weights_are_the_same(
-    teacher: Teacher, data: Path, tmp_path: Path
-) -> None:
-    train(teacher, data, tmp_path / "cached")
-    train(teacher, data, tmp_path / "live", cache=False)
-    cached, live = weights_of(tmp_path / "cached"), weights_of(tmp_path / "live")
-    for layer in (1, 2):
-        torch.testing.assert_close(cached[layer], live[layer], rtol=1e-3, atol=1e-4)
-
-
-def test_a_named_cache_serves_the_next_run(
-    teacher: Teacher, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cache = tmp_path / "cache"
-    train(teacher, data, tmp_path / "a", cache_directory=cache)
-    with monkeypatch.context() as patch:
-        patch.setattr(Teacher, "streams", _never)
-        train(teacher, data, tmp_path / "b", cache_directory=cache)
-    a, b = weights_of(tmp_path / "a"), weights_of(tmp_path / "b")
-    assert all(torch.equal(a[layer], b[layer]) for layer in (1, 2))
-
-
-def _never(*_arguments: Any) -> Any:
-    raise AssertionError("the cache should have been used")
-
-
-def test_an_interrupted_cache_goes_on(
-    teacher: Teacher, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With the same bits, whatever was written behind the last whole text."""
-    computed: list[int] = []
-    streams = Teacher.streams
-
-    def until(most: int) -> None:
-        def run(self: Teacher, sequences: Any, layers: Any) -> Any:
-            if len(computed) + len(sequences) > most:
-                raise Killed
-            computed.extend(map(len, sequences))
-            return streams(self, sequences, layers)
-
-        monkeypatch.setattr(Teacher, "streams", run)
-
-    train(teacher, data, tmp_path / "whole", cache_directory=tmp_path / "one")
-    cache = tmp_path / "cache"
-    options: dict[str, Any] = {
-        "cache_directory": cache,
-        "settings": {"pass_tokens": 64},
-    }
-    for most in (5, 14):
-        until(most)
-        with pytest.raises(Killed):
-            train(teacher, data, tmp_path / "a", **options)
-        index = cache / "index.jsonl"
-        assert len(index.read_text().splitlines()) == len(computed) > 0
-        with index.open("a") as file:
-            file.write('{"text": "cut o')
-        with (cache / "states.bin").open("ab") as file:
-            file.write(b"more")
-    until(1000)
-    train(teacher, data, tmp_path / "a", **options)
-    texts = len((cache / "index.jsonl").read_text().splitlines())
-    assert len(computed) == texts, "no text was computed twice"
-    until(0)
-    train(teacher, data, tmp_path / "b", **options)
-    a, b = weights_of(tmp_path / "a"), weights_of(tmp_path / "b")
-    whole = weights_of(tmp_path / "whole")
-    for layer in (1, 2):
-        assert torch.equal(a[layer], b[layer])
-        torch.testing.assert_close(a[layer], whole[layer], rtol=1e-3, atol=1e-4)
-
-
-def test_a_cache_grows_with_the_text(
-    teacher: Teacher, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What another selection of texts has computed is not computed again."""
-    cache = tmp_path / "cache"
-    train(teacher, data, tmp_path / "a", cache_directory=cache)
-    before = (cache / "index.jsonl").read_text()
-    other = write_rows(tmp_path / "d", [([3], [5] * 9)] * 20, vocab_size=VOCAB_SIZE)
-    train(teacher, other, tmp_path / "b", cache_directory=cache)
-    after = (cache / "index.jsonl").read_text()
-    assert after.startswith(before)
-    assert len(after.splitlines()) == len(before.splitlines()) + 1, "one text, 20 times"
-    monkeypatch.setattr(Teacher, "streams", _never)
-    held_out = {"held_out": 0.4}
-    train(teacher, data, tmp_path / "c", cache_directory=cache, settings=held_out)
-
-
-def test_two_runs_do_not_write_to_one_cache(
-    teacher: Teacher, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options: dict[str, Any] = {"cache_directory": tmp_path / "cache"}
-    free = cache_module.shutil.disk_usage
-
-    def meanwhile(path: Path) -> Any:
-        with pytest.raises(
-            AdaDecodeError, match=r"--cache-dir.*another run is writing"
-        ):
-            train(teacher, data, tmp_path / "b", **options)
-        return free(path)
-
-    monkeypatch.setattr(cache_module.shutil, "disk_usage", meanwhile)
-    train(teacher, data, tmp_path / "a", **options)
-
-
-def _shorten(cache: Path) -> None:
-    states = cache / "states.bin"
-    states.write_bytes(states.read_bytes()[:-4])
-
-
-def _garble(cache: Path) -> None:
-    (cache / "manifest.json").write_text("{")
-
-
-def _age(cache: Path) -> None:
-    manifest = cache / "manifest.json"
-    values = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps(values | {"shard_tokens": 4}))
-    (cache / "states.bin").rename(cache / "states-00000.bin")
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (_shorten, "missing or damaged"),
-        (_garble, "cannot be read"),
-        (_age, "cache: an earlier version wrote these states, in files"),
-    ],
-)
-def test_a_damaged_cache_is_refused(
-    teacher: Teacher,
-    data: Path,
-    tmp_path: Path,
-    damage: Callable[[Path], None],
-    message: str,
-) -> None:
-    cache = tmp_path / "cache"
-    train(teacher, data, tmp_path / "a", cache_directory=cache)
-    damage(cache)
-    with pytest.raises(AdaDecodeError, match=f"^--cache-dir [^(]*{message}"):
-        train(teacher, data, tmp_path / "b", cache_directory=cache)
-
-
-def test_a_cache_of_other_exits_is_refused(
-    teacher: Teacher, data: Path, tmp_path: Path
-) -> None:
-    cache = tmp_path / "cache"
-    train(teacher, data, tmp_path / "a", cache_directory=cache)
-    with pytest.raises(AdaDecodeError, match="other exit layers"):
-        train(teacher, data, tmp_path / "b", exit_layers=[3], cache_directory=cache)
-
-
-def test_a_half_written_cache_is_written_anew(
-    teacher: Teacher, data: Path, tmp_path: Path
-) -> None:
-    half = tmp_path / "cache"
-    half.mkdir()
-    (half / "states.bin").write_bytes(b"\0" * 64)
-    train(teacher, data, tmp_path / "a", cache_directory=tmp_path / "cache")
-    train(teacher, data, tmp_path / "b")
-    a, b = weights_of(tmp_path / "a"), weights_of(tmp_path / "b")
-    assert all(torch.equal(a[layer], b[layer]) for layer in (1, 2))
-
-
-def test_a_full_disk_is_told_before_writing(
-    teacher: Teacher, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        cache_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000)
-    )
-    with pytest.raises(AdaDecodeError, match=r"--cache-dir.*GB free.*--no-cache"):
-        train(teacher, data, tmp_path / "a")
-
-
-def test_a_directory_with_other_files_is_no_cache(
-    teacher: Teacher, data: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "thesis.txt").write_text("mine")
-    with pytest.raises(AdaDecodeError, match=r"other files \(thesis.txt\)"):
-        train(teacher, data, tmp_path / "a", cache_directory=tmp_path / "cache")
-    assert (tmp_path / "cache" / "thesis.txt").read_text() == "mine"
+        train(teacher, data, tmp_path, learning_rate=1e-3)
+    train(teacher, data, tmp_path, learning_rate=1e-3, overwrite=True)
 
 
 def test_a_loss_that_is_not_a_number_is_told(
     teacher: Teacher, data: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(AdaDecodeError, match=r"--learning-rate.*not a number at step"):
-        train(teacher, data, tmp_path, settings={"learning_rate": 3e37})
+        train(teacher, data, tmp_path, learning_rate=3e37)
     assert not (tmp_path / "config.json").exists()
-
-
-def test_heads_are_not_overwritten(
-    teacher: Teacher, data: Path, tmp_path: Path
-) -> None:
-    train(teacher, data, tmp_path)
-    with pytest.raises(AdaDecodeError, match="already holds heads"):
-        train(teacher, data, tmp_path)
 
 
 def test_early_stopping_keeps_the_best(
     teacher: Teacher, data: Path, tmp_path: Path
 ) -> None:
-    record = train(
-        teacher,
-        data,
-        tmp_path,
-        settings={"epochs": 60, "patience": 2, "learning_rate": 0.2},
-    )
+    settings = {"epochs": 60, "patience": 2, "learning_rate": 0.2}
+    record = train(teacher, data, tmp_path, **settings).record
     assert record["epochs_run"] < 60
     assert record["best_epoch"] == record["epochs_run"] - 2
     losses = [
@@ -558,8 +283,10 @@ def test_automatic_exits(teacher: Teacher, data: Path, tmp_path: Path) -> None:
 def test_full_size_heads_are_kept_apart(
     teacher: Teacher, data: Path, tmp_path: Path
 ) -> None:
-    train(teacher, data, tmp_path, settings={"head": "full"})
-    assert (tmp_path / "run" / "full_heads.safetensors").exists()
+    train(teacher, data, tmp_path, head="full")
+    tensors = load_file(tmp_path / "run" / "full_heads.safetensors")
+    # No draft vocabulary among them.
+    assert sorted(tensors) == ["exit_heads.1.weight", "exit_heads.2.weight"]
     assert not (tmp_path / "config.json").exists()
 
 
@@ -573,22 +300,6 @@ def test_nothing_to_predict_is_refused(teacher: Teacher, tmp_path: Path) -> None
     data = write_rows(tmp_path / "d", [([], [1])], vocab_size=VOCAB_SIZE)
     with pytest.raises(AdaDecodeError, match="no text has a token to predict"):
         train(teacher, data, tmp_path / "out")
-
-
-@pytest.mark.parametrize(
-    ("layers", "message"),
-    [([NUM_LAYERS], "contains 4, but"), ([2, 1], "must be strictly increasing")],
-)
-def test_impossible_exits_are_refused(
-    teacher: Teacher, data: Path, tmp_path: Path, layers: list[int], message: str
-) -> None:
-    with pytest.raises(AdaDecodeError, match=f"--exit-layers {message}"):
-        train(teacher, data, tmp_path, exit_layers=layers)
-
-
-def test_too_long_is_refused(teacher: Teacher, data: Path, tmp_path: Path) -> None:
-    with pytest.raises(AdaDecodeError, match="--max-length 65: the model allows 64"):
-        train(teacher, data, tmp_path, settings={"max_length": 65})
 
 
 def test_evaluation_reports_what_the_heads_do(
@@ -610,10 +321,10 @@ def test_training_sees_the_draft_vocabulary_only(
     teacher: Teacher, data: Path, tmp_path: Path
 ) -> None:
     few = {"draft_vocabulary": 20, "batch_size": 100, "epochs": 2}
-    record = train(teacher, data, tmp_path, settings=few, heads_dtype="bfloat16")
+    record = train(teacher, data, tmp_path, heads_dtype="bfloat16", **few).record
     config = load_heads_config(tmp_path)
     assert {w.dtype for w in weights_of(tmp_path).values()} == {torch.bfloat16}
-    token_ids = load_draft_token_ids(tmp_path, config)
+    token_ids = load_tensors(tmp_path, config).draft_token_ids
     assert token_ids is not None
     assert config.default_draft_vocabulary == len(token_ids) == 20
     # The first step is of T = I on all texts: the divergence among these tokens.
@@ -649,6 +360,4 @@ def test_exits_are_measured_on_the_tokens_that_gates_look_at(
     assert found.agreed.tolist() == (top == final).tolist()
     probability = logits.softmax(-1).max(-1).values.numpy()
     assert found.probability == pytest.approx(probability, rel=1e-4)
-    best = logits.topk(2).values
-    assert found.margin == pytest.approx((best[:, 0] - best[:, 1]).numpy(), rel=1e-3)
     assert found.kl == pytest.approx(everything.kl)

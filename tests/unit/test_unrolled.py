@@ -21,7 +21,7 @@ from adadecode_vllm.toolkit.training.objective import Objective, evaluate_unroll
 from adadecode_vllm.toolkit.training.probe import choose_exits
 from adadecode_vllm.toolkit.training.ridge import ridge_heads
 from tests.data_directory import write_answers
-from tests.tiny import NUM_LAYERS, save_tiny_llama
+from tests.tiny import NUM_LAYERS
 from tests.unit.test_training_objective import _LargestTensor
 
 D, V = 6, 19
@@ -224,18 +224,6 @@ def test_least_squares_find_what_there_is(
 
 
 # The simulation
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("model")
-    save_tiny_llama(directory, max_position_embeddings=64)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def teacher(model: Path) -> Teacher:
-    return Teacher.load(str(model))
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +16,19 @@ import torch
 import typer
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM
-from typer.testing import CliRunner
 
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.heads import (
     ExitHeadsConfig,
     check_fingerprint,
-    load_draft_token_ids,
-    load_exit_memory,
-    load_exit_weights,
     load_heads_config,
+    load_tensors,
     read_lm_head,
     save_heads,
 )
 from adadecode_vllm.heads.config import ExitCalibration
 from benchmarks import widen as widen_module
+from benchmarks.options import run_command
 from benchmarks.widen import main, widen
 from benchmarks.widening import GUARD, Widener, layer_weights
 from benchmarks.widening_sizes import PRESETS, Sizes, chosen_sizes
@@ -98,9 +97,10 @@ def exit_logits(
         config.lm_head_fingerprint, model.lm_head.weight, 0, config.vocab_size
     )
     states = model(tokens, output_hidden_states=True).hidden_states
-    memory = load_exit_memory(heads, config)
+    tensors = load_tensors(heads, config)
+    memory = tensors.memory
     found = []
-    for layer, weight in load_exit_weights(heads, config).items():
+    for layer, weight in tensors.weights.items():
         own = model.model.norm(states[layer]) @ weight.T
         if memory is None:
             found.append(model.lm_head(own))
@@ -221,12 +221,12 @@ def test_heads_follow_their_layers(tmp_path: Path) -> None:
     lm_head = read_lm_head(tmp_path / "model")
     assert lm_head is not None
     assert wide.lm_head_fingerprint == lm_head.fingerprint
-    token_ids = load_draft_token_ids(tmp_path / "heads", wide)
+    tensors = load_tensors(tmp_path / "heads", wide)
+    token_ids, weights = tensors.draft_token_ids, tensors.weights
     assert token_ids is not None
     # Tokens that never occur follow, so that a gate costs what a large model's costs.
     assert token_ids[: len(DRAFT_TOKENS)].tolist() == DRAFT_TOKENS
     assert len(set(token_ids.tolist())) == max(len(DRAFT_TOKENS), 128 // 4)
-    weights = load_exit_weights(tmp_path / "heads", wide)
     # Decoding skips an identity.
     assert torch.equal(weights[3], torch.eye(32))
     assert weights[9][16, 16] == 1
@@ -523,15 +523,23 @@ def test_the_command(tmp_path: Path) -> None:
     assert load(tmp_path / "out" / "model").lm_head.weight.shape == (128, 32)
 
 
-def test_the_command_refuses_in_one_sentence(tmp_path: Path) -> None:
-    app = typer.Typer()
-    app.command()(main)
+def test_the_command_refuses_in_one_sentence(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     source = save_source(tmp_path / "source")
     out = tmp_path / "out"
-    result = CliRunner().invoke(app, [str(source), str(out), "--hidden-size", "8"])
-    assert result.exit_code == 2
-    assert result.stdout == ""
-    assert result.stderr == (
+    arguments = [str(source), str(out), "--hidden-size", "8"]
+    monkeypatch.setattr(sys, "argv", ["widen.py", *arguments])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # Typer has its own
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        run_command(partial(typer.run, main))
+    assert end.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == (
         "error: --hidden-size 8: smaller than the source's 16; give at least 16\n"
     )
     assert not out.exists()

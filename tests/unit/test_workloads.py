@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import gzip
 import itertools
 import json
 import shutil
@@ -11,33 +10,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
 from adadecode_vllm.errors import AdaDecodeError
 from benchmarks.workloads import PUBLISHED, WORKLOADS, Workload, load_workload
 from tests.harness import DEMO, MODEL, demo_corpus
+from tests.published_data import GSM8K, HUMANEVAL, XSUM, write_records
 
-XSUM = [
-    {"document": f"Article {i}\nabout a town.", "summary": f"Town {i}.", "id": str(i)}
-    for i in range(12)
-]
-HUMANEVAL = [
-    {
-        "task_id": f"HumanEval/{i}",
-        "prompt": f'def f{i}(x: int) -> int:\n    """ Add {i}. """\n',
-        "canonical_solution": f"    return x + {i}\n",
-        "test": "def check(candidate):\n    assert candidate(1) > 0\n",
-        "entry_point": f"f{i}",
-    }
-    for i in range(164)
-]
-GSM8K = [
-    {"question": f"Ann has {i} apples?", "answer": f"She has <<{i}={i}>>{i}.\n#### {i}"}
-    for i in range(20)
-]
 BUILT_IN = ("problems", "code", "prose", "random")
 
 
@@ -58,18 +38,6 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(MODEL)
 
 
-def write(path: Path, records: list[dict[str, Any]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(record) + "\n" for record in records)
-    if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(records), path)
-    elif path.suffix == ".gz":
-        path.write_bytes(gzip.compress(text.encode()))
-    else:
-        path.write_text(text)
-    return path
-
-
 def refusal(name: str, **options: Any) -> str:
     with pytest.raises(AdaDecodeError) as caught:
         load_workload(name, options.pop("model", MODEL), **options)
@@ -84,10 +52,14 @@ def refusal(name: str, **options: Any) -> str:
 def all_kinds(tmp_path: Path) -> dict[str, Path | None]:
     return {
         **dict.fromkeys(BUILT_IN),
-        "xsum": write(tmp_path / "xsum/data/test-00000-of-00001.parquet", XSUM).parent,
-        "humaneval": write(tmp_path / "HumanEval.jsonl.gz", HUMANEVAL),
-        "gsm8k": write(tmp_path / "gsm8k/test.jsonl", GSM8K).parent,
-        "text": write(tmp_path / "own.jsonl", [{"text": f"one {i}"} for i in range(9)]),
+        "xsum": write_records(
+            tmp_path / "xsum/data/test-00000-of-00001.parquet", XSUM
+        ).parent,
+        "humaneval": write_records(tmp_path / "HumanEval.jsonl.gz", HUMANEVAL),
+        "gsm8k": write_records(tmp_path / "gsm8k/test.jsonl", GSM8K).parent,
+        "text": write_records(
+            tmp_path / "own.jsonl", [{"text": f"one {i}"} for i in range(9)]
+        ),
     }
 
 
@@ -132,11 +104,11 @@ def test_output_tokens(tmp_path: Path) -> None:
 # Published files
 
 
-def test_xsum(tmp_path: Path, tokenizer: Any) -> None:
-    write(tmp_path / "data/test-00000-of-00001.parquet", XSUM)
-    write(tmp_path / "data/train-00000-of-00001.parquet", XSUM * 2)
+def test_xsum(tmp_path: Path, tokenizer: Any, plain_model: str) -> None:
+    write_records(tmp_path / "data/test-00000-of-00001.parquet", XSUM)
+    write_records(tmp_path / "data/train-00000-of-00001.parquet", XSUM * 2)
     workload = load_workload("xsum", MODEL, path=tmp_path)
-    assert len(workload.prompts) == 12
+    assert len(workload.prompts) == len(XSUM)
     assert workload.chat
     assert workload.texts[3] == (
         "Summarize this article in one sentence.\n\nArticle 3\nabout a town."
@@ -145,14 +117,14 @@ def test_xsum(tmp_path: Path, tokenizer: Any) -> None:
     assert workload.prompts[3] == tokenizer.apply_chat_template(
         [message], add_generation_prompt=True, return_dict=False
     )
-    plain = load_workload("xsum", MODEL, path=tmp_path, chat=False)
+    plain = load_workload("xsum", plain_model, path=tmp_path)
     assert not plain.chat
     assert plain.texts[3].endswith("\n\nThe article in one sentence:")
     assert plain.prompts[3] == tokenizer(plain.texts[3])["input_ids"]
 
 
 def test_humaneval(tmp_path: Path, tokenizer: Any, plain_model: str) -> None:
-    path = write(tmp_path / "HumanEval.jsonl.gz", HUMANEVAL)
+    path = write_records(tmp_path / "HumanEval.jsonl.gz", HUMANEVAL)
     workload = load_workload("humaneval", plain_model, path=path)
     assert not workload.chat
     assert workload.texts == [row["prompt"] for row in HUMANEVAL]
@@ -161,35 +133,28 @@ def test_humaneval(tmp_path: Path, tokenizer: Any, plain_model: str) -> None:
     assert "164 prompts, plain" in workload.description
 
 
-def test_gsm8k_takes_the_papers_count(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    many = [{"question": f"How many are {i}?", "answer": "1"} for i in range(1319)]
-    path = write(tmp_path / "test.jsonl", many)
-    assert len(load_workload("gsm8k", MODEL, path=path).prompts) == 1000
-    path = write(tmp_path / "few" / "test.jsonl", GSM8K)
-    assert len(load_workload("gsm8k", MODEL, path=path).prompts) == 20
-    assert "hold 20 records of gsm8k test; the paper used 1,000" in caplog.text
-
-
 def test_the_hash_follows_the_content(tmp_path: Path) -> None:
-    path = write(tmp_path / "test.jsonl", GSM8K)
-    before = load_workload("gsm8k", MODEL, path=path).sha256
+    def sha256(records: list[dict[str, Any]]) -> str:
+        path = write_records(tmp_path / "test.jsonl", records)
+        return load_workload("gsm8k", MODEL, path=path).sha256
+
+    before = sha256(GSM8K)
     changed = [*GSM8K[:-1], {**GSM8K[-1], "question": "Ann has none?"}]
-    assert load_workload("gsm8k", MODEL, path=write(path, changed)).sha256 != before
+    assert sha256(changed) != before
     # Published answers are no part of the prompts.
-    answers = [{**row, "answer": "none"} for row in GSM8K]
-    assert load_workload("gsm8k", MODEL, path=write(path, answers)).sha256 == before
+    assert sha256([{**row, "answer": "none"} for row in GSM8K]) == before
 
 
 # Texts of one's own
 
 
-def test_text(tmp_path: Path, tokenizer: Any) -> None:
-    write(tmp_path / "a.jsonl", [{"text": "one"}, {"text": " "}, {"text": "two"}])
+def test_text(tmp_path: Path, tokenizer: Any, plain_model: str) -> None:
+    write_records(
+        tmp_path / "a.jsonl", [{"text": "one"}, {"text": " "}, {"text": "two"}]
+    )
     (tmp_path / "b.json").write_text('[{"text": "three"}]')
     (tmp_path / "c.txt").write_text("four\n\nstill four\n")
-    workload = load_workload("text", MODEL, path=tmp_path, chat=False)
+    workload = load_workload("text", plain_model, path=tmp_path)
     assert workload.texts == ["one", "two", "three", "four\n\nstill four\n"]
     assert workload.prompts == tokenizer(workload.texts)["input_ids"]
 
@@ -230,22 +195,21 @@ def test_random_tokens_are_no_special_ones() -> None:
 
 
 def test_long_prompts_are_left_out(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, plain_model: str
 ) -> None:
-    path = write(
+    path = write_records(
         tmp_path / "a.jsonl", [{"text": "x" + " y" * n} for n in (5, 30, 6, 40)]
     )
-    options: dict[str, Any] = {"path": path, "output_tokens": 20, "chat": False}
-    workload = load_workload("text", MODEL, max_model_len=40, **options)
+    options: dict[str, Any] = {"path": path, "output_tokens": 20}
+    workload = load_workload("text", plain_model, max_model_len=40, **options)
     assert [len(text) for text in workload.texts] == [11, 13]
     assert "2 of 4 prompts were left out: more than 20 tokens" in caplog.text
     assert "2 prompts" in workload.description
     # Without a limit, or with vLLM's word for none, the model's own holds.
-    assert len(load_workload("text", MODEL, **options).prompts) == 4
-    assert len(load_workload("text", MODEL, max_model_len=-1, **options).prompts) == 4
-    exact = len(workload.prompts[1]) + 20
-    assert len(load_workload("text", MODEL, max_model_len=exact, **options).texts) == 2
-    text = refusal("text", max_model_len=21, **options)
+    for limit, kept in ((None, 4), (-1, 4), (len(workload.prompts[1]) + 20, 2)):
+        found = load_workload("text", plain_model, max_model_len=limit, **options)
+        assert len(found.prompts) == kept
+    text = refusal("text", model=plain_model, max_model_len=21, **options)
     assert text.startswith("--max-model-len 21: none of the 4 prompts fits beside 20")
     assert "--dataset-name" in text
     assert "none of the 4" in refusal("text", path=path, output_tokens=1024)
@@ -263,7 +227,6 @@ def test_long_prompts_are_left_out(
         ("xsum", {}, "--dataset-path: the workload xsum is read from files; give"),
         ("text", {}, "--dataset-path: the workload text is read from files; give"),
         ("code", {"path": Path("x")}, "--dataset-path x: the workload code makes its"),
-        ("prose", {"chat": True}, "--chat: the prompts of the workload prose are"),
         ("prose", {"count": 9999}, "--num-prompts 9999: the workload prose has only"),
         ("gsm8k", {"path": Path("no/where")}, "--dataset-path no/where: there is no"),
     ],
@@ -277,32 +240,30 @@ def test_refused_files(tmp_path: Path) -> None:
     path.write_text('{"question": "x", "answer": \n')
     text = refusal("gsm8k", path=path)
     assert text.startswith(f"--dataset-path {path}:1: not JSON (")
-    write(path, GSM8K)
+    write_records(path, GSM8K)
     text = refusal("xsum", path=path)
     assert "there is no field 'document'" in text
     assert text.endswith("; give the right --dataset-name")
-    text = refusal("gsm8k", path=path, count=21)
-    assert text.startswith("--num-prompts 21: the files hold only 20 usable records; ")
-    text = refusal("gsm8k", path=write(tmp_path / "train.jsonl", GSM8K))
+    text = refusal("gsm8k", path=path, count=41)
+    assert text.startswith("--num-prompts 41: the files hold only 40 usable records; ")
+    text = refusal("gsm8k", path=write_records(tmp_path / "train.jsonl", GSM8K))
     assert "this is the train split and the workload needs test; give" in text
     empty = tmp_path / "empty"
     empty.mkdir()
     assert "holds no file with an extension" in refusal("xsum", path=empty)
-    write(empty / "train.jsonl", GSM8K)
+    write_records(empty / "train.jsonl", GSM8K)
     text = refusal("gsm8k", path=empty)
     assert text.endswith("for the test split of gsm8k; name the file itself")
     path = tmp_path / "a.parquet"
     path.write_bytes(b"PAR1")
     text = refusal("text", path=path)
     assert text.startswith(f"--dataset-path {path}: not a whole Parquet file (")
-    path = write(tmp_path / "a.jsonl", [{"text": " "}])
+    path = write_records(tmp_path / "a.jsonl", [{"text": " "}])
     assert "no record has any text" in refusal("text", path=path)
 
 
-def test_chat_needs_a_template(tmp_path: Path, plain_model: str) -> None:
-    path = write(tmp_path / "test.jsonl", GSM8K)
-    text = refusal("gsm8k", model=plain_model, path=path, chat=True)
-    assert text.startswith("--chat: the tokenizer of ")
+def test_without_a_template_prompts_are_plain(tmp_path: Path, plain_model: str) -> None:
+    path = write_records(tmp_path / "test.jsonl", GSM8K)
     workload: Workload = load_workload("gsm8k", plain_model, path=path)
     assert workload.texts[2] == "Question: Ann has 2 apples?\nAnswer:"
 
@@ -310,7 +271,7 @@ def test_chat_needs_a_template(tmp_path: Path, plain_model: str) -> None:
 def test_parquet_without_pyarrow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write(tmp_path / "a.parquet", [{"text": "x"}])
+    path = write_records(tmp_path / "a.parquet", [{"text": "x"}])
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     text = refusal("text", path=path)
     assert text.startswith(f"--dataset-path {path}: pyarrow is needed to read Parquet")

@@ -11,6 +11,7 @@ import typer
 
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.remote_code import TrustRemoteCode
+from adadecode_vllm.toolkit.data.options import Progress
 from adadecode_vllm.toolkit.progress import Meter, Rate, duration, number
 
 
@@ -153,7 +154,7 @@ def data_command(
     typer.echo(_summary(info, out, display))
 
 
-class Display:
+class Display(Progress):
     """Shows on stderr how many rows are answered, how fast, and how long it will take.
 
     Attributes:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
-from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.errors import AdaDecodeError, problems
 from adadecode_vllm.files import atomic_write
 
 INFO_FILE: Final = "dataset.json"
@@ -144,13 +144,9 @@ def _parse(directory: Path, values: Mapping[str, Any], flag: str) -> DatasetInfo
     try:
         return DatasetInfo.model_validate(values)
     except ValidationError as error:
-        problems = []
-        for detail in error.errors(include_url=False):
-            place = ".".join(str(part) for part in detail["loc"])
-            problems.append(f"{place}: {detail['msg']}" if place else detail["msg"])
         raise data_error(
             directory,
-            f"{INFO_FILE} is invalid: {', '.join(problems)}",
+            f"{INFO_FILE} is invalid: {', '.join(problems(error))}",
             "run `adadecode data` again with --overwrite",
             flag,
         ) from error

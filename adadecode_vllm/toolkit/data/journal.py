@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from adadecode_vllm.files import write_all
+
 JOURNAL_NAME = re.compile(r"part-\d{5,}\.unfinished\.jsonl")
 
 _SYNC_SECONDS = 5.0
@@ -152,6 +154,5 @@ def _decode(line: bytes) -> Any:
 
 def _write(file: BinaryIO, value: Any) -> None:
     """Append a line, whole."""
-    data = memoryview(json.dumps(value, separators=(",", ":")).encode() + b"\n")
-    while data:
-        data = data[file.write(data) :]
+    line = json.dumps(value, separators=(",", ":")) + "\n"
+    write_all(file.fileno(), line.encode())

@@ -23,7 +23,7 @@ from adadecode_vllm import __version__
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.toolkit.data.generate import Answer, EngineSpec, Shards
 from adadecode_vllm.toolkit.data.info import DatasetInfo, data_error
-from adadecode_vllm.toolkit.data.options import DataOptions, Progress, Silence
+from adadecode_vllm.toolkit.data.options import DataOptions, Progress
 from adadecode_vllm.toolkit.data.place import (
     alone,
     find_place,
@@ -125,7 +125,7 @@ def make_data(options: DataOptions, progress: Progress | None = None) -> Dataset
                 created=created,
             )
             writer = ShardWriter(place.directory, info, options.rows_per_shard)
-            _write(writer, options, sequences, progress or Silence())
+            _write(writer, options, sequences, progress or Progress())
             info = writer.finish()
             settle(place)
             return info

@@ -4,7 +4,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from adadecode_vllm.toolkit.data.tasks import Selection
 
@@ -51,30 +51,28 @@ class DataOptions:
     argv: tuple[str, ...] = ()
 
 
-class Progress(Protocol):
-    """Who is told how far the work is."""
+class Progress:
+    """Who is told how far the work is; this one does not listen."""
 
     def start(self, rows: int, done: int) -> None:
-        """`done` of `rows` rows are there from an earlier run."""
+        """Take note of an earlier run's rows.
 
-    def unfinished(self, tokens: int) -> None:
-        """Answers that are being made have so many tokens now."""
-
-    def answered(self, tokens: int, began: float) -> None:
-        """A row with so many answered tokens is done, and kept.
-
-        `began` is when its shard was taken up, in seconds since the epoch.
+        Args:
+            rows: Of the whole work.
+            done: Of these, there from an earlier run.
         """
 
-
-class Silence:
-    """Progress that nobody follows."""
-
-    def start(self, rows: int, done: int) -> None:
-        """Ignore it."""
-
     def unfinished(self, tokens: int) -> None:
-        """Ignore it."""
+        """Take note of answers that are being made.
+
+        Args:
+            tokens: What they have now.
+        """
 
     def answered(self, tokens: int, began: float) -> None:
-        """Ignore it."""
+        """Take note of a row that is done, and kept.
+
+        Args:
+            tokens: Answered ones of the row.
+            began: When its shard was taken up, in seconds since the epoch.
+        """

@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.errors import AdaDecodeError, first_line
 from adadecode_vllm.remote_code import only_trusted_code
 from adadecode_vllm.toolkit.data.tasks import Example
 
@@ -84,8 +84,8 @@ def load_model(name: str, *, trust_remote_code: bool = False) -> TargetModel:
     except (HfHubHTTPError, OSError, ValueError, AttributeError, ImportError) as error:
         raise AdaDecodeError(
             f"--model {name}: its configuration or tokenizer cannot be read "
-            f"({str(error).strip().splitlines()[0]}); give a language model in the "
-            "Hugging Face layout, or check its name, the connection and your access"
+            f"({first_line(error)}); give a language model in the Hugging Face layout, "
+            "or check its name, the connection and your access"
         ) from error
     length = getattr(text_config, "max_position_embeddings", None)
     return TargetModel(
@@ -244,8 +244,8 @@ def _render(
     # A template is a program of the model's maker; jinja2's errors are no ValueErrors.
     except Exception as error:
         raise AdaDecodeError(
-            f"--chat: the chat template of {model.name} failed "
-            f"({str(error).strip().splitlines()[0]}); pass --plain"
+            f"--chat: the chat template of {model.name} failed ({first_line(error)}); "
+            "pass --plain"
         ) from error
 
 

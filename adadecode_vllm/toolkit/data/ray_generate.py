@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.errors import AdaDecodeError, first_line
 from adadecode_vllm.toolkit.data.generate import Answer, EngineSpec, Generator, Shards
 
 logger = logging.getLogger(__name__)
@@ -241,9 +241,8 @@ def _connect(ray: Any, address: str | None) -> bool:
         ray.init(**options)
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         raise AdaDecodeError(
-            f"--ray-address {address}: Ray cannot be reached "
-            f"({str(error).strip().splitlines()[0]}); start it with `ray start --head` "
-            "or correct the address"
+            f"--ray-address {address}: Ray cannot be reached ({first_line(error)}); "
+            "start it with `ray start --head` or correct the address"
         ) from error
     return True
 

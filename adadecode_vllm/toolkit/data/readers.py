@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.errors import AdaDecodeError, first_line
 
 DATA_SUFFIXES: Final = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 TEXT_SUFFIX: Final = ".txt"
@@ -267,10 +267,9 @@ def _read_parquet(path: Path, columns: Iterable[str] | None) -> Iterator[Record]
                     yield Record(values, f"{path}, row {number}")
                     number += 1
     except pa.ArrowException as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
         raise AdaDecodeError(
-            f"--input {path}: not a whole Parquet file ({reason}); copy or download it "
-            "again"
+            f"--input {path}: not a whole Parquet file ({first_line(error)}); copy or "
+            "download it again"
         ) from error
 
 

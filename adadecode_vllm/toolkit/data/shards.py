@@ -9,15 +9,16 @@ mistaken for this one's. Answers of a shard that is not whole yet are in its jou
 
 import hashlib
 import re
-from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from adadecode_vllm.errors import first_line
 from adadecode_vllm.files import remove_left_overs, writing
 from adadecode_vllm.toolkit.data.info import (
     INFO_FILE,
@@ -27,17 +28,6 @@ from adadecode_vllm.toolkit.data.info import (
     write_info,
 )
 from adadecode_vllm.toolkit.data.journal import Journals
-
-__all__ = [
-    "SCHEMA",
-    "DataRow",
-    "DatasetInfo",
-    "ShardWriter",
-    "load_dataset_info",
-    "read_rows",
-    "rows_fingerprint",
-    "shard_name",
-]
 
 SCHEMA = pa.schema(
     [
@@ -122,20 +112,9 @@ def rows_fingerprint(rows: Iterable[DataRow]) -> str:
     """
     digest = hashlib.sha256()
     for row in rows:
-        values = array(
-            "i",
-            [
-                len(row.prompt_ids),
-                len(row.response_ids),
-                *row.prompt_ids,
-                *row.response_ids,
-            ],
-        )
-        if values.itemsize != 4:  # pragma: no cover
-            raise RuntimeError("a C int of this platform does not have 32 bits")
-        if array("i", [1]).tobytes()[0] != 1:  # pragma: no cover
-            values.byteswap()
-        digest.update(values.tobytes())
+        lengths = [len(row.prompt_ids), len(row.response_ids)]
+        values = [*lengths, *row.prompt_ids, *row.response_ids]
+        digest.update(np.array(values, "<i4").tobytes())
     return digest.hexdigest()
 
 
@@ -334,7 +313,7 @@ def _open(path: Path, directory: Path, flag: str) -> Any:
     except (OSError, pa.ArrowException) as error:
         raise data_error(
             directory,
-            f"{path.name} cannot be read ({_first_line(error)})",
+            f"{path.name} cannot be read ({first_line(error)})",
             f"restore the file, or {_AGAIN}",
             flag,
         ) from error
@@ -357,7 +336,7 @@ def _read_shard(path: Path, directory: Path, flag: str) -> Iterator[DataRow]:
         except (OSError, pa.ArrowException) as error:
             raise data_error(
                 directory,
-                f"{path.name} is damaged ({_first_line(error)})",
+                f"{path.name} is damaged ({first_line(error)})",
                 f"restore the file, or {_AGAIN}",
                 flag,
             ) from error
@@ -365,7 +344,3 @@ def _read_shard(path: Path, directory: Path, flag: str) -> Iterator[DataRow]:
         columns = (batch.column(name).to_pylist() for name in SCHEMA.names)
         for values in zip(*columns, strict=True):
             yield DataRow(*values)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".")

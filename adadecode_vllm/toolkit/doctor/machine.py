@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from platform import machine
 
+from adadecode_vllm.errors import first_line
 from adadecode_vllm.toolkit.doctor.finding import Finding
 from adadecode_vllm.toolkit.doctor.installation import Build
 
@@ -78,7 +79,7 @@ def find_device(build: Build | None) -> tuple[Device, Finding]:
             )
         reason = "torch sees no CUDA device"
     except (ImportError, OSError, RuntimeError) as error:
-        reason = f"torch does not work ({str(error).partition(chr(10))[0]})"
+        reason = f"torch does not work ({first_line(error)})"
     return Device("cuda", 0, 0), Finding(
         "device",
         "problem",

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from adadecode_vllm.engine.families import SUPPORTED_ARCHITECTURES
 from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.heads.hub import download_model
 from adadecode_vllm.toolkit.doctor.finding import Finding
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -117,19 +119,10 @@ def _small_files(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    try:
-        try:
-            return Path(snapshot_download(name, local_files_only=True))
-        except (HfHubHTTPError, OSError):
-            patterns = ["config.json", _INDEX]
-            return Path(snapshot_download(name, allow_patterns=patterns))
-    # OSError: no connection; ValueError: not even the form of a repository's name.
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise AdaDecodeError(
-            f"MODEL {name}: neither a local directory nor a repository that the "
-            f"Hugging Face Hub gave ({str(error).splitlines()[0]}); check the name, "
-            "the connection and your access to the model"
-        ) from error
+    # Whatever is wrong, downloading says it.
+    with suppress(HfHubHTTPError, OSError, ValueError):
+        return Path(snapshot_download(name, local_files_only=True))
+    return download_model(name, ["config.json", _INDEX])
 
 
 def _weight_bytes(directory: Path) -> int:

@@ -18,31 +18,25 @@ _RIDGE = 1e-3
 _ITERATIONS = 50
 
 
-def fit_logistic(features: np.ndarray, agreed: np.ndarray) -> tuple[np.ndarray, float]:
-    """Fit ``P(agreed) = sigmoid(features @ slopes + intercept)`` with slopes >= 0.
+def fit_logistic(log_odds: np.ndarray, agreed: np.ndarray) -> tuple[float, float]:
+    """Fit ``P(agreed) = sigmoid(slope * log_odds + intercept)`` with slope >= 0.
 
     Args:
-        features: (n, k) float, for example the log-odds in one column.
+        log_odds: (n,) float.
         agreed: (n,) bool.
 
     Returns:
-        (k,) slopes and the intercept. A slope that would be negative is 0.
+        Slope and intercept. A slope that would be negative is 0.
     """
-    features = np.asarray(features, np.float64)
-    mean, scale = features.mean(0), features.std(0) + 1e-9
-    design = np.c_[(features - mean) / scale, np.ones(len(features))]
+    log_odds = np.asarray(log_odds, np.float64)
+    mean, scale = log_odds.mean(), log_odds.std() + 1e-9
+    design = np.array([(log_odds - mean) / scale, np.ones(len(log_odds))]).T
     target = np.asarray(agreed, np.float64)
-    free = np.ones(design.shape[1], bool)
-    while True:
-        weights = np.zeros(design.shape[1])
-        weights[free] = _newton(design[:, free], target)
-        negative = (weights < 0) & free
-        negative[-1] = False  # the intercept may have any sign
-        if not negative.any():
-            break
-        free &= ~negative
-    slopes = weights[:-1] / scale
-    return slopes, float(weights[-1] - slopes @ mean)
+    weight, intercept = _newton(design, target)
+    if weight < 0:
+        weight, (intercept,) = 0.0, _newton(design[:, 1:], target)
+    slope = weight / scale
+    return float(slope), float(intercept - slope * mean)
 
 
 def _newton(design: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -67,12 +61,6 @@ def _newton(design: np.ndarray, target: np.ndarray) -> np.ndarray:
 def sigmoid(values: np.ndarray) -> np.ndarray:
     """Logistic function, without overflow."""
     return 0.5 * (1 + np.tanh(0.5 * np.asarray(values, np.float64)))
-
-
-def negative_log_likelihood(probability: np.ndarray, agreed: np.ndarray) -> float:
-    """Mean over tokens, in nats."""
-    clipped = np.clip(probability, 1e-12, 1 - 1e-12)
-    return float(-np.mean(np.where(agreed, np.log(clipped), np.log1p(-clipped))))
 
 
 def reliability(

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.errors import AdaDecodeError, first_line
 from adadecode_vllm.remote_code import TrustRemoteCode
 from adadecode_vllm.toolkit.progress import Meter
 
@@ -76,6 +76,7 @@ def eval_command(
 ) -> None:
     """Tell from held-out text what heads will do when served."""
     import torch
+    import yaml
 
     from adadecode_vllm.heads import load_heads_config
     from adadecode_vllm.heads.files import heads_named
@@ -98,8 +99,8 @@ def eval_command(
     check_evaluation_output(output, plots=plots)
     with heads_named("HEADS"):
         config = load_heads_config(heads)
-    history = _read_json(heads / "run" / "history.json")
-    training = _read_yaml(heads / "run" / "run.yaml")
+    history = _read(heads / "run" / "history.json", json.loads)
+    training = _read(heads / "run" / "run.yaml", yaml.safe_load)
     if plots:
         from adadecode_vllm.toolkit.report import parse_history, write_report
         from adadecode_vllm.toolkit.report.plots import require_plots
@@ -141,19 +142,8 @@ def eval_command(
     typer.echo(f"Wrote {', '.join(str(path) for path in written)}")
 
 
-def _read_json(path: Path) -> Any:
-    """A file of the training; None where there is none."""
-    return _read(path, json.loads)
-
-
-def _read_yaml(path: Path) -> Any:
-    """A file of the training; None where there is none."""
-    import yaml
-
-    return _read(path, yaml.safe_load)
-
-
 def _read(path: Path, parse: Callable[[str], Any]) -> Any:
+    """A file of the training; None where there is none."""
     from yaml import YAMLError
 
     if not path.is_file():
@@ -161,10 +151,9 @@ def _read(path: Path, parse: Callable[[str], Any]) -> Any:
     try:
         return parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, YAMLError) as error:
-        reason = str(error).strip().partition("\n")[0]
         raise AdaDecodeError(
             f"HEADS {path.parent.parent}: {path.parent.name}/{path.name} cannot be "
-            f"read ({reason}); restore it, or move it away to do without"
+            f"read ({first_line(error)}); restore it, or move it away to do without"
         ) from error
 
 

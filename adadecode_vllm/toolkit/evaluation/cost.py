@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from adadecode_vllm.toolkit.evaluation.row_costs import FREE, RowCosts
-from adadecode_vllm.toolkit.evaluation.simulate import Counters
+from adadecode_vllm.toolkit.evaluation.simulate import Counters, StepCosts
 
 
 @dataclass(frozen=True)
-class CostModel:
+class CostModel(StepCosts):
     """Shares of one plain decoding step at batch 1, where reading weights is all.
 
     Attributes:

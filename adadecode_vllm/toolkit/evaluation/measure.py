@@ -10,12 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from adadecode_vllm.toolkit.evaluation.calibration import (
-    fit_logistic,
-    negative_log_likelihood,
-    reliability,
-    sigmoid,
-)
+from adadecode_vllm.toolkit.evaluation.calibration import reliability, sigmoid
 from adadecode_vllm.toolkit.evaluation.unrolled import stretches
 from adadecode_vllm.toolkit.states.cache import StateSource
 
@@ -29,7 +24,6 @@ class ExitMeasure:
     Attributes:
         token: (n,) int64, the head's top token, of those that gates look at.
         log_odds: (n,) float64, log(p / (1 - p)) of its probability p.
-        margin: (n,) float64, its logit less that of the second token.
         agreed: (n,) bool, whether it is the final layer's top token.
         kl: (n,) float64, KL(final || exit) in nats.
         draft: (n,) int64, the number of the draft within its cycle, from 0.
@@ -37,7 +31,6 @@ class ExitMeasure:
 
     token: np.ndarray
     log_odds: np.ndarray
-    margin: np.ndarray
     agreed: np.ndarray
     kl: np.ndarray
     draft: np.ndarray
@@ -147,13 +140,13 @@ def measure(
                     if draft_token_ids is not None:
                         logits = logits[:, draft_token_ids]
                         log_odds = _top_log_odds(logits)
-                    best = logits.topk(2, dim=-1)
-                    token = best.indices[:, 0]
+                    # Not argmax, which orders equal logits in another way: 16-bit
+                    # logits often are equal, and the maps were fitted like this.
+                    token = logits.topk(2, dim=-1).indices[:, 0]
                     if draft_token_ids is not None:
                         token = draft_token_ids[token]
-                    margin = best.values[:, 0] - best.values[:, 1]
                     number = torch.full_like(token, draft)
-                    row = (token, log_odds, margin, token == top[kept], kl, number)
+                    row = (token, log_odds, token == top[kept], kl, number)
                     parts[layer].append(row)
         advance(len(indices))
     measures = {}
@@ -164,10 +157,9 @@ def measure(
         measures[layer] = ExitMeasure(
             token=columns[0],
             log_odds=columns[1].astype(np.float64),
-            margin=columns[2].astype(np.float64),
-            agreed=columns[3],
-            kl=columns[4].astype(np.float64),
-            draft=columns[5],
+            agreed=columns[2],
+            kl=columns[3].astype(np.float64),
+            draft=columns[4],
         )
     return measures
 
@@ -282,27 +274,3 @@ def _first_exit(
 
 def _precision(fires: np.ndarray, agreed: np.ndarray) -> float | None:
     return float(agreed[fires].mean()) if fires.any() else None
-
-
-def fit_calibration(found: ExitMeasure) -> tuple[float, float, dict[str, float]]:
-    """Fit an exit's map to the probability of acceptance.
-
-    Args:
-        found: The exit on held-out text. Every second token is held back to see
-            whether the margin would help; the map that is returned uses all tokens.
-
-    Returns:
-        Slope and intercept over the log-odds, and the likelihoods that were compared:
-        ``nll_log_odds`` and ``nll_with_margin``, nats per token.
-    """
-    both = np.c_[found.log_odds, found.margin]
-    likelihoods = {}
-    for name, features in (
-        ("nll_log_odds", both[:, :1]),
-        ("nll_with_margin", both),
-    ):
-        slopes, intercept = fit_logistic(features[::2], found.agreed[::2])
-        claim = sigmoid(features[1::2] @ slopes + intercept)
-        likelihoods[name] = negative_log_likelihood(claim, found.agreed[1::2])
-    slopes, intercept = fit_logistic(both[:, :1], found.agreed)
-    return float(slopes[0]), intercept, likelihoods

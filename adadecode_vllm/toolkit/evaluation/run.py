@@ -35,7 +35,7 @@ from adadecode_vllm.toolkit.evaluation.simulate import Counters, Setting, total
 from adadecode_vllm.toolkit.progress import Meter
 from adadecode_vllm.toolkit.states.cache import LiveStates
 from adadecode_vllm.toolkit.states.teacher import Teacher
-from adadecode_vllm.toolkit.states.texts import load_texts
+from adadecode_vllm.toolkit.states.texts import load_texts, used_tokens
 
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 0.95)
 CAPS = (1, 2, 3, 4, 5, 6, 8)
@@ -171,7 +171,7 @@ def evaluate_heads(
         "model": teacher.name,
         "heads": str(directory),
         "data": ", ".join(map(str, data)),
-        "tokens": sum(text.used for text in texts),
+        "tokens": used_tokens(texts),
         "num_layers": teacher.num_layers,
         "exits": [
             {"layer": layer, **summarize(found, maps.get(layer))}

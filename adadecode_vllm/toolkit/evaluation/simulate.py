@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -93,8 +93,8 @@ class Counters:
         return sum(self.accepted) / max(1, self.generated_tokens)
 
 
-class StepCosts(Protocol):
-    """What the parts of a step take; the unit is the caller's."""
+class StepCosts:
+    """What the parts of a step take, in the caller's unit; here it is nothing."""
 
     def drafting(self, share: float, tokens: int, scored: int) -> float:
         """A segment and the exit behind it.
@@ -103,7 +103,11 @@ class StepCosts(Protocol):
             share: The segment's share of the layers; 0 for an exit at the embedding.
             tokens: Tokens that the segment runs.
             scored: Tokens that the exit scores.
+
+        Returns:
+            What they take together.
         """
+        return 0.0
 
     def verifying(self, segments: Sequence[tuple[float, int]]) -> float:
         """A forward, with the LM head.
@@ -111,18 +115,10 @@ class StepCosts(Protocol):
         Args:
             segments: Each segment's share of the layers, and the tokens that it runs;
                 the last one runs all that are verified.
+
+        Returns:
+            What it takes.
         """
-
-
-class NoCosts:
-    """Where nobody asks what decoding takes."""
-
-    def drafting(self, share: float, tokens: int, scored: int) -> float:
-        """Nothing; see `StepCosts`."""
-        return 0.0
-
-    def verifying(self, segments: Sequence[tuple[float, int]]) -> float:
-        """Nothing; see `StepCosts`."""
         return 0.0
 
 
@@ -167,7 +163,7 @@ def total(
     Returns:
         The counters. Prompts cost nothing.
     """
-    return _Engine(answers, setting, costs or NoCosts()).run(advance)
+    return _Engine(answers, setting, costs or StepCosts()).run(advance)
 
 
 @dataclass

@@ -7,7 +7,7 @@ from os import PathLike
 from pathlib import Path
 
 from adadecode_vllm import __version__
-from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.errors import AdaDecodeError, first_line
 from adadecode_vllm.heads.config import ExitHeadsConfig, load_heads_config
 from adadecode_vllm.heads.files import (
     CARD_FILE,
@@ -15,10 +15,11 @@ from adadecode_vllm.heads.files import (
     WEIGHTS_FILE,
     config_path,
     heads_error,
+    real_path,
     weights_path,
 )
 from adadecode_vllm.heads.hub import LIBRARY, is_hub_id
-from adadecode_vllm.heads.hub_errors import explained, first_line
+from adadecode_vllm.heads.hub_errors import explained
 from adadecode_vllm.toolkit.publishing.card import (
     name_repository,
     render_card,
@@ -107,18 +108,8 @@ def _read_card(directory: Path, config: ExitHeadsConfig) -> str:
     path = directory / CARD_FILE
     if not path.exists():
         return render_card(config, str(directory))
-    # A card that links elsewhere would publish a file of the user's machine. In the
-    # cache of downloads every file is such a link, within the cache.
-    root = directory.resolve()
-    places = [root]
-    if root.parent.name == "snapshots":
-        places.append(root.parent.parent / "blobs")
-    if not any(path.resolve().is_relative_to(place) for place in places):
-        raise heads_error(
-            directory,
-            f"{CARD_FILE} is a link that leaves the directory",
-            "copy the file itself there",
-        )
+    # A card that links elsewhere would publish a file of the user's machine.
+    path = real_path(directory, CARD_FILE)
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.errors import AdaDecodeError, problems
 
 Grid = list[list[float | None]]
 
@@ -314,10 +314,8 @@ def _parse(
     try:
         return schema.model_validate(dict(values))
     except ValidationError as error:
-        details = error.errors(include_url=False)
-        place = ".".join(str(part) for part in details[0]["loc"])
-        message = details[0]["msg"].removeprefix("Value error, ")
-        more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+        first, *others = problems(error)
+        more = f" (and {len(others)} more)" if others else ""
         raise AdaDecodeError(
-            f"{file}: {place}: {message}{more}; run `{command}` again to write the file"
+            f"{file}: {first}{more}; run `{command}` again to write the file"
         ) from error

@@ -33,7 +33,7 @@ from adadecode_vllm.toolkit.states.state_files import (
     read_manifest,
 )
 from adadecode_vllm.toolkit.states.teacher import Teacher, split_by_tokens
-from adadecode_vllm.toolkit.states.texts import Text, texts_fingerprint
+from adadecode_vllm.toolkit.states.texts import Text, texts_fingerprint, used_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +66,22 @@ class StateSource(Protocol):
         Args:
             indices: Indices of sequences.
         """
+
+
+def first_texts(source: StateSource, tokens: int) -> list[int]:
+    """Choose so many of the first texts that they have enough states.
+
+    Args:
+        source: States of the texts.
+        tokens: How many states are enough.
+
+    Returns:
+        Indices of the texts; all, if together they have fewer states.
+    """
+    indices: list[int] = []
+    while len(indices) < len(source) and sum(source.lengths(indices)) < tokens:
+        indices.append(len(indices))
+    return indices
 
 
 class LiveStates:
@@ -177,7 +193,7 @@ def cache_key(teacher: Teacher, fingerprint: str, layers: Sequence[int]) -> str:
 
 def cache_bytes(teacher: Teacher, texts: Iterable[Text], layers: Sequence[int]) -> int:
     """Size of texts' states on disk."""
-    tokens = sum(text.used for text in texts)
+    tokens = used_tokens(texts)
     return tokens * len(layers) * teacher.hidden_size * teacher.dtype.itemsize
 
 
@@ -254,7 +270,8 @@ def _open(
             entries = writer.entries
             missing = [i for key, i in wanted.items() if key not in entries]
             _check_disk_space(directory, teacher, live, missing)
-            progress(_used(live.texts) - _used(live.texts[i] for i in missing))
+            left = used_tokens(live.texts[i] for i in missing)
+            progress(used_tokens(live.texts) - left)
             lengths = [len(live.texts[i].token_ids) for i in missing]
             for group in split_by_tokens(lengths, live.pass_tokens):
                 members = [missing[place] for place in group]
@@ -262,7 +279,7 @@ def _open(
                 writer.add([(keys[i], live.texts[i].used) for i in members], states)
                 progress(len(states))
     else:
-        progress(_used(live.texts))
+        progress(used_tokens(live.texts))
     found = [entries[key] for key in keys]
     return CachedStates(directory, manifest, found, teacher.device)
 
@@ -293,7 +310,3 @@ def _check_disk_space(
 def _text_key(text: Text) -> str:
     """Hash of a text's tokens and of which of them are used."""
     return texts_fingerprint([text])[:32]
-
-
-def _used(texts: Iterable[Text]) -> int:
-    return sum(text.used for text in texts)

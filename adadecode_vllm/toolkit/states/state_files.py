@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from adadecode_vllm.errors import AdaDecodeError
-from adadecode_vllm.files import atomic_write, without_temporary
+from adadecode_vllm.errors import AdaDecodeError, first_line
+from adadecode_vllm.files import atomic_write, without_temporary, write_all
 
 MANIFEST = "manifest.json"
 INDEX = "index.jsonl"
@@ -215,9 +215,8 @@ class Writer:
             texts: Hash and number of states of each.
             states: (n, layers, d), of all of them.
         """
-        _write(
-            self._states, states.contiguous().view(torch.uint8).flatten().numpy().data
-        )
+        values = states.contiguous().view(torch.uint8).flatten().numpy().data
+        write_all(self._states, values)
         os.fsync(self._states)  # before the index names them
         lines = b""
         for text, tokens in texts:
@@ -225,7 +224,7 @@ class Writer:
             self.entries[text] = entry
             self._end += tokens
             lines += entry.model_dump_json().encode() + b"\n"
-        _write(self._index, memoryview(lines))
+        write_all(self._index, lines)
         os.fsync(self._index)
 
     def close(self) -> None:
@@ -258,15 +257,10 @@ def one_writer(directory: Path, manifest: Manifest) -> Iterator[Writer]:
         os.close(index)
 
 
-def _write(file: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(file, data) :]
-
-
 def _unreadable(directory: Path, name: str, error: ValueError) -> UnfitCacheError:
     return UnfitCacheError(
-        f"--cache-dir {directory}: {name} cannot be read "
-        f"({str(error).splitlines()[0]}); delete the directory to compute it anew"
+        f"--cache-dir {directory}: {name} cannot be read ({first_line(error)}); delete "
+        "the directory to compute it anew"
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from adadecode_vllm.engine.families import SUPPORTED_ARCHITECTURES
-from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.errors import AdaDecodeError, first_line
 from adadecode_vllm.remote_code import only_trusted_code
 from adadecode_vllm.toolkit.states.attention import packed_attention
 
@@ -180,7 +180,7 @@ class Teacher:
             raise
         except (ImportError, OSError, ValueError) as error:
             raise AdaDecodeError(
-                f"MODEL {name}: it cannot be loaded ({str(error).splitlines()[0]}); "
+                f"MODEL {name}: it cannot be loaded ({first_line(error)}); "
                 "give a directory or a Hugging Face name of a causal language model "
                 "with safetensors"
             ) from error

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +46,18 @@ class Text:
     def answer(self) -> tuple[int, ...]:
         """Tokens after the prompt."""
         return self.token_ids[self.first + 1 :]
+
+
+def used_tokens(texts: Iterable[Text]) -> int:
+    """Number of states used of some texts.
+
+    Args:
+        texts: The texts.
+
+    Returns:
+        Their sum.
+    """
+    return sum(text.used for text in texts)
 
 
 def load_texts(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -157,12 +158,16 @@ def train_command(
     from adadecode_vllm.toolkit.states.teacher import Teacher, resolve_dtype
     from adadecode_vllm.toolkit.training.output import check_training_output
     from adadecode_vllm.toolkit.training.run import RunOptions, train_heads
-    from adadecode_vllm.toolkit.training.together import all_or_none, leaving_together
+    from adadecode_vllm.toolkit.training.together import all_or_none
 
     logging.basicConfig(level=logging.WARNING)
     # The others wait while the main process writes states, which may take hours.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
-    with leaving_together(Accelerator(kwargs_handlers=[patience])) as processes:
+    with ExitStack() as stack:
+        processes = Accelerator(kwargs_handlers=[patience])
+        # A process that exits with open connections may be aborted by its own threads
+        # that serve them, and the exit code that says what went wrong is lost.
+        stack.callback(processes.end_training)
 
         def load() -> Teacher:
             # Before the minutes that loading the model takes.

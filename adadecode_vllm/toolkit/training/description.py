@@ -10,7 +10,8 @@ from typing import Any
 from adadecode_vllm.heads.config import ExitCalibration, ExitHeadsConfig, HeadsDtype
 from adadecode_vllm.heads.fingerprint import lm_head_fingerprint
 from adadecode_vllm.heads.io import HeadsTensors
-from adadecode_vllm.toolkit.evaluation.measure import fit_calibration, measure
+from adadecode_vllm.toolkit.evaluation.calibration import fit_logistic
+from adadecode_vllm.toolkit.evaluation.measure import measure
 from adadecode_vllm.toolkit.states.cache import StateSource
 from adadecode_vllm.toolkit.states.teacher import Teacher
 from adadecode_vllm.toolkit.training.recommend import Recommendation, recommend
@@ -88,8 +89,7 @@ def calibrate(
         advance: Called with how many further texts have been read.
 
     Returns:
-        By exit, ``slope``, ``intercept``, ``tokens`` and the likelihoods of
-        :func:`~adadecode_vllm.toolkit.evaluation.measure.fit_calibration`.
+        By exit, ``slope``, ``intercept`` and ``tokens``.
     """
     found = measure(
         heads.weights,
@@ -103,12 +103,11 @@ def calibrate(
     )
     table = {}
     for layer, exit_measure in found.items():
-        slope, intercept, likelihoods = fit_calibration(exit_measure)
+        slope, intercept = fit_logistic(exit_measure.log_odds, exit_measure.agreed)
         table[str(layer)] = {
             "slope": slope,
             "intercept": intercept,
             "tokens": len(exit_measure.agreed),
-            **likelihoods,
         }
     return table
 

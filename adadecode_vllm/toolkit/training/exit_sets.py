@@ -22,6 +22,9 @@ from adadecode_vllm.toolkit.states.teacher import Teacher
 PROBE_TOKENS = 8192
 """Tokens that sets are compared on."""
 
+MOST_EXITS = 3
+"""Size of the largest set."""
+
 Heads = Mapping[int, tuple[torch.Tensor, torch.Tensor | None]]
 """By exit, T and U, (d, d); None for U without memory."""
 

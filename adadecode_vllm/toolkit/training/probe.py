@@ -19,13 +19,12 @@ from adadecode_vllm.toolkit.states.cache import LiveStates
 from adadecode_vllm.toolkit.states.teacher import Teacher
 from adadecode_vllm.toolkit.states.texts import Text
 from adadecode_vllm.toolkit.training.exit_sets import (
+    MOST_EXITS,
     PROBE_TOKENS,
     Choice,
     ExitSets,
 )
 from adadecode_vllm.toolkit.training.ridge import ridge_heads
-
-__all__ = ["Choice", "choose_exits"]
 
 _MOST_SETS = 3000
 
@@ -39,8 +38,6 @@ def choose_exits(
     max_early_predictions: int,
     drafts: int = 0,
     draft_token_ids: torch.Tensor | None = None,
-    most_exits: int = 3,
-    probe_tokens: int = PROBE_TOKENS,
     pass_tokens: int = 1024,
     start: Callable[[int], None] = lambda total: None,
     advance: Callable[[int], None] = lambda count: None,
@@ -56,8 +53,6 @@ def choose_exits(
         drafts: Drafts of a cycle that heads with memory are trained on; 0 for heads
             without memory.
         draft_token_ids: (m,) int64, the tokens that gates will look at; None for all.
-        most_exits: Largest size of a set.
-        probe_tokens: Most tokens of either kind of text.
         pass_tokens: Most tokens of one pass of the model.
         start: Called at the beginning with the number of sets to compare.
         advance: Called with how many further ones were compared.
@@ -74,12 +69,12 @@ def choose_exits(
             "share above 0, or name the layers"
         )
     layers = list(range(teacher.num_layers))
-    count = sum(math.comb(len(layers), size) for size in range(1, most_exits + 1))
+    count = sum(math.comb(len(layers), size) for size in range(1, MOST_EXITS + 1))
     grown_only = count > _MOST_SETS
-    sizes = range(min(most_exits, len(layers)))
+    sizes = range(min(MOST_EXITS, len(layers)))
     start(sum(len(layers) - size for size in sizes) if grown_only else count)
-    fit_on = _first_tokens(training, probe_tokens)
-    compare_on = _first_tokens(held_out, probe_tokens)
+    fit_on = _first_tokens(training, PROBE_TOKENS)
+    compare_on = _first_tokens(held_out, PROBE_TOKENS)
     read = [*layers, teacher.num_layers]
     heads = ridge_heads(
         LiveStates(teacher, fit_on, read, pass_tokens), layers, memory=drafts > 0
@@ -104,12 +99,12 @@ def choose_exits(
     if not grown_only:
         rated = [
             rated_set(exits)
-            for size in range(1, most_exits + 1)
+            for size in range(1, MOST_EXITS + 1)
             for exits in combinations(layers, size)
         ]
     else:
         rated, best = [], Choice((), 0.0, 0.0, 0.0, 0.0)
-        for _ in range(most_exits):
+        for _ in range(MOST_EXITS):
             grown = [
                 rated_set(tuple(sorted((*best.exit_layers, layer))))
                 for layer in layers

@@ -11,9 +11,10 @@ import numpy as np
 
 from adadecode_vllm.config import DEFAULT_CAP
 from adadecode_vllm.heads.io import HeadsTensors
-from adadecode_vllm.toolkit.states.cache import StateSource
+from adadecode_vllm.toolkit.states.cache import StateSource, first_texts
 from adadecode_vllm.toolkit.states.teacher import Teacher
 from adadecode_vllm.toolkit.training.exit_sets import (
+    MOST_EXITS,
     PROBE_TOKENS,
     Choice,
     ExitSets,
@@ -21,8 +22,6 @@ from adadecode_vllm.toolkit.training.exit_sets import (
 
 ACCEPTANCES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Probabilities of acceptance from which on a set of exits may draft."""
-
-MOST_EXITS = 3
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def recommend(
     sets = ExitSets(
         teacher,
         source,
-        _first_texts(source),
+        first_texts(source, PROBE_TOKENS),
         heads,
         drafts=drafts,
         draft_token_ids=tensors.draft_token_ids,
@@ -120,11 +119,3 @@ def _least(
         else:  # as sure of every token as of any other
             least[int(layer)] = -np.inf if above < 0 else np.inf
     return least
-
-
-def _first_texts(source: StateSource) -> list[int]:
-    """As many texts as have `PROBE_TOKENS` tokens, or one more."""
-    indices: list[int] = []
-    while len(indices) < len(source) and sum(source.lengths(indices)) < PROBE_TOKENS:
-        indices.append(len(indices))
-    return indices

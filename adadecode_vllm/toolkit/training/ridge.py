@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from adadecode_vllm.toolkit.evaluation.unrolled import stretches
-from adadecode_vllm.toolkit.states.cache import StateSource
+from adadecode_vllm.toolkit.states.cache import StateSource, first_texts
 
 # Of the mean diagonal; keeps the solve stable where states are nearly collinear.
 _RIDGE = 1e-2
@@ -36,9 +36,7 @@ def ridge_heads(
     Returns:
         By exit, T and U, (d, d) float32; None for U without memory.
     """
-    indices: list[int] = []
-    while len(indices) < len(source) and sum(source.lengths(indices)) < MOST_TOKENS:
-        indices.append(len(indices))
+    indices = first_texts(source, MOST_TOKENS)
     states = dict(zip(source.layers, source.states(indices), strict=True))
     final = states[source.layers[-1]].float()
     lengths = source.lengths(indices)

@@ -38,6 +38,7 @@ from adadecode_vllm.toolkit.states.texts import (
     model_fingerprint,
     split_held_out,
     texts_fingerprint,
+    used_tokens,
 )
 from adadecode_vllm.toolkit.training.description import (
     Findings,
@@ -55,7 +56,6 @@ from adadecode_vllm.toolkit.training.output import (
     CHECKPOINT_FILE,
     FULL_HEADS_FILE,
     HISTORY_FILE,
-    RUN_DIRECTORY,
     RUN_FILE,
     begin,
     check_training_output,
@@ -67,14 +67,6 @@ from adadecode_vllm.toolkit.training.ridge import ridge_heads
 from adadecode_vllm.toolkit.training.settings import TrainSettings
 from adadecode_vllm.toolkit.training.together import all_or_none, in_main, main_first
 from adadecode_vllm.toolkit.training.trainer import Trainer
-
-__all__ = [
-    "FULL_HEADS_FILE",
-    "RUN_DIRECTORY",
-    "Reporter",
-    "RunOptions",
-    "train_heads",
-]
 
 _PACKAGES = ("adadecode-vllm", "torch", "transformers", "accelerate", "safetensors")
 
@@ -162,8 +154,8 @@ def train_heads(
     texts = all_or_none(processes, read)
     training, held_out = split_held_out(texts, settings.held_out, settings.seed)
     reporter.say(
-        f"{len(training)} texts to train on with {_used(training)} tokens to predict, "
-        f"{len(held_out)} held out with {_used(held_out)}"
+        f"{len(training)} texts to train on with {used_tokens(training)} tokens to "
+        f"predict, {len(held_out)} held out with {used_tokens(held_out)}"
     )
     counts = count_tokens((text.answer for text in training), teacher.vocab_size)
     draft_token_ids = rank_tokens(counts, settings.draft_vocabulary or MAX_TOKENS)
@@ -278,7 +270,10 @@ def train_heads(
         "data_fingerprint": data_key,
         "sources": sorted({text.source for text in texts}),
         "texts": {"training": len(training), "held_out": len(held_out)},
-        "tokens": {"training": _used(training), "held_out": _used(held_out)},
+        "tokens": {
+            "training": used_tokens(training),
+            "held_out": used_tokens(held_out),
+        },
         "exit_layers": list(exit_layers),
         "settings": settings.model_dump(),
         "epochs_run": trainer.progress.epoch,
@@ -339,7 +334,7 @@ def _sources(
     root = options.cache_directory or directory / CACHE_DIRECTORY
     size = sum(cache_bytes(teacher, part, layers) for part in texts)
     reporter.say(f"States of {len(layers)} layers: {_size(size)} in {root}")
-    reporter.start("states", "tokens", sum(map(_used, texts)))
+    reporter.start("states", "tokens", sum(map(used_tokens, texts)))
 
     def open_cache() -> list[StateSource]:
         return [
@@ -387,10 +382,6 @@ def _write_outputs(
 def _record_of(trainer: Trainer, epoch: int) -> dict[str, Any] | None:
     records = trainer.progress.history["held_out"]
     return next((record for record in records if record["epoch"] == epoch), None)
-
-
-def _used(texts: Sequence[Text]) -> int:
-    return sum(text.used for text in texts)
 
 
 def _size(count: int) -> str:

@@ -7,14 +7,12 @@ ends them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 from adadecode_vllm.errors import AdaDecodeError
 
 T = TypeVar("T")
-P = TypeVar("P", bound="Connected")
 
 
 class Processes(Protocol):
@@ -23,32 +21,6 @@ class Processes(Protocol):
     process_index: int
     num_processes: int
     is_main_process: bool
-
-
-class Connected(Protocol):
-    """What ends the connections between the processes."""
-
-    def end_training(self) -> object:
-        """End them; without others there is nothing to end."""
-
-
-@contextmanager
-def leaving_together(processes: P) -> Iterator[P]:
-    """End the connections to the other processes when the block ends, however it does.
-
-    A process that exits with open ones may be aborted by its own threads that serve
-    them, and the exit code that says what went wrong is lost.
-
-    Args:
-        processes: accelerate's ``Accelerator``.
-
-    Yields:
-        The same.
-    """
-    try:
-        yield processes
-    finally:
-        processes.end_training()
 
 
 def all_or_none(processes: Processes, action: Callable[[], T]) -> T:

@@ -114,19 +114,10 @@ def _replaced_in(module: str, name: str, value: Any) -> Iterator[None]:
 
 
 def _late_compilation() -> AbstractContextManager[None]:
-    """Segments that only a request's own threshold lets run are not compiled ahead."""
-    from adadecode_vllm.engine.runner_v1 import AdaDecodeCPUModelRunner
-
-    warm_up = AdaDecodeCPUModelRunner.warming_up_model
-
-    def changed(self: Any) -> None:
-        if self.adadecode.policy.can_predict:
-            warm_up(self)
-        else:
-            super(AdaDecodeCPUModelRunner, self).warming_up_model()
-
-    name = "AdaDecodeCPUModelRunner.warming_up_model"
-    return _replaced_in("adadecode_vllm.engine.runner_v1", name, changed)
+    """Segments are compiled for what they are first called with, while serving."""
+    return _replaced_in(
+        "adadecode_vllm.engine.split_model.SplitModel", "run_compiled", lambda *_: None
+    )
 
 
 def _drafts_of_all() -> AbstractContextManager[None]:

@@ -191,6 +191,32 @@ def test_suffix_trees_that_are_not_installed(
     )
 
 
+@pytest.mark.feature(
+    "ranks that schedule themselves (external launcher)",
+    "refused",
+    "by costs; thresholds are the same on every rank",
+)
+def test_ranks_with_clocks_of_their_own(
+    model: Path, heads: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    launched: dict[str, Any] = {
+        "distributed_executor_backend": "external_launcher",
+        "tensor_parallel_size": 2,
+    }
+    with pytest.raises(AdaDecodeError) as caught:
+        create(model, heads, **launched)
+    assert str(caught.value) == (
+        "--distributed-executor-backend external_launcher with 2 ranks: not with "
+        "AdaDecode, because each rank schedules by itself, and would time its own "
+        'steps to decide what to draft. Set "policy": "threshold" in '
+        "--adadecode-config."
+    )
+    create(model, heads, {"policy": "threshold"}, **launched)
+    create(model, heads, **{**launched, "tensor_parallel_size": 1})
+
+
 def test_stock_torch_compile(model: Path, heads: Path) -> None:
     with pytest.raises(AdaDecodeError, match=r"^--compilation-config mode 1: not with"):
         create(model, heads, compilation_config={"mode": 1}, enforce_eager=False)
