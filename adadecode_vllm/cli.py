@@ -26,6 +26,8 @@ from adadecode_vllm.toolkit.training.command import train_command
 _OF_THE_DISK = frozenset(
     (errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.EPERM, errno.EROFS)
 )
+#: A path that cannot be one, or where something else is.
+_OF_THE_PATH = frozenset((errno.EEXIST, errno.ENAMETOOLONG, errno.ENOTDIR))
 
 app = typer.Typer(
     name="adadecode",
@@ -189,11 +191,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         typer.echo(f"error: {error}", err=True)
         raise SystemExit(2) from None
     except OSError as error:
-        if error.errno not in _OF_THE_DISK:
+        if error.errno in _OF_THE_DISK:
+            remedy = "make room, or correct the permissions"
+        elif error.errno in _OF_THE_PATH:
+            remedy = "give another path"
+        else:
             raise
         typer.echo(
             f"error: {error.filename or 'a file'}: it cannot be written "
-            f"({error.strerror}); make room, or correct the permissions",
+            f"({error.strerror}); {remedy}",
             err=True,
         )
         raise SystemExit(2) from None

@@ -184,8 +184,30 @@ def engine_config(vllm_config: VllmConfig) -> AdaDecodeConfig | None:
     additional_config = vllm_config.additional_config
     if not isinstance(additional_config, Mapping):
         return None
-    options = additional_config.get(CONFIG_KEY)
+    return enabled_config(additional_config.get(CONFIG_KEY))
+
+
+def enabled_config(options: Any) -> AdaDecodeConfig | None:
+    """Validate options as a user gave them, unless they switch AdaDecode off.
+
+    Args:
+        options: The dictionary under ``additional_config["adadecode"]``; None where
+            there is none.
+
+    Returns:
+        The configuration; None where AdaDecode is not asked for, or off. Whoever
+        switches it off need not name heads.
+
+    Raises:
+        AdaDecodeError: With one sentence for every option that is wrong.
+    """
     if options is None:
+        return None
+    if (
+        isinstance(options, Mapping)
+        and options.get("enabled") is False
+        and "heads" not in options
+    ):
         return None
     config = parse_config(options)
     return config if config.enabled else None

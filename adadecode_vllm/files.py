@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing files that are either whole or not there."""
+"""Writing files that are either whole or not there, by one process at a time."""
 
+import fcntl
 import os
 import re
 import secrets
@@ -66,6 +67,32 @@ def writing_together(paths: Sequence[Path]) -> Iterator[list[Path]]:
             os.replace(temporary[0], paths[0])
         else:
             _swap(temporary, paths)
+
+
+@contextmanager
+def locked(directory: Path, refusal: Exception) -> Iterator[None]:
+    """Keep others that ask for the same out of a directory for the length of a block.
+
+    Args:
+        directory: The directory; created with its parents if missing.
+        refusal: Raised where somebody else has it.
+
+    Raises:
+        Exception: `refusal`.
+        OSError: The directory cannot be created.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise refusal from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_all(file: int, data: bytes | memoryview) -> None:

@@ -36,7 +36,7 @@ class TransformersBackend:
             self._early_exit = load_heads_config(settings.heads).exit_layers[0]
         self._layers = self._model.config.num_hidden_layers
         self._forwards = 0
-        self._model.register_forward_pre_hook(self._count_forward)
+        self._model.register_forward_pre_hook(self._count_forward, with_kwargs=True)
 
     def configure(self, **policy: Any) -> None:
         """Nothing to change: threshold and cap are AdaDecode's."""
@@ -140,10 +140,13 @@ class TransformersBackend:
         ]
         return answers, [*times, started]
 
-    def _count_forward(self, module: Any, inputs: Any) -> None:
+    def _count_forward(
+        self, module: Any, args: tuple[Any, ...], inputs: dict[str, Any]
+    ) -> None:
+        """Count a forward of the whole model once for each request in its batch."""
         # While drafting, assistant_early_exit lowers the number of layers.
         if module.config.num_hidden_layers == self._layers:
-            self._forwards += 1
+            self._forwards += len(inputs["input_ids"])
 
 
 def _cut(tokens: list[int], ends: set[int]) -> list[int]:

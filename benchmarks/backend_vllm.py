@@ -33,6 +33,8 @@ class VllmBackend:
         self._ids = count()
         if self._counts:
             self._llm.collective_rpc("adadecode_profile")
+            # As vLLM's suffix decoding here: every repeat asks for the same texts.
+            self._llm.collective_rpc("adadecode_forget_answers")
 
     def configure(self, **policy: Any) -> None:
         """Change threshold or cap; a no-op for variants that do not predict early."""

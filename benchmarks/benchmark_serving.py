@@ -224,9 +224,6 @@ class ServingSession:
             "start_up_seconds": server.start_up_seconds,
         }
 
-    def _variant(self, name: str) -> Variant:
-        return next(variant for variant in self._variants if variant.name == name)
-
     def _attempt(
         self, variant: str, load: Load, action: Callable[[Server, Load], Any]
     ) -> Any:
@@ -265,14 +262,13 @@ class ServingSession:
         runs: list[dict[str, Any]],
         base: list[dict[str, Any]],
     ) -> dict[str, Any]:
-        early = self._variant(variant).predicts_early
         return {
             "variant": variant,
             "label": variant,
             "concurrency": load.concurrency,
             "request_rate": load.request_rate,
             # A variant that failed on the way has fewer repeats than the baseline.
-            "figures": summarize(runs, base[: len(runs)], predicts_early=early),
+            "figures": summarize(runs, base[: len(runs)]),
             "runs": [
                 {key: value for key, value in run.items() if key != "texts"}
                 for run in runs
@@ -298,10 +294,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     variants = parse_variants(args.variants)
     loads = parse_loads(args.max_concurrency, args.request_rate)
-    if args.repeats < 1:
-        raise AdaDecodeError(
-            f"--repeats {args.repeats}: nothing would be measured. Give at least 1."
-        )
     settings = settings_from(args)
     workload = workload_from(args, settings)
     check_prompts(len(workload.prompts), loads)

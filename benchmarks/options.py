@@ -23,6 +23,13 @@ from benchmarks.workloads import WORKLOADS, Workload, load_workload
 
 # Set for each variant, or by an option of the benchmarks.
 _OURS = {"model", "dtype", "additional_config", "kv_cache_memory_bytes"}
+# What would come of less than one.
+_LEAST_ONE = {
+    "repeats": "nothing would be measured",
+    "rounds": "no prompt would be sent",
+    "start_together": "no engine would start",
+    "side_by_side": "no engine would be loaded",
+}
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -112,6 +119,11 @@ def settings_from(args: argparse.Namespace) -> EngineSettings:
     from adadecode_vllm.config import parse_config
     from adadecode_vllm.engine.arguments import options_from_flags
 
+    for name, reason in _LEAST_ONE.items():
+        number = getattr(args, name)
+        if number is not None and number < 1:
+            flag = name.replace("_", "-")
+            raise AdaDecodeError(f"--{flag} {number}: {reason}. Give at least 1.")
     options = options_from_flags(args) or {}
     if args.additional_config:
         raise AdaDecodeError(

@@ -89,7 +89,7 @@ class VariantProcess:
         """Change AdaDecode's policy; variants that do not predict early ignore it.
 
         Args:
-            **policy: ``threshold`` and ``max_early_predictions``.
+            **policy: What the worker's ``adadecode_configure`` takes.
         """
         self._request({"configure": policy})
 
@@ -119,8 +119,9 @@ class VariantProcess:
             ``seconds`` in all; by prompt ``token_ids``, ``ttft_s`` (time to first
             token) and ``tpot_s`` (time per token after it, None for one token);
             ``speculation``, vLLM's counters (drafts, draft_tokens, accepted);
-            ``forwards`` of the whole model where the variant counts them; ``stats``,
-            AdaDecode's counters or None; ``top_logits`` if asked for.
+            ``forwards`` of the whole model, each once for every request in it, where
+            the variant counts them; ``stats``, AdaDecode's counters or None;
+            ``top_logits`` if asked for.
 
         Raises:
             VariantError: If the engine fails; with the end of its log.

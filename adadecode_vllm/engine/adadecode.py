@@ -250,6 +250,13 @@ class AdaDecode:
         self.settings.configure(options)
         self._drafter.policy = self.settings.policy
 
+    def forget_answers(self) -> None:
+        """Look in each request alone from now on; see `SuffixLookup`."""
+        if self._looks_in == "suffix":
+            lookup = self._find_lookup()
+            assert isinstance(lookup, SuffixLookup)
+            lookup.forget_answers()
+
     def drafts(self) -> dict[str, list[tuple[int, int]]]:
         """Drafts that wait for their verification.
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from adadecode_vllm.config import (
     CONFIG_KEY,
     AdaDecodeConfig,
+    enabled_config,
     format_text,
     format_value,
-    parse_config,
 )
 from adadecode_vllm.errors import AdaDecodeError
 
@@ -74,7 +74,7 @@ def options_from_flags(args: argparse.Namespace) -> dict[str, Any] | None:
         where the plugin was not asked for.
 
     Raises:
-        AdaDecodeError: If the flags contradict each other.
+        AdaDecodeError: If the flags contradict each other, or name nothing.
     """
     heads = getattr(args, "adadecode_heads", None)
     text = getattr(args, "adadecode_config", None)
@@ -88,6 +88,11 @@ def options_from_flags(args: argparse.Namespace) -> dict[str, Any] | None:
         return None
     options = _parse_json(text) if text is not None else {}
     if heads is not None:
+        if not heads:
+            raise AdaDecodeError(
+                "--adadecode-heads: '' names no heads. Give their directory or their "
+                "name on the Hub."
+            )
         if options.get("heads", heads) != heads:
             raise AdaDecodeError(
                 f"--adadecode-heads: {format_value(heads)} contradicts heads = "
@@ -148,11 +153,7 @@ def requested_config(args: EngineArgs) -> AdaDecodeConfig | None:
     Raises:
         AdaDecodeError: If an option is wrong.
     """
-    options = (args.additional_config or {}).get(CONFIG_KEY)
-    if options is None:
-        return None
-    config = parse_config(options)
-    return config if config.enabled else None
+    return enabled_config((args.additional_config or {}).get(CONFIG_KEY))
 
 
 @contextmanager

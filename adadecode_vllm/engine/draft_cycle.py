@@ -65,6 +65,7 @@ class DraftCycle:
     Attributes:
         adadecode: The method's parts.
         step: Number of the current engine step.
+        max_model_len: Most tokens of a request.
     """
 
     def __init__(self, adadecode: AdaDecode, max_model_len: int) -> None:
@@ -77,7 +78,7 @@ class DraftCycle:
         self.adadecode = adadecode
         self.step = 0
         self._admission: float | None = None
-        self._max_model_len = max_model_len
+        self.max_model_len = max_model_len
 
     def begin(
         self,
@@ -159,7 +160,7 @@ class DraftCycle:
                     cap=sampled.caps,
                     positions=positions,
                     owned_slots=owned_slots,
-                    max_model_len=self._max_model_len,
+                    max_model_len=self.max_model_len,
                     remaining=sampled.remaining,
                 ),
                 stop_token_ids=sampled.stop_token_ids,

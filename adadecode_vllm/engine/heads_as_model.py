@@ -13,7 +13,7 @@ from adadecode_vllm.config import CONFIG_KEY, OF_THRESHOLDS, parse_config
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.heads import ExitHeadsConfig, Heads, pin_heads
 from adadecode_vllm.heads.config import read_config
-from adadecode_vllm.heads.files import CONFIG_FILE
+from adadecode_vllm.heads.files import CONFIG_FILE, heads_named
 from adadecode_vllm.heads.hub import is_hub_id
 from adadecode_vllm.heads.output import holds_heads
 
@@ -99,8 +99,9 @@ def _find_heads(name: str) -> Heads | None:
         return None
     directory = path
     try:
-        pinned, directory = pin_heads(name)
-        return Heads(name, pinned, directory, read_config(directory))
+        with heads_named("MODEL"):
+            pinned, directory = pin_heads(name)
+            return Heads(name, pinned, directory, read_config(directory))
     except AdaDecodeError:
         if holds_heads(directory):
             raise

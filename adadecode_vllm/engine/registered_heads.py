@@ -11,6 +11,7 @@ from adadecode_vllm.config import CONFIG_KEY
 from adadecode_vllm.engine.heads_as_model import with_recommended
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.heads import Heads
+from adadecode_vllm.heads.files import heads_named
 from adadecode_vllm.heads.registry import find_registered_heads
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ def find_heads_of_model(args: EngineArgs) -> Heads | None:
             f"--adadecode-heads: no exit heads given. Those of {args.model} are on the "
             f"Hub; add --adadecode-heads {found.repository} to fetch and use them."
         )
-    heads = Heads.find(found.directory)
+    with heads_named(f"{found.registry}: directory"):
+        heads = Heads.find(found.directory)
     chosen = with_recommended(heads.config, heads.name, options)
     logger.info(
         "adadecode: no heads given; using those that %s has for %s, with %s",

@@ -301,6 +301,11 @@ class AdaDecodeAsyncScheduler(AdaDecodeScheduler, AsyncScheduler):
             if len(request.spec_token_ids) > cap:
                 request.spec_token_ids = request.spec_token_ids[:cap]
 
+    def _update_request_as_session(self, session: Request, update: Any) -> None:
+        """Go on with a request's next turn, which has parameters of its own."""
+        super()._update_request_as_session(session, update)
+        self._caps.pop(session.request_id, None)
+
     def _cap(self, request: Request) -> int:
         cap = self._caps.get(request.request_id)
         if cap is None:

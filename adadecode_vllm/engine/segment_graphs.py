@@ -106,7 +106,7 @@ class Steps:
     def run(self, kind: StepKind, tokens: int) -> None:
         """Run a step's segment in the forward context that is set.
 
-        :meth:`StepBuffers.refresh` came before it.
+        :meth:`StepBuffers.refresh` came before it where the segment has layers.
 
         Args:
             kind: What to do.
@@ -215,18 +215,21 @@ class SegmentGraphs(CudaGraphManager):
             )
             states = np.full(tokens, buffers.pending.padding_row)
             buffers.send(nobody, states, np.zeros(tokens, np.int64), tokens, requests)
-            metadata = buffers.metadata(
-                tokens,
-                requests,
-                self.kind.max_query_len,
-                starts,
-                for_capture=True,
-            )
-            slots = buffers.slots_by_layer(tokens)
+            metadata = slots = None
+            if self.kind.segment >= 0:
+                metadata = buffers.metadata(
+                    tokens,
+                    requests,
+                    self.kind.max_query_len,
+                    starts,
+                    for_capture=True,
+                )
+                slots = buffers.slots_by_layer(tokens)
 
             def forward(mode: CUDAGraphMode) -> None:
-                buffers.refresh(tokens, requests)
-                buffers.refresh_metadata(metadata)
+                if metadata is not None:
+                    buffers.refresh(tokens, requests)
+                    buffers.refresh_metadata(metadata)
                 with set_forward_context(
                     metadata,
                     self.vllm_config,

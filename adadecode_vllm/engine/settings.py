@@ -35,6 +35,7 @@ _CHANGEABLE = {
     "gate",
     "last_guess",
     "ngram",
+    "policy",
     "synthetic_acceptance_rate",
 }
 
@@ -60,6 +61,7 @@ class Settings:
             heads: The heads' description.
         """
         self._heads = heads
+        self._times_steps = config.policy == "cost"
         self._max_draft_tokens = config.max_early_predictions
         self._options: dict[str, RequestOptions] = {}
         self._plain: set[str] = set()
@@ -76,7 +78,8 @@ class Settings:
     def configure(self, options: Mapping[str, Any]) -> None:
         """Change when to predict early, for studies on a running engine.
 
-        As at start-up, a threshold decides in place of costs.
+        As at start-up, a threshold decides in place of costs, unless ``policy`` is
+        given too.
 
         Args:
             options: Those of :data:`_CHANGEABLE`; what is not named stays.
@@ -91,9 +94,15 @@ class Settings:
                 "engine. Set it in --adadecode-config."
             )
         changed = {**self._config.model_dump(), **options}
-        if not OF_THRESHOLDS.isdisjoint(options):
+        if "policy" not in options and not OF_THRESHOLDS.isdisjoint(options):
             changed["policy"] = "threshold"
         config = parse_config(changed)
+        if config.policy == "cost" and not self._times_steps:
+            raise AdaDecodeError(
+                'adadecode_configure: policy = "cost" is refused: this engine was '
+                "started with thresholds and times no steps. Start it with "
+                '"policy": "cost" in --adadecode-config.'
+            )
         if config.max_early_predictions > self._max_draft_tokens:
             raise AdaDecodeError(
                 f"adadecode_configure: max_early_predictions = "

@@ -129,7 +129,7 @@ class SpeculatorSetup(BaseSpeculator):
         kinds = [
             kind
             for kind in self._kinds
-            if (support == 2 or kind.max_query_len <= support)
+            if (kind.segment < 0 or support == 2 or kind.max_query_len <= support)
             and self._graphs(kind).largest
         ]
         if not kinds:

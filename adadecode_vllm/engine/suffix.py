@@ -76,7 +76,8 @@ class SuffixLookup:
 
     def forget(self, request_ids: Collection[str]) -> None:
         """Release the prompts of finished requests; their answers stay for others."""
-        for request_id in request_ids:
+        # In the same order on every rank, so that all evict the same answers (I7).
+        for request_id in sorted(request_ids):
             known = self._known.pop(request_id, None)
             if known is None:
                 continue
@@ -86,6 +87,17 @@ class SuffixLookup:
             self._kept += answer
         while self._kept > CACHED_TOKENS:
             self._evict(next(iter(self._answers)))
+
+    def forget_answers(self) -> None:
+        """Let go of all answers, and look in each request alone from now on.
+
+        For measurements, which ask for the same texts again and again.
+        """
+        self._cache = type(self._cache)(TREE_DEPTH, 0)
+        self._known.clear()
+        self._first.clear()
+        self._answers.clear()
+        self._kept = 0
 
     def _evict(self, request_id: str) -> None:
         """Let go of a finished answer, if it is remembered."""

@@ -30,6 +30,11 @@ class AdaDecodeWorker:
         ):
             return super().compile_or_warm_up_model()  # type: ignore[misc]
 
+    def update_max_model_len(self, max_model_len: int) -> None:
+        """Take over the length for which the KV cache has room."""
+        super().update_max_model_len(max_model_len)  # type: ignore[misc]
+        self.model_runner.proposer.cycle.max_model_len = max_model_len
+
     def update_weights(self, *args: Any, **kwargs: Any) -> None:
         """Receive some of the new weights; what the old ones computed is dropped (I2).
 
@@ -153,13 +158,22 @@ class AdaDecodeWorker:
         Args:
             **options: ``threshold``, ``gate``, ``last_guess`` and
                 ``synthetic_acceptance_rate``, which also end deciding by costs,
-                ``ngram``, and ``max_early_predictions`` up to the engine's own; what is
-                not named stays.
+                ``policy``, which goes back to it, ``ngram``, and
+                ``max_early_predictions`` up to the engine's own; what is not named
+                stays.
 
         Raises:
             AdaDecodeError: If an option cannot be changed or its value is wrong.
         """
         self._adadecode.configure(options)
+
+    def adadecode_forget_answers(self) -> None:
+        """Look up nothing in earlier answers; reached through ``LLM.collective_rpc``.
+
+        With ``lookup: "suffix"`` the engine remembers answers. A measurement that asks
+        for the same texts again must not find them there.
+        """
+        self._adadecode.forget_answers()
 
     @property
     def _adadecode(self) -> AdaDecode:

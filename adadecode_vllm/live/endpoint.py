@@ -10,6 +10,7 @@ import time
 from argparse import Namespace
 from base64 import b64encode
 from importlib.resources import files
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
@@ -56,6 +57,7 @@ class LiveEndpoint:
         self._config: AdaDecodeConfig | None = None
         self._server: dict[str, Any] = {}
         self._lately = Lately()
+        self._reading = Lock()
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes; see vLLM."""
@@ -85,7 +87,8 @@ class LiveEndpoint:
         """The page; it holds nothing that anybody sent."""
         return HTMLResponse(self._html, headers=self._headers)
 
-    # Not a coroutine: with several API servers the counters are in files.
+    # Not a coroutine: with several API servers the counters are in files. So several
+    # threads may ask, and an older reading must not be compared after a newer one.
     def stats(self) -> JSONResponse:
         """All figures; counters of all API servers, requests of this one."""
         if self._config is None:
@@ -93,11 +96,12 @@ class LiveEndpoint:
                 "This server was started without --plugin adadecode, or with "
                 '"enabled": false.'
             )
-        counted = _counted()
-        if counted is None:
-            return _refusal("This server was started with --disable-log-stats.")
+        with self._reading:
+            counted = _counted()
+            if counted is None:
+                return _refusal("This server was started with --disable-log-stats.")
+            lately = self._lately.since(time.monotonic(), counted)
         host_times = self._server["device"] == "cpu"
-        lately = self._lately.since(time.monotonic(), counted)
         return JSONResponse(
             {
                 "version": __version__,

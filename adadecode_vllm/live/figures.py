@@ -16,7 +16,10 @@ _LEAST_SECONDS = 0.5  # between two readings that are kept
 
 
 class Lately:
-    """Remembers readings of the last minute; as many as were asked for."""
+    """Remembers readings of the last minute; as many as were asked for.
+
+    For one thread at a time, with readings in the order in which they were taken.
+    """
 
     def __init__(self) -> None:
         """Start with nothing."""

@@ -119,6 +119,11 @@ class CombinedDrafter:
                 if expected is not None:
                     expected = np.concatenate((expected, np.ones(more)))
             drafts.append(Drafts(tokens.tolist() + tail.token_ids, exits, expected))
+        if all(
+            len(own.exits) == length - 1
+            for own, length in zip(drafts, window.length, strict=True)
+        ):
+            window = self._drafter.prefetch() or window
         return window, drafts
 
     def _record_scoring(

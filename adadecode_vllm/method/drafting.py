@@ -47,6 +47,7 @@ class Drafter:
         self.policy = policy
         self.stats = stats
         self._random = np.random.default_rng(0)
+        self._drafted: tuple[Cycle, bool] | None = None
 
     def draft(
         self, requests: DraftRequests, candidates: Candidates | None = None
@@ -89,8 +90,7 @@ class Drafter:
             )  # fmt: skip
         ended = time.perf_counter()
         self.states.finished = None
-        if requests.contexts is None:
-            self._prefetch(cycle, requests.alone)
+        self._drafted = cycle, requests.alone
         window = cycle.window()
         for exit_index in range(len(self.stats.exit_layers)):
             predictions = np.count_nonzero(window.exits == exit_index)
@@ -175,21 +175,23 @@ class Drafter:
         rows = self.executor.to_device(requests.final_rows)
         return requests.final_states.index_select(0, rows)
 
-    def _prefetch(self, cycle: Cycle, alone: bool) -> None:
+    def prefetch(self) -> Window | None:
         """Let the device work while the host schedules the next step.
 
-        Nothing waits for it. Where the next step will hold these requests only, all of
-        its forward runs now, and the step finds it done. Otherwise the last early
+        Called once it is known that the windows just drafted are all that the step will
+        verify. Nothing waits for it. Where the step will hold these requests only, all
+        of its forward runs now, and the step finds it done. Otherwise the last early
         predictions run the first segment, which they will in any case; the rest waits
         for the other requests, to share a pass over the weights with them.
 
-        Args:
-            cycle: The windows.
-            alone: Whether the next step will hold these requests only.
+        Returns:
+            The windows as they are then; None where there is nothing to run.
         """
-        steps = self.executor.steps
-        if steps is None:
-            return
+        steps, drafted = self.executor.steps, self._drafted
+        self._drafted = None
+        if steps is None or drafted is None:
+            return None
+        cycle, alone = drafted
         if (
             alone
             and len(cycle.active) <= MAX_PREFETCHED_REQUESTS
@@ -197,9 +199,9 @@ class Drafter:
             and cycle.has_slots()
         ):
             self._finish(cycle, steps)
-            return
+            return cycle.window()
         if self.executor.num_segments == 1:
-            return
+            return None
         chosen = cycle.fresh_drafts()
         if len(chosen) and (tokens := cycle.standing(chosen, 0))[0].num_tokens <= (
             steps.max_tokens
@@ -207,6 +209,7 @@ class Drafter:
             steps.prefetch_segment(0, *tokens)
             cycle.advance(chosen, 0)
             self.stats.count_segment(0, tokens[0].num_tokens)
+        return cycle.window()
 
     def _finish(self, cycle: Cycle, steps: StepRunner) -> None:
         """Run everything that is left of all tokens."""

@@ -57,9 +57,9 @@ def test_two_servers_under_load(
     assert baseline["figures"]["ratio"]["median"] == 1
     assert baseline["figures"]["acceptance"] is None
     assert adadecode["figures"]["texts"] == {"same": 4, "different": 0}
-    early = adadecode["figures"]["early_predictions"]
-    assert 0 < early["coverage"] <= early["rate"]
-    assert 0 < early["acceptance"] <= 1
+    drafts = adadecode["figures"]["drafts"]
+    assert 0 < drafts["coverage"] <= drafts["rate"]
+    assert 0 < drafts["acceptance"] <= 1
     servers = [
         process
         for process in psutil.Process().children(recursive=True)

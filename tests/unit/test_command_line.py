@@ -140,10 +140,22 @@ def test_off(cli: argparse.ArgumentParser) -> None:
     assert requested_config(args) is None
 
 
+def test_off_without_heads(cli: argparse.ArgumentParser) -> None:
+    """As if the plugin were not installed: which heads is of no interest."""
+    switched_off = ("--adadecode-config", '{"enabled": false}')
+    assert requested_config(from_cli(cli, "--plugin", "adadecode", *switched_off)) is (
+        None
+    )
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--adadecode-heads", "H"], "--adadecode-heads: it has no effect without"),
+        (
+            ["--plugin", "adadecode", "--adadecode-heads", ""],
+            "--adadecode-heads: '' names no heads. Give their directory",
+        ),
         (
             ["--plugin", "adadecode", "--adadecode-config", "{"],
             "--adadecode-config: '{' is not JSON",

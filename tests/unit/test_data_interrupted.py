@@ -381,6 +381,60 @@ def test_two_runs_do_not_write_to_one_directory(
     assert make_data(options).complete
 
 
+@pytest.mark.parametrize("moves", [0, 3, 10])
+def test_two_runs_do_not_replace_the_same_data(
+    options: DataOptions, monkeypatch: pytest.MonkeyPatch, moves: int
+) -> None:
+    """Whether a replacement waits for its place, or is taking it."""
+    make_data(options)
+    move, calls = Path.replace, iter(range(100))
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if next(calls) == moves:
+            raise KeyboardInterrupt
+        return move(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            make_data(other(options))
+    if not moves:  # killed just before
+        (options.out / "replacement" / "replaced").rmdir()
+    before = content(options.out)
+    with (
+        alone(options.out),
+        pytest.raises(AdaDecodeError, match="another `adadecode data` is writing"),
+    ):
+        make_data(other(options))
+    assert content(options.out) == before
+    new = make_data(other(options))
+    assert load_dataset_info(options.out) == new
+    assert new.sources["arguments"]["max-new-tokens"] == 50
+    assert len(content(options.out)) == 6
+
+
+@pytest.mark.parametrize("moves", [0, 3])
+def test_a_replacement_that_cannot_take_its_place(
+    options: DataOptions, monkeypatch: pytest.MonkeyPatch, moves: int
+) -> None:
+    """A sentence, when the command is given again too."""
+    make_data(options)
+    move, calls = Path.replace, iter(range(100))
+
+    def full(self: Path, target: Path) -> Path:
+        if self.parent == options.out and next(calls) >= moves:
+            raise OSError(28, "No space left on device")
+        return move(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", full)
+        for _ in range(2):
+            with pytest.raises(AdaDecodeError, match="No space left on device"):
+                make_data(other(options))
+    assert make_data(other(options)).complete
+    assert len(content(options.out)) == 6
+
+
 # Progress
 
 

@@ -222,6 +222,11 @@ def test_bad_selections(selection: Selection, message: str) -> None:
             gzip.compress(b"x" * 999, mtime=0)[:20],
             "not a whole gzip file",
         ),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b"x" * 999, mtime=0)[:10] + b"\x07" + b"x" * 99,
+            "not a whole gzip file (Error -3 while decompressing",
+        ),
         ("a.json", b'{"text": "x"}', "a.json: not a JSON array"),
         ("a.json", b"[", "a.json: not JSON ("),
         ("a.json", b"[1]", "a.json, element 0: not a JSON object"),

@@ -230,6 +230,23 @@ def test_instructions(
     assert (finding.status, text in finding.text) == (status, True)
 
 
+def test_few_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    def threads(cores: int) -> Finding:
+        monkeypatch.setattr(
+            machine.os, "sched_getaffinity", lambda _: set(range(cores))
+        )
+        return by_check(list(machine.check_cpu()))["threads"]
+
+    for name in ("VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_NUM_OF_RESERVED_CPU"):
+        monkeypatch.delenv(name, raising=False)
+    assert threads(5).status == "ok"
+    assert threads(4).status == "warning"
+    assert "VLLM_CPU_NUM_OF_RESERVED_CPU=0" in threads(2).remedy
+    monkeypatch.setenv("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
+    assert threads(2).status == "ok"
+    assert "VLLM_CPU_NUM_OF_RESERVED_CPU" in threads(2).text
+
+
 def test_preloaded_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "machine", lambda: "x86_64")
     monkeypatch.setattr(machine, "_LIBRARIES", (tmp_path,))
@@ -537,6 +554,49 @@ def test_the_training_tells_agreement_only(heads: Path) -> None:
     assert (finding.status, finding.figures["speedup"]) == ("warning", None)
     assert "50.0 % after layer 1, 75.0 % after layer 3" in finding.text
     assert "adadecode eval" in finding.remedy
+
+
+def test_agreement_is_that_of_the_epoch_that_was_kept(heads: Path) -> None:
+    (heads / "run").mkdir()
+    held_out = [
+        {
+            "epoch": epoch,
+            "loss": {"1": loss, "3": 0.1},
+            "agreement": {"1": loss, "3": 0.75},
+            "draft_vocabulary": 4096,
+        }
+        for epoch, loss in ((1, 0.5), (2, 0.25), (3, 0.3))
+    ]
+    (heads / "run" / "history.json").write_text(
+        json.dumps({"steps": [], "held_out": held_out})
+    )
+    among = "among the 4,096 tokens of the draft vocabulary"
+    expected = f"25.0 % after layer 1, 75.0 % after layer 3 {among}."
+    assert expected in speed(heads).text
+
+
+def test_heads_that_recommend_something_are_served_by_their_name(heads: Path) -> None:
+    damage(heads, "config.json", recommended={"exit_layers": [1]})
+    evaluate(heads, speedup=1.3)
+    assert f"vllm serve {heads} --plugin adadecode" in speed(heads).remedy
+    # Another setting was found with all exits, which only the model's name brings.
+    evaluate(heads, speedup=1.5)
+    remedy = speed(heads).remedy
+    assert f"--adadecode-heads {heads} and --adadecode-config '" in remedy
+    damage(heads, "config.json", recommended=None)
+    assert "--adadecode-heads" not in speed(heads).remedy
+
+
+def test_requests_and_rows_of_the_grid_are_told(heads: Path) -> None:
+    evaluate(heads)
+    assert "at a time, where rows cost nothing, on text like" in speed(heads).text
+    conditions = {"requests": 8, "row_costs": {"1": 1.0, "72": 3.456}}
+    simulation = {**make_evaluation()["simulation"], **conditions}
+    damage(heads, "evaluation/evaluation.json", simulation=simulation)
+    finding = speed(heads)
+    assert "8 requests at a time, where 72 rows cost 3.46 times one" in finding.text
+    assert "it is unknown" not in finding.text
+    assert finding.figures["batch_sizes"] == [8]
 
 
 def test_untrained_heads(model: Path, tmp_path: Path) -> None:

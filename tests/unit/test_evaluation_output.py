@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from adadecode_vllm.toolkit import progress as progress_module
+from adadecode_vllm.toolkit.evaluation import run as run_module
 from adadecode_vllm.toolkit.evaluation.output import EVALUATION_FILE
 from adadecode_vllm.toolkit.report.write import REPORT_FILES
+from adadecode_vllm.toolkit.states.teacher import Teacher
 from tests.command import run
 from tests.data_directory import write_answers
 
@@ -87,6 +89,41 @@ def test_what_cannot_be_read_is_told_before_anything_is_written(
     ]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--gate", "acceptance"), "error: --gate acceptance: the heads are not cal"),
+        (("--output", "{}/file/new"), "error: --output {0}/file/new: {0}/file is a fi"),
+        (("--max-length", "-5"), "--max-length"),
+    ],
+)
+def test_mistakes_are_told_before_the_model_is_loaded(
+    model: Path,
+    heads: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    def load(*_arguments: object, **_options: object) -> Teacher:
+        raise AssertionError("the model is not needed")
+
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(Teacher, "load", load)
+    given = [argument.format(tmp_path) for argument in arguments]
+    assert run("eval", model, heads, "--data", data, *given) == 2
+    assert message.format(tmp_path) in capsys.readouterr().err
+
+
+def test_without_a_simulation_any_gate_will_do(
+    model: Path, heads: Path, data: Path
+) -> None:
+    argv = ("eval", model, heads, "--data", data, "--no-plots", "--answers", 0)
+    assert run(*argv, "--gate", "acceptance") == 0
+
+
 def test_errors_name_the_argument(
     model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -151,10 +188,32 @@ def test_progress_without_a_terminal(
     for line in (
         r"measuring: 12 of 12 texts after \d s, \S+ texts/s",
         r"reading exits: 12 of 12 answers after \d s, \S+ answers/s",
-        r"simulating: 63 of 63 settings after \d s, \S+ settings/s",
+        r"simulating: 12 of 12 answers after \d s, \S+ answers/s",
         r"playing the defaults: 12 of 12 answers after \d s, \S+ answers/s",
     ):
         assert re.search(f"^{line}$", err, re.MULTILINE), err
+
+
+def test_an_exit_that_is_recommended_and_missing_is_told_first(
+    model: Path,
+    heads: Path,
+    data: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As the engine tells it."""
+
+    def measure(*_arguments: object, **_options: object) -> object:
+        raise AssertionError("nothing is measured before")
+
+    monkeypatch.setattr(run_module, "measure", measure)
+    config = json.loads((heads / "config.json").read_text())
+    config["recommended"] = {"exit_layers": [3]}
+    (heads / "config.json").write_text(json.dumps(config))
+    assert run("eval", model, heads, "--data", data) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: --adadecode-config: exit_layers = [3] is refused: ")
+    assert f"{heads} has no head after layer 3. Choose among [1, 2]" in error
 
 
 def test_the_engines_defaults_are_played(
@@ -169,7 +228,8 @@ def test_the_engines_defaults_are_played(
         shown = " ".join(capsys.readouterr().out.split())
         report = json.loads((heads / "evaluation" / EVALUATION_FILE).read_text())
         defaults = report["defaults"]
-        assert "where 6 rows cost 1.60 times one" in shown
+        # Of both predictions.
+        assert shown.count("one request at a time, where 6 rows cost 1.60 times") == 2
         assert f"With the engine's defaults {defaults['speedup']:.2f}x" in shown
         found.append(defaults)
     assert found[0] == found[1]

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from adadecode_vllm.files import (
     atomic_write,
     free_name,
+    locked,
     remove_left_overs,
     without_temporary,
     writing,
@@ -130,6 +131,18 @@ def test_left_overs_are_ours_and_of_dead_processes(tmp_path: Path) -> None:
         (tmp_path / name).write_text("")
     remove_left_overs(tmp_path, re.compile("a"))
     assert sorted(content(tmp_path)) == sorted(keep)
+
+
+def test_a_directory_is_somebodys_for_a_block(tmp_path: Path) -> None:
+    directory = tmp_path / "new" / "directory"
+    taken = RuntimeError("taken")
+    with locked(directory, taken):
+        with pytest.raises(RuntimeError, match="taken"), locked(directory, taken):
+            pytest.fail("two have it")
+        with locked(tmp_path, taken):
+            pass  # another one
+    with locked(directory, taken):
+        assert content(directory) == {}
 
 
 def test_a_free_name(tmp_path: Path) -> None:

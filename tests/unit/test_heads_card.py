@@ -13,7 +13,12 @@ from huggingface_hub import ModelCard
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.heads import load_heads_config, load_tensors
 from adadecode_vllm.heads.hub import is_hub_id
-from adadecode_vllm.toolkit.publishing.card import render_card, write_card
+from adadecode_vllm.toolkit.publishing.card import (
+    name_repository,
+    predicted_best,
+    render_card,
+    write_card,
+)
 from adadecode_vllm.toolkit.publishing.save import (
     make_speculators_config,
     save_pretrained,
@@ -21,6 +26,7 @@ from adadecode_vllm.toolkit.publishing.save import (
 from tests.published_heads import (
     BASE,
     FILES,
+    TRAINING,
     D,
     argument,
     make_config,
@@ -126,6 +132,47 @@ def test_card_of_unknown_training() -> None:
     ]
 
 
+RECOMMENDED = {"exit_layers": [3], "max_early_predictions": 4}
+
+
+def test_card_serves_heads_that_recommend_something_by_their_name() -> None:
+    """Only so an engine follows it; the other command says the same by options."""
+    card = render_card(make_config(recommended=RECOMMENDED), "my heads")
+    assert serve_words(card) == ["vllm", "serve", "my heads", "--plugin", "adadecode"]
+    named = serve_words(card[card.index("the model\nis named") :])
+    assert named[:3] == ["vllm", "serve", BASE]
+    assert argument(named, "--adadecode-heads") == "my heads"
+    assert json.loads(argument(named, "--adadecode-config")) == RECOMMENDED
+
+
+def test_card_names_the_model_where_another_setting_is_faster() -> None:
+    config = make_config(recommended=RECOMMENDED)
+    evaluation = make_evaluation()  # with all exits
+    card = render_card(config, "heads", evaluation=evaluation)
+    words = serve_words(card)
+    assert words[2] == BASE
+    options = json.loads(argument(words, "--adadecode-config"))
+    assert options == {"threshold": 0.6, "max_early_predictions": 8}
+    assert "`vllm serve heads --plugin adadecode` serves with what" in card
+    evaluation["defaults"]["speedup"] = 1.75
+    card = render_card(config, "heads", evaluation=evaluation)
+    assert serve_words(card)[2] == "heads"
+    assert "Predicted speedup with the engine's defaults: 1.75x." in card
+
+
+def test_card_of_registered_heads_names_the_model_only() -> None:
+    card = render_card(make_config(recommended=RECOMMENDED), None)
+    assert serve_words(card) == ["vllm", "serve", BASE, "--plugin", "adadecode"]
+    assert card.count("vllm serve") == 1
+
+
+def test_card_names_a_repository_in_both_commands() -> None:
+    config = make_config(recommended=RECOMMENDED)
+    for heads in ("heads", "my heads"):
+        card = name_repository(render_card(config, heads), "ann/heads")
+        assert card == render_card(config, "ann/heads")
+
+
 def test_serve_command_survives_any_path() -> None:
     card = render_card(make_config(base_model="my models/it's"), "/tmp/a b/$HOME")
     words = serve_words(card)
@@ -140,7 +187,18 @@ def test_card_with_figures() -> None:
     assert "Predicted speedup with this setting: 1.52x." in card
     assert "On 13,047 held-out tokens (held-out)" in card
     assert "| 4 | 90.3 % | 0.123 | 0.6 | 63.2 % | 92.0 % |" in card
+    # What an earlier version did not say, its grid assumed.
+    assert "one request at a time, where rows cost nothing;\nthe LM head takes" in card
     assert "LM head takes 7.1 % of a plain step" in card
+
+
+def test_card_tells_what_rows_cost() -> None:
+    evaluation = make_evaluation()
+    conditions = {"requests": 8, "row_costs": {"1": 1.0, "72": 3.456}}
+    evaluation["simulation"] |= conditions
+    card = render_card(make_config(), "heads", evaluation=evaluation)
+    assert "8 requests at a time, where 72 rows cost 3.46 times one;" in card
+    assert predicted_best(card) is not None
 
 
 def test_card_counts_parameters() -> None:
@@ -202,6 +260,42 @@ def test_card_tells_nothing_of_the_machine(heads: Path) -> None:
     assert "/data/" not in body
     assert "/home/" not in body
     assert "| data.path | gsm8k |" in text
+
+
+def test_card_cuts_each_path_of_a_list() -> None:
+    training = {"data": ["/data/x y/gsm", "/data/runs/mbpp", "local/xsum"]}
+    evaluation = make_evaluation(data="/data/runs/problems, /data/runs/code")
+    card = render_card(make_config(), "h", training=training, evaluation=evaluation)
+    assert "| data | gsm, mbpp, local/xsum |" in card
+    assert "held-out tokens (problems, code)" in card
+    assert "/data/" not in card
+
+
+@pytest.mark.parametrize(
+    ("training", "among"),
+    [
+        ({}, None),
+        ({"settings": {"draft_vocabulary": None}}, None),
+        # As earlier versions recorded it: what was asked for.
+        ({"settings": {"draft_vocabulary": 9}}, 9),
+        ({"settings": {"draft_vocabulary": 4096}}, 20),
+        ({"held_out": {"draft_vocabulary": 1234}}, 1234),
+    ],
+)
+def test_card_tells_among_which_tokens_agreement_was(
+    training: dict[str, Any], among: int | None
+) -> None:
+    held_out = {**TRAINING["held_out"], **training.get("held_out", {})}
+    card = render_card(
+        make_config(draft_vocabulary=20),
+        "heads",
+        training={**training, "held_out": held_out},
+    )
+    words = "held out of the training;\nagreement is with the final layer's top token "
+    if among is None:
+        assert "On text held out of the training:\n" in card
+    else:
+        assert f"{words}among the {among:,} tokens of the draft vocabulary:\n" in card
 
 
 def test_write_card(heads: Path) -> None:

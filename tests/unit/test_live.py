@@ -9,7 +9,9 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -203,6 +205,37 @@ def test_stats(registered: AdaDecodeProm, monkeypatch: pytest.MonkeyPatch) -> No
         "accepted": 5,
         "accepted_share": 0.5,
     }
+
+
+def test_readings_are_compared_in_the_order_in_which_they_were_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An older one after a newer one would look like a server that began anew."""
+    first_taken, second_compared = Event(), Event()
+    readings = iter((5.0, 8.0))
+    compared: list[float] = []
+
+    def take() -> Counted:
+        tokens = next(readings)
+        if tokens == 5.0:
+            first_taken.set()
+            second_compared.wait(0.5)  # it has every chance to overtake
+        return counted(generated_tokens=tokens)
+
+    def since(self: Lately, now: float, found: Counted) -> None:
+        compared.append(found.totals["generated_tokens"])
+        if compared[-1] == 8.0:
+            second_compared.set()
+
+    monkeypatch.setattr(endpoint, "_counted", take)
+    monkeypatch.setattr(Lately, "since", since)
+    asking = client(OPTIONS)
+    with ThreadPoolExecutor(2) as pool:
+        answers = [pool.submit(asking.get, "/adadecode/stats")]
+        assert first_taken.wait(30)
+        answers.append(pool.submit(asking.get, "/adadecode/stats"))
+    assert [answer.result().status_code for answer in answers] == [200, 200]
+    assert compared == [5.0, 8.0]
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,23 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from adadecode_vllm.method.admission import AcceptanceRecord
+from adadecode_vllm.method.combined import CombinedDrafter
 from adadecode_vllm.method.cycle import DraftRequests
-from adadecode_vllm.method.lookup import Candidates, Contexts, Continuation, Query
+from adadecode_vllm.method.ledger import Window
+from adadecode_vllm.method.lookup import (
+    NOTHING,
+    Candidates,
+    Contexts,
+    Continuation,
+    Query,
+)
+from adadecode_vllm.method.stats import Stats
 
 LEAST = 0.2
 
@@ -39,6 +49,13 @@ def lookup() -> Fake:
 def contexts(
     lookup: Fake, ways: list[str], least: float | None = LEAST, last: int = 2
 ) -> Contexts:
+    names, requests = of_requests(ways, least, last)
+    return Contexts(names, requests, lambda: lookup)
+
+
+def of_requests(
+    ways: list[str], least: float | None = LEAST, last: int = 2
+) -> tuple[list[str], DraftRequests]:
     size = len(ways)
     names = [f"r{index}" for index in range(size)]
     requests = DraftRequests(
@@ -53,7 +70,7 @@ def contexts(
     if least is not None:
         admission = AcceptanceRecord().admission(names, np.full(size, least))
         requests = replace(requests, admission=admission)
-    return Contexts(names, requests, lambda: lookup)
+    return names, requests
 
 
 def test_one_matching_token_is_enough_for_a_chain_with_costs(lookup: Fake) -> None:
@@ -104,3 +121,41 @@ def test_no_candidate_is_sure_where_thresholds_decide(
     assert candidates.token_ids.tolist() == [9]
     assert candidates.sure.tolist() == candidates.sure_at_once.tolist() == [sure]
     assert bool(candidates.promises[0] > 0) is sure
+
+
+class NoDrafts:
+    """Exits that are never sure, and whose next forward can be prefetched."""
+
+    def __init__(self) -> None:
+        self.prefetched = 0
+
+    def draft(self, requests: DraftRequests, candidates: Any) -> Window:
+        size = len(requests.rows)
+        shape = (size, 5)
+        return Window(
+            requests.positions,
+            np.ones(size, np.int64),
+            np.zeros(shape, np.int64),
+            np.zeros(shape, np.int8),
+            np.zeros(shape, np.int8),
+            None,
+            None,
+        )
+
+    def prefetch(self) -> None:
+        self.prefetched += 1
+
+
+def test_a_forward_is_prefetched_where_nothing_was_looked_up_behind_it(
+    lookup: Fake,
+) -> None:
+    exits: Any = NoDrafts()
+    combined = CombinedDrafter(exits, AcceptanceRecord(), Stats([0], 4), lambda: lookup)
+    names, requests = of_requests(["tail", "first"], least=None)
+    combined.draft(names, requests)
+    assert exits.prefetched == 0
+    lookup.find = lambda query: NOTHING  # type: ignore[method-assign]
+    combined.draft(names, requests)
+    assert exits.prefetched == 1
+    combined.draft(names, replace(requests, contexts=None, ways=None))
+    assert exits.prefetched == 2

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from socketserver import BaseRequestHandler, TCPServer
 from threading import Thread
 from types import SimpleNamespace
 from typing import Any
@@ -285,11 +286,16 @@ def test_the_dashboard_asks_for_metrics_that_exist() -> None:
     panels = dashboard["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels) >= 8
     queried: set[str] = set()
+    legends: list[str] = []
     for panel in panels:
         assert panel["title"]
         assert panel["description"]
         for target in panel["targets"]:
             queried.update(re.findall(r"vllm:\w+", target["expr"]))
+            legends.append(target.get("legendFormat", ""))
+    # Labels fill in the others; one that was copied names another panel's figure.
+    own = [legend for legend in legends if legend and "{{" not in legend]
+    assert len(set(own)) == len(own)
     ours = {name for name in queried if name.startswith(PREFIX)}
     assert ours <= _documented()
     # All but how often pending tokens are resumed.
@@ -396,6 +402,31 @@ def test_stats_of_something_else(
     error = capsys.readouterr().err
     assert error.startswith("error: URL http://127.0.0.1:")
     assert sentence in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (b"SSH-2.0-OpenSSH\r\n", "BadStatusLine("),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\nvllm", "IncompleteRead("),
+    ],
+)
+def test_stats_of_what_is_not_a_whole_answer(
+    capsys: pytest.CaptureFixture[str], answer: bytes, reason: str
+) -> None:
+    class Handler(BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(4096)
+            self.request.sendall(answer)
+
+    with TCPServer(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        assert run("stats", f"127.0.0.1:{server.server_address[1]}", "--once") == 2
+        server.shutdown()
+    error = capsys.readouterr().err
+    assert f": no whole answer ({reason}" in error
+    assert error.endswith("Start the server again, or correct the address.\n")
     assert error.count("\n") == 1
 
 

@@ -266,7 +266,8 @@ def test_page_holds_the_plots(report: Path) -> None:
         "7.1 %",  # the LM head's share
         "1.11x",  # a cell of the grid
         "0.0 % / -",  # no precision where the gate never opens
-        "Held-out text after epoch 2",
+        "for one request at a time, where rows cost nothing. Purple is",
+        "Held-out text after epoch 2 Exit Loss",
         "92.7 %",
     ],
 )
@@ -320,6 +321,19 @@ def test_files_are_replaced(report: Path, tmp_path: Path) -> None:
     write_report(tmp_path, make_evaluation())
     assert "before" not in Page(tmp_path / "report.html").text
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_what_figures_are_for_is_said(report: Path, tmp_path: Path) -> None:
+    evaluation, history = make_evaluation(), make_history()
+    evaluation["simulation"] |= {"requests": 8, "row_costs": {"1": 1.0, "72": 3.456}}
+    for point in history["held_out"]:
+        point["draft_vocabulary"] = 1000
+    write_report(tmp_path, evaluation, history)
+    text = Page(tmp_path / "report.html").text
+    assert "for 8 requests at a time, where 72 rows cost 3.46 times one." in text
+    among = "among the 1,000 tokens of the draft vocabulary"
+    assert f"Held-out text after epoch 2, agreement {among} Exit Loss" in text
+    assert f"Agreement is that of the top tokens {among}." in text
 
 
 # What is left out
@@ -418,6 +432,23 @@ def test_history_of_another_form_is_refused() -> None:
 
 def test_unknown_keys_are_ignored() -> None:
     assert parse_evaluation(make_evaluation(novel=1)).tokens == 13047
+
+
+def test_files_of_earlier_versions_are_read() -> None:
+    """Their grid is one where rows cost nothing, for one request at a time."""
+    simulation = parse_evaluation(make_evaluation()).simulation
+    assert simulation is not None
+    assert (simulation.requests, simulation.row_costs) == (1, {"1": 1.0})
+    assert parse_history(make_history()).held_out[0].draft_vocabulary is None
+
+
+def test_the_epoch_that_was_kept() -> None:
+    history = make_history()
+    history["held_out"][1]["loss"]["8"] = -1.0
+    best = parse_history(history).best
+    assert best is not None
+    assert best.epoch == 1
+    assert parse_history({"steps": []}).best is None
 
 
 def test_layers_are_numbers() -> None:

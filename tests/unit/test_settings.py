@@ -209,3 +209,16 @@ def test_a_threshold_that_is_set_decides_in_place_of_costs() -> None:
     running.configure({"threshold": 0.5})
     assert not running.by_costs
     assert running.policy.thresholds == [0.5] * 3
+    running.configure({"threshold": 0.75, "policy": "cost"})
+    assert running.by_costs
+    assert running.policy.thresholds == [0.75] * 3
+
+
+def test_costs_that_nobody_measures_cannot_decide() -> None:
+    """The scheduler times steps only where costs decide from the start."""
+    running = settings(0.5)
+    with pytest.raises(AdaDecodeError, match="started with thresholds"):
+        running.configure({"policy": "cost"})
+    assert not running.by_costs
+    running.configure({"policy": "threshold", "threshold": 0.4})
+    assert running.policy.thresholds == [0.4] * 3

@@ -223,6 +223,25 @@ def test_the_clock_agrees_with_the_formula(exit_layers: tuple[int, ...]) -> None
     assert timeless(batch) == timeless(counters)
 
 
+@pytest.mark.parametrize("exit_layers", [(0, 4), (2, 4)])
+def test_requests_together_can_be_timed_as_if_alone(
+    exit_layers: tuple[int, ...],
+) -> None:
+    cost = replace(FREE_ROWS, row_costs=RowCosts((1, 3), (1.0, 2.0)))
+    answers = [answer(ANSWER[:length], RIGHT) for length in (51, 20, 33)]
+    playing = setting(exit_layers)
+    one_by_one = total(answers, replace(playing, requests=1), cost)
+    alone = replace(playing, timed_alone=True)
+    together = total(answers, alone, cost)
+    assert together.time == pytest.approx(one_by_one.time)
+    assert timeless(together) == timeless(one_by_one)
+    assert total(answers, playing, cost).time < one_by_one.time
+    parts = total(answers[:1], alone, cost)
+    parts.add(total(answers[1:], alone, cost))
+    assert parts.time == pytest.approx(together.time)
+    assert timeless(parts) == timeless(together)
+
+
 def timeless(counters: Counters) -> dict[str, object]:
     return {**vars(counters), "time": 0}
 

@@ -76,6 +76,26 @@ def test_answers_are_bounded_by_their_tokens(
     assert find(lookup, "f", [5, 30], fewest=1).token_ids == [31]
 
 
+def test_answers_can_be_left_out(lookup: SuffixLookup) -> None:
+    """In the midst of a request too, whose own text is still looked up."""
+    for name in ("a", "b"):
+        for known in range(2, 6):
+            find(lookup, name, [1, 2, 40, 41, 42][:known])
+    lookup.forget(["a"])
+    assert find(lookup, "c", [9, 40, 41]) == ([42], 2)
+    lookup.forget_answers()
+    assert find(lookup, "d", [9, 40, 41]) == NOTHING
+    assert find(lookup, "b", [1, 2, 40, 41, 42, 1, 2]) == ([40, 41], 2)
+    lookup.forget(["b", "c", "d"])
+    # Nor are answers remembered from then on, of running requests or of others.
+    for known in range(2, 6):
+        find(lookup, "e", [1, 2, 50, 51, 52][:known])
+    assert find(lookup, "f", [9, 50, 51]) == NOTHING
+    lookup.forget(["e"])
+    assert find(lookup, "g", [9, 50, 51]) == NOTHING
+    assert find(lookup, "e", [5, 6, 7, 5, 6]) == ([7, 5], 2)
+
+
 def test_long_matches(lookup: SuffixLookup) -> None:
     run = list(range(100, 140))
     found = find(lookup, "a", [*run, 7, *run])

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.files import locked
 from adadecode_vllm.toolkit.states import cache as cache_module
 from adadecode_vllm.toolkit.states.teacher import Teacher
 from tests.data_directory import write_rows
@@ -121,6 +122,38 @@ def test_two_runs_do_not_write_to_one_cache(
 
     monkeypatch.setattr(cache_module.shutil, "disk_usage", meanwhile)
     train(teacher, data, tmp_path / "a", **options)
+
+
+def test_a_cache_that_another_run_has_begun_is_left(
+    teacher: Teacher, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both saw an empty directory."""
+    options: dict[str, Any] = {"cache_directory": tmp_path / "cache"}
+    begin = cache_module.begin
+
+    def late(directory: Path, manifest: Any) -> None:
+        monkeypatch.setattr(cache_module, "begin", begin)
+        train(teacher, data, tmp_path / "a", **options)
+        monkeypatch.setattr(Teacher, "streams", _never)
+        begin(directory, manifest)
+
+    monkeypatch.setattr(cache_module, "begin", late)
+    train(teacher, data, tmp_path / "b", **options)
+    a, b = weights_of(tmp_path / "a"), weights_of(tmp_path / "b")
+    assert all(torch.equal(a[layer], b[layer]) for layer in (1, 2))
+
+
+def test_two_runs_do_not_begin_one_cache(
+    teacher: Teacher, data: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    with (
+        locked(cache, RuntimeError("not taken")),
+        pytest.raises(AdaDecodeError, match=r"--cache-dir.*another run is writing"),
+    ):
+        train(teacher, data, tmp_path / "a", cache_directory=cache)
+    assert list(cache.iterdir()) == []
+    train(teacher, data, tmp_path / "a", cache_directory=cache)
 
 
 def _shorten(cache: Path) -> None:

@@ -52,6 +52,20 @@ def test_train_then_eval(
     assert report["simulation"]["gate"] == "acceptance"
 
 
+def test_agreement_among_few_tokens_is_told_as_such(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    heads = tmp_path / "heads"
+    few = ("--draft-vocabulary", "4", "--held-out", "0.2")
+    assert run("train", model, heads, "--data", data, *TRAIN, *few) == 0
+    among = "among the 4 tokens of the draft vocabulary"
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"exit 1: agrees with the final layer {among} on" in out
+    assert run("eval", model, heads, "--data", data, "--answers", 0) == 0
+    assert among in (heads / "README.md").read_text()
+    assert among in (heads / "evaluation" / "report.html").read_text()
+
+
 def test_train_then_eval_with_memory(
     model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -93,6 +107,13 @@ def test_train_then_eval_with_memory(
             "--draft-vocabulary 9: value error, full-size heads have the whole",
         ),
         (("--unroll", "0"), "--unroll 0: input should be greater than 0"),
+        (("--threshold", "1.5"), "--threshold 1.5: input should be less than or"),
+        (("--threshold", "-0.1"), "--threshold -0.1: input should be greater than or"),
+        (
+            ("--max-early-predictions", "0"),
+            "--max-early-predictions 0: input should be greater than or equal to 1;",
+        ),
+        (("--max-early-predictions", "129"), "--max-early-predictions 129: input"),
         (("--start", "zero"), "--start zero: input should be 'identity' or 'ridge'"),
         (
             ("--head", "full", "--start", "ridge"),
@@ -146,7 +167,8 @@ def test_eval_needs_calibration_for_the_acceptance_gate(
     heads = tmp_path / "heads"
     assert run("init-heads", model, heads, "--exit-layers", "1,2") == 0
     assert run("eval", model, heads, "--data", data, "--gate", "acceptance") == 2
-    assert "the heads are not calibrated" in " ".join(capsys.readouterr().err.split())
+    error = capsys.readouterr().err
+    assert error.startswith("error: --gate acceptance: the heads are not calibrated")
 
 
 @pytest.mark.parametrize("memory", [pytest.param(False, marks=pytest.mark.slow), True])

@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.files import locked
 from adadecode_vllm.heads import load_heads_config, load_tensors
 from adadecode_vllm.toolkit import progress as progress_module
 from adadecode_vllm.toolkit.states.teacher import Teacher
@@ -211,6 +212,32 @@ def test_the_end_may_be_interrupted_anywhere(
     assert sorted(os.listdir(tmp_path)) == [
         *("README.md", "config.json", "model.safetensors", "run")
     ]
+
+
+def test_two_runs_do_not_write_to_one_directory(
+    teacher: Teacher, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    refusal = r"^OUT .*: another `adadecode train` is writing there; wait"
+    with (
+        locked(output, RuntimeError("not taken")),
+        pytest.raises(AdaDecodeError, match=refusal),
+    ):
+        train(teacher, data, output)
+    assert content(output) == {}
+    run_it = trainer_module.Trainer.run
+
+    def meanwhile(self: Any, **options: Any) -> Any:
+        before = content(output)
+        with pytest.raises(AdaDecodeError, match=refusal):
+            train(teacher, data, output, **ANOTHER)
+        assert content(output) == before
+        return run_it(self, **options)
+
+    monkeypatch.setattr(trainer_module.Trainer, "run", meanwhile)
+    train(teacher, data, output)
+    monkeypatch.undo()
+    train(teacher, data, output, **ANOTHER)
 
 
 @pytest.mark.parametrize("head", ["transform", "full"])

@@ -22,7 +22,7 @@ from adadecode_vllm.toolkit.evaluation.measure import measure
 from adadecode_vllm.toolkit.evaluation.run import SimulationGrid, evaluate_heads
 from adadecode_vllm.toolkit.states.cache import LiveStates
 from adadecode_vllm.toolkit.states.teacher import Teacher
-from adadecode_vllm.toolkit.states.texts import load_texts, split_held_out
+from adadecode_vllm.toolkit.states.texts import Text, load_texts, split_held_out
 from adadecode_vllm.toolkit.training.recommend import recommend
 from adadecode_vllm.toolkit.training.ridge import ridge_heads
 from adadecode_vllm.toolkit.training.run import Reporter, RunOptions, train_heads
@@ -262,6 +262,24 @@ def test_early_stopping_keeps_the_best(
     assert min(losses) == losses[record["best_epoch"] - 1]
 
 
+def test_texts_that_occur_again_stay_on_one_side() -> None:
+    texts = [Text((index, 7, 8), 0) for index in range(20)]
+    training, held_out = split_held_out(texts, 0.25, 3)
+    # Without such texts as it always was, so that unfinished runs are continued.
+    drawn = torch.randperm(20, generator=torch.Generator().manual_seed(3))[:5]
+    assert held_out == [texts[index] for index in sorted(drawn.tolist())]
+    assert training == [text for text in texts if text not in held_out]
+    # Also where another part of it is the prompt.
+    again = [Text(text.token_ids, 1) for text in texts]
+    both = split_held_out([*texts, *again], 0.25, 3)
+    for part, before in zip(both, (training, held_out), strict=True):
+        assert part[: len(before)] == before
+        assert [t.token_ids for t in part[len(before) :]] == [
+            t.token_ids for t in before
+        ]
+    assert split_held_out(texts[:1] * 4, 0.5, 0) == (texts[:1] * 4, [])
+
+
 def test_automatic_exits(teacher: Teacher, data: Path, tmp_path: Path) -> None:
     choices: list[Any] = []
     record = train_heads(
@@ -327,6 +345,9 @@ def test_training_sees_the_draft_vocabulary_only(
     token_ids = load_tensors(tmp_path, config).draft_token_ids
     assert token_ids is not None
     assert config.default_draft_vocabulary == len(token_ids) == 20
+    # So its agreement is among these, which is told with it.
+    assert record["held_out"]["draft_vocabulary"] == 20
+    assert "top token among the 20 tokens of" in (tmp_path / "README.md").read_text()
     # The first step is of T = I on all texts: the divergence among these tokens.
     texts = load_texts([data], teacher, None)
     training, _ = split_held_out(texts, record["settings"]["held_out"], 0)

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from adadecode_vllm.method.policy import ThresholdPolicy
 from adadecode_vllm.toolkit.evaluation.answers import known_answers
 from adadecode_vllm.toolkit.evaluation.measure import measure
 from adadecode_vllm.toolkit.evaluation.simulate import Setting, total
-from adadecode_vllm.toolkit.states.teacher import Teacher
+from adadecode_vllm.toolkit.states.teacher import KeyValues, Teacher
 from adadecode_vllm.toolkit.states.texts import load_texts
 from adadecode_vllm.toolkit.training import ridge
 from adadecode_vllm.toolkit.training.objective import Objective, evaluate_unrolled
@@ -312,7 +315,73 @@ def test_without_memory_drafts_are_tokens_like_any_other(
     assert counters[0] != counters[2]
 
 
+@pytest.mark.parametrize("with_memory", [False, True])
+def test_few_answers_keep_what_was_computed_off_them(
+    teacher: Teacher,
+    data: Path,
+    with_memory: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The others compute the same again, to the bit."""
+    weights, memory = heads(teacher, (0, 2))
+    texts = load_texts([data], teacher, None)
+    caches: WeakSet[KeyValues] = WeakSet()
+    begin = KeyValues.__init__
+
+    def counted(self: KeyValues) -> None:
+        begin(self)
+        caches.add(self)
+
+    monkeypatch.setattr(KeyValues, "__init__", counted)
+
+    def play(kept: int) -> tuple[list[list[tuple[object, ...]]], int]:
+        caches.clear()
+        answers = known_answers(
+            teacher,
+            (0, 2),
+            weights,
+            texts,
+            memory=memory if with_memory else None,
+            kept_answers=kept,
+        )
+        said: list[list[tuple[object, ...]]] = []
+        for answer in answers:
+            heard: list[tuple[object, ...]] = []
+            inner = answer.scores
+
+            def scores(
+                *asked: Any,
+                inner: Callable[..., tuple[int, float]] = inner,
+                heard: list[tuple[object, ...]] = heard,
+            ) -> tuple[int, float]:
+                found = inner(*asked)
+                heard.append((*asked, *found))
+                return found
+
+            object.__setattr__(answer, "scores", scores)
+            said.append(heard)
+        for threshold in (0.0, LOW, 0.5, 0.0):
+            policy = ThresholdPolicy([threshold] * 2, 4)
+            # All at once, so that they take turns.
+            total(answers, Setting((0, 2), NUM_LAYERS, policy))
+        gc.collect()
+        return said, len(caches)
+
+    few, many = play(1), play(100)
+    assert few[0] == many[0]
+    # Of each answer, and of the last text off it.
+    assert few[1] <= 2 < many[1]
+
+
 # The choice of exits
+
+
+def test_a_gate_at_one_never_opens(teacher: Teacher, data: Path) -> None:
+    texts = load_texts([data], teacher, None)
+    for choice in choose_exits(
+        teacher, texts, texts, threshold=1.0, max_early_predictions=4
+    ):
+        assert (choice.coverage, choice.tokens_per_forward) == (0, 1)
 
 
 def test_exits_are_chosen_for_heads_with_memory(teacher: Teacher, data: Path) -> None:

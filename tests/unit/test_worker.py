@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
+from adadecode_vllm.engine import adadecode as adadecode_module
 from adadecode_vllm.engine.adadecode import AdaDecode
 from adadecode_vllm.engine.outcomes import COUNTERS
 from adadecode_vllm.engine.worker import AdaDecodeWorker
@@ -125,6 +126,30 @@ def test_drafts_are_told_with_their_exits() -> None:
     looked_up = Drafts([11, 12, 13], np.array([1, 0, -1], np.int8))
     worker.adadecode._drafts = {"a": looked_up, "b": Drafts([], np.empty(0, np.int8))}
     assert worker.adadecode_drafts() == {"a": [(11, 5), (12, 2), (13, -1)], "b": []}
+
+
+def test_answers_are_forgotten_where_they_are_remembered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where no request has asked for a lookup yet."""
+
+    class Remembering:
+        forgotten = 0
+
+        def forget_answers(self) -> None:
+            self.forgotten += 1
+
+    monkeypatch.setattr(adadecode_module, "SuffixLookup", Remembering)
+    worker = Worker()
+    worker.adadecode._lookup = None
+    worker.adadecode._looks_in = "ngram"
+    worker.adadecode_forget_answers()
+    assert worker.adadecode._lookup is None
+    worker.adadecode._looks_in = "suffix"
+    worker.adadecode_forget_answers()
+    worker.adadecode_forget_answers()
+    lookup: Any = worker.adadecode._lookup
+    assert lookup.forgotten == 2
 
 
 @pytest.mark.parametrize("v2", [False, True])

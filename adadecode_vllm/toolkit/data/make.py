@@ -25,9 +25,11 @@ from adadecode_vllm.toolkit.data.generate import Answer, EngineSpec, Shards
 from adadecode_vllm.toolkit.data.info import DatasetInfo, data_error
 from adadecode_vllm.toolkit.data.options import DataOptions, Progress
 from adadecode_vllm.toolkit.data.place import (
+    Place,
     alone,
     find_place,
     finish_swap,
+    is_half_swapped,
     prepare,
     settle,
 )
@@ -93,17 +95,22 @@ def make_data(options: DataOptions, progress: Progress | None = None) -> Dataset
     chat = use_chat_template(model, options.chat, selection.task, options.finished)
     sources = _request(options, model, files, chat)
     try:
-        finish_swap(options.out)
+        if is_half_swapped(options.out):
+            with alone(options.out):
+                finish_swap(options.out)
+        place = find_place(options.out, sources, overwrite=options.overwrite)
+        whole = _whole(place)
+        if whole is not None and place.directory != place.out:
+            with alone(options.out):
+                # Another run may have let it take its place meanwhile.
+                place = find_place(options.out, sources, overwrite=options.overwrite)
+                whole = _whole(place)
+                if whole is not None:
+                    settle(place)
     except OSError as error:
         raise _cannot_write(options, error) from error
-    place = find_place(options.out, sources, overwrite=options.overwrite)
-    if place.existing is not None and place.existing.complete:
-        try:
-            info = load_dataset_info(place.directory, "OUT")
-            settle(place)
-            return info
-        except AdaDecodeError as error:
-            logger.warning("%s; damaged and missing shards are made again", error)
+    if whole is not None:
+        return whole
     limit = _limit(options, model)
     existing = place.existing
     created = existing.created if existing else datetime.now(UTC).isoformat()
@@ -112,6 +119,7 @@ def make_data(options: DataOptions, progress: Progress | None = None) -> Dataset
     # Everything has been read: from here on there is something to write.
     try:
         with alone(options.out):
+            finish_swap(options.out)
             place = find_place(options.out, sources, overwrite=options.overwrite)
             prepare(place)
             info = place.existing or DatasetInfo(
@@ -131,6 +139,17 @@ def make_data(options: DataOptions, progress: Progress | None = None) -> Dataset
             return info
     except OSError as error:
         raise _cannot_write(options, error) from error
+
+
+def _whole(place: Place) -> DatasetInfo | None:
+    """The data set, where it is complete and undamaged."""
+    if place.existing is None or not place.existing.complete:
+        return None
+    try:
+        return load_dataset_info(place.directory, "OUT")
+    except AdaDecodeError as error:
+        logger.warning("%s; damaged and missing shards are made again", error)
+        return None
 
 
 def _cannot_write(options: DataOptions, error: OSError) -> AdaDecodeError:

@@ -6,17 +6,15 @@ Nothing that is there is touched before all that replaces it is complete: with
 old. A run that is interrupted there continues when the same command is given again.
 """
 
-import fcntl
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from adadecode_vllm.errors import AdaDecodeError
-from adadecode_vllm.files import without_temporary
+from adadecode_vllm.files import locked, without_temporary
 from adadecode_vllm.toolkit.data.info import (
     INFO_FILE,
     DatasetInfo,
@@ -102,7 +100,7 @@ def prepare(place: Place) -> None:
 
 
 def settle(place: Place) -> None:
-    """Let what was made take the place of the data in OUT.
+    """Let what was made take the place of the data in OUT, within :func:`alone`.
 
     Args:
         place: Where the complete data is.
@@ -114,53 +112,50 @@ def settle(place: Place) -> None:
         _swap(place.out)
 
 
+def is_half_swapped(out: Path) -> bool:
+    """Whether data is being replaced, or a process was killed in the middle of it.
+
+    Args:
+        out: The directory that the user named; it may be missing.
+    """
+    return (out / _REPLACEMENT / _REPLACED).is_dir()
+
+
 def finish_swap(out: Path) -> None:
     """Finish replacing data where a process was killed in the middle of it.
 
     Args:
-        out: The directory that the user named; it may be missing.
+        out: The directory that the user named, within :func:`alone`.
 
     Raises:
         OSError: A file cannot be renamed.
     """
-    replacement = out / _REPLACEMENT
-    replaced = replacement / _REPLACED
-    if not replaced.is_dir():
+    if not is_half_swapped(out):
         return
+    replacement = out / _REPLACEMENT
     if (out / INFO_FILE).exists() and not (replacement / INFO_FILE).exists():
         shutil.rmtree(replacement)
     elif not (out / INFO_FILE).exists() and (replacement / INFO_FILE).exists():
         _swap(out)
 
 
-@contextmanager
-def alone(out: Path) -> Iterator[None]:
+def alone(out: Path) -> AbstractContextManager[None]:
     """Keep other runs out of a directory for the length of a block.
 
     Args:
         out: The directory; created with its parents if missing.
 
-    Raises:
-        AdaDecodeError: Another process is writing there.
-        OSError: It cannot be created.
+    Returns:
+        The block's context. Entering it raises an AdaDecodeError where another process
+        is writing there, and an OSError where the directory cannot be created.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise data_error(
-                out,
-                "another `adadecode data` is writing there",
-                "wait until it has ended, or choose another directory",
-                "OUT",
-            ) from None
-        except OSError:  # a file system without locks
-            pass
-        yield
-    finally:
-        os.close(descriptor)
+    refusal = data_error(
+        out,
+        "another `adadecode data` is writing there",
+        "wait until it has ended, or choose another directory",
+        "OUT",
+    )
+    return locked(out, refusal)
 
 
 def _swap(out: Path) -> None:

@@ -14,7 +14,7 @@ import logging
 import os
 import socket
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from adadecode_vllm.errors import AdaDecodeError, first_line
@@ -169,8 +169,8 @@ def generate_with_ray(
     Args:
         spec: The engines' arguments.
         shards: What is to be answered.
-        actors: Engines. Each gets its GPUs on a cluster with GPUs, else an equal part
-            of the CPUs.
+        actors: Engines. Each gets its GPUs on a cluster with GPUs, else as many CPUs
+            of a machine as there are for all of them.
         address: A cluster's address; None starts Ray on this machine, for this run.
 
     Yields:
@@ -240,6 +240,11 @@ def _connect(ray: Any, address: str | None) -> bool:
     try:
         ray.init(**options)
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+        if address is None:
+            raise AdaDecodeError(
+                f"--ray: Ray cannot be started on this machine ({first_line(error)}); "
+                "mend that, or leave --ray out"
+            ) from error
         raise AdaDecodeError(
             f"--ray-address {address}: Ray cannot be reached ({first_line(error)}); "
             "start it with `ray start --head` or correct the address"
@@ -262,23 +267,48 @@ def _check_reachable(address: str) -> None:
 
 
 def _resources(ray: Any, spec: EngineSpec, actors: int) -> dict[str, float]:
-    """What each actor asks of the cluster; Ray would wait forever for what it lacks."""
-    found = ray.cluster_resources()
-    gpus, cpus = int(found.get("GPU", 0)), int(found.get("CPU", 0))
-    if gpus:
+    """What each actor asks of a machine; Ray would wait forever for what none has."""
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus, cpus = (
+        [int(machine.get(name, 0)) for machine in machines] for name in ("GPU", "CPU")
+    )
+    if any(gpus):
         each = int(spec.options.get("tensor_parallel_size", 1)) * int(
             spec.options.get("pipeline_parallel_size", 1)
         )
+        if each > max(gpus):
+            raise AdaDecodeError(
+                f"--engine: an engine of this tensor_parallel_size needs {each} GPUs "
+                f"of one machine, and no machine of Ray's has more than {max(gpus)}; "
+                "give a smaller one"
+            )
         have, name, wanted = gpus, "GPUs", {"num_gpus": float(each)}
     else:
-        each = max(1, cpus // actors)
+        each = _equal_part(cpus, actors)
         have, name, wanted = cpus, "CPUs", {"num_cpus": float(each)}
-    if actors * each > have:
+    room = _room(have, each)
+    if actors > room:
+        of_one = f", {each} of one machine each," if each > 1 else ""
         raise AdaDecodeError(
-            f"--ray-actors {actors}: they need {actors * each} {name} and Ray has "
-            f"{have}; ask for at most {have // each}"
+            f"--ray-actors {actors}: they need {actors * each} {name}{of_one} and Ray "
+            f"has room for {room} of them; ask for at most {room}"
         )
     return wanted
+
+
+def _equal_part(cpus: Sequence[int], actors: int) -> int:
+    """Most CPUs that every one of some actors can have; an actor is on one machine."""
+    fitting = [
+        part
+        for part in range(1, max(cpus, default=0) + 1)
+        if _room(cpus, part) >= actors
+    ]
+    return max(fitting, default=1)
+
+
+def _room(have: Sequence[int], each: int) -> int:
+    """How many actors the machines have room for."""
+    return sum(number // each for number in have)
 
 
 def _sentence(error: Exception) -> AdaDecodeError:

@@ -8,6 +8,7 @@ knows what the records mean; see `adadecode_vllm.toolkit.data.tasks`.
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,7 +181,7 @@ def read_records(path: Path, columns: Iterable[str] | None = None) -> Iterator[R
         for record in records:
             empty = False
             yield record
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise AdaDecodeError(
             f"--input {path}: not a whole gzip file ({error}); copy or download it "
             "again"

@@ -15,10 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from adadecode_vllm.errors import first_line
+from adadecode_vllm.errors import AdaDecodeError, first_line
 from adadecode_vllm.files import remove_left_overs, writing
 from adadecode_vllm.toolkit.data.info import (
     INFO_FILE,
@@ -28,6 +26,16 @@ from adadecode_vllm.toolkit.data.info import (
     write_info,
 )
 from adadecode_vllm.toolkit.data.journal import Journals
+
+try:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+except ImportError as error:
+    # Every command that makes or reads data comes by here.
+    raise AdaDecodeError(
+        f"adadecode: pyarrow, which the data needs, is not installed ({error}); "
+        "install the extra `train`, as in pip install 'adadecode-vllm[train]'"
+    ) from error
 
 SCHEMA = pa.schema(
     [

@@ -29,6 +29,9 @@ _LIBRARIES = (
 )
 _TCMALLOC = ("libtcmalloc_minimal.so.4", "libtcmalloc.so.4")
 _IOMP = "libiomp5.so"
+# What decides how many CPUs vLLM computes on; by default all but one.
+_THREADS = ("VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_NUM_OF_RESERVED_CPU")
+_FEW_CORES = 4
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ def find_device(build: Build | None) -> tuple[Device, Finding]:
 def check_cpu() -> Iterator[Finding]:
     """Look at what a CPU that serves needs to be fast."""
     yield _instructions(_cpu_flags())
+    yield _threads()
     yield _preload()
 
 
@@ -140,6 +144,26 @@ def _instructions(flags: set[str]) -> Finding:
         "Neither AVX2 nor AVX-512 was found, and early predictions have not been "
         "measured on such a CPU.",
         "Measure before you rely on a speedup.",
+        figures,
+    )
+
+
+def _threads() -> Finding:
+    """Whether vLLM leaves a large share of few CPUs to its scheduler."""
+    cores = len(os.sched_getaffinity(0))
+    figures = {"cores": cores}
+    if chosen := [name for name in _THREADS if name in os.environ]:
+        text = f"{' and '.join(chosen)} decides how many of {cores} CPUs compute."
+        return Finding("threads", "ok", text, figures=figures)
+    if cores > _FEW_CORES:
+        text = f"Of {cores} CPUs vLLM keeps one for its scheduler."
+        return Finding("threads", "ok", text, figures=figures)
+    return Finding(
+        "threads",
+        "warning",
+        f"Of {cores} CPUs vLLM keeps one for its scheduler. Computing on all can be "
+        "much faster, and verifying several tokens at once is cheaper then.",
+        "Start the server with VLLM_CPU_NUM_OF_RESERVED_CPU=0.",
         figures,
     )
 

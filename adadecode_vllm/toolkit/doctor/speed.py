@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.heads import Heads
@@ -16,17 +17,39 @@ from adadecode_vllm.toolkit.evaluation.output import EVALUATION_FILE
 from adadecode_vllm.toolkit.publishing.card import predicted_best
 from adadecode_vllm.toolkit.report import parse_evaluation, parse_history
 from adadecode_vllm.toolkit.report.defaults import expected_by_default
-from adadecode_vllm.toolkit.report.schema import Best, Defaults, Evaluation
-from adadecode_vllm.toolkit.report.text import percent, ratio, short
+from adadecode_vllm.toolkit.report.schema import (
+    Best,
+    Defaults,
+    Evaluation,
+    HeldOut,
+    Simulation,
+)
+from adadecode_vllm.toolkit.report.text import among, conditions, percent, ratio, short
 from adadecode_vllm.toolkit.training.output import HISTORY_FILE, RUN_DIRECTORY
 
 _EVALUATION = Path("evaluation", EVALUATION_FILE)
+_HOST = "The host's work is left out of it, so small models gain less."
 _LARGER_BATCHES = (
-    "The host's work is left out of it, so small models gain less. That is for one "
-    "request at a time. For more it is unknown, and less: on other models the gain "
-    "was gone at 16 requests (H200) and at 32 (2 CPU cores)."
+    " That is for one request at a time. For more it is unknown, and less: on other "
+    "models the gain was gone at 16 requests (H200) and at 32 (2 CPU cores)."
 )
 _COST = 'For larger batches set "policy": "cost", which drafts only where it pays.'
+
+
+class _Predicted(NamedTuple):
+    """The best setting that was simulated.
+
+    Attributes:
+        best: The setting.
+        gate: Its gate; None where that is not known.
+        simulation: What it was found in; None where that is not known.
+        source: Where all of it is written.
+    """
+
+    best: Best
+    gate: str | None
+    simulation: Simulation | None
+    source: str
 
 
 def expected_speed(heads: Heads, identities: list[int]) -> Finding:
@@ -41,16 +64,17 @@ def expected_speed(heads: Heads, identities: list[int]) -> Finding:
     """
     evaluation = _evaluation(heads)
     if evaluation and evaluation.defaults and evaluation.defaults_are_best:
-        return _by_default(evaluation.defaults)
+        return _by_default(heads, evaluation.defaults)
     found = _evaluated(heads, evaluation)
     if found is None:
         return _unknown(heads, identities)
-    best, gate, source = found
+    best, gate, simulation, source = found
+    requests = 1 if simulation is None else simulation.requests
     figures = {
         "speedup": best.speedup,
         "threshold": best.threshold,
         "max_early_predictions": best.cap,
-        "batch_sizes": [1],
+        "batch_sizes": [requests],
         "source": source,
     }
     setting = f"threshold {short(best.threshold)} and cap {best.cap}"
@@ -69,22 +93,30 @@ def expected_speed(heads: Heads, identities: list[int]) -> Finding:
     }
     if gate is not None and gate != "probability":
         options["gate"] = gate
+    # By their own name, what the heads recommend would choose other exits.
+    how = ""
+    if heads.config.recommended:
+        how = f"--adadecode-heads {shlex.quote(heads.name)} and "
     serve = (
-        f"Serve with --adadecode-config '{json.dumps(options)}'."
+        f"Serve the model with {how}--adadecode-config '{json.dumps(options)}'."
         if gate is not None
         else "Serve with the command on the model card."
     )
+    where = ""
+    if simulation is not None:
+        where = f" {conditions(requests, simulation.row_costs)},"
     return Finding(
         "speed",
         "ok",
-        f"{ratio(best.speedup)} with {setting}, predicted, not measured ({source}), on "
-        f"text like the held-out one. {_LARGER_BATCHES}",
+        f"{ratio(best.speedup)} with {setting}, predicted, not measured ({source}),"
+        f"{where} on text like the held-out one. {_HOST}"
+        f"{_LARGER_BATCHES if requests == 1 else ''}",
         f"{serve} {_COST}",
         figures,
     )
 
 
-def _by_default(defaults: Defaults) -> Finding:
+def _by_default(heads: Heads, defaults: Defaults) -> Finding:
     """The engine's defaults are predicted to be fastest."""
     figures = {
         "speedup": defaults.speedup,
@@ -101,13 +133,16 @@ def _by_default(defaults: Defaults) -> Finding:
             "Train better heads, or leave the plugin off for this text.",
             figures,
         )
+    how = ""
+    if heads.config.recommended:
+        name = shlex.quote(heads.name)
+        how = f": vllm serve {name} --plugin adadecode, which uses what they recommend"
     return Finding(
         "speed",
         "ok",
         f"{expected_by_default(defaults)} That is predicted, not measured "
-        f"({_EVALUATION}), for text like the held-out one. The host's work is left out "
-        "of it, so small models gain less.",
-        "Serve the heads without further options.",
+        f"({_EVALUATION}), for text like the held-out one. {_HOST}",
+        f"Serve the heads without further options{how}.",
         figures,
     )
 
@@ -122,18 +157,16 @@ def _evaluation(heads: Heads) -> Evaluation | None:
     return None
 
 
-def _evaluated(
-    heads: Heads, evaluation: Evaluation | None
-) -> tuple[Best, str | None, str] | None:
-    """The best setting, its gate if that is known, and where it is written."""
+def _evaluated(heads: Heads, evaluation: Evaluation | None) -> _Predicted | None:
+    """The best setting, by an evaluation or the model card."""
     if evaluation is not None and evaluation.best is not None:
         simulation = evaluation.simulation
         gate = "probability" if simulation is None else simulation.gate
-        return evaluation.best, gate, str(_EVALUATION)
+        return _Predicted(evaluation.best, gate, simulation, str(_EVALUATION))
     with suppress(OSError, UnicodeDecodeError):
         card = (heads.directory / CARD_FILE).read_text(encoding="utf-8")
         if (best := predicted_best(card)) is not None:
-            return best, None, f"the model card, {CARD_FILE}"
+            return _Predicted(best, None, None, f"the model card, {CARD_FILE}")
     return None
 
 
@@ -144,22 +177,23 @@ def _unknown(heads: Heads, identities: list[int]) -> Finding:
     if identities == heads.config.exit_layers and not heads.config.memory:
         text = "Unknown, and probably little: no exit is trained (T = I)."
         remedy = "Train them with `adadecode train`, then run `adadecode eval`."
-    elif agreement := _agreement(heads):
+    elif (held_out := _held_out(heads)) and held_out.agreement:
         exits = ", ".join(
             f"{percent(share)} after layer {layer}"
-            for layer, share in agreement.items()
+            for layer, share in held_out.agreement.items()
         )
-        text += f" Of the tokens held out of the training they agreed with {exits}."
+        text += (
+            " Of the tokens held out of the training they agreed with "
+            f"{exits}{among(held_out.draft_vocabulary)}."
+        )
     return Finding(
         "speed", "warning", text, remedy, {"speedup": None, "batch_sizes": []}
     )
 
 
-def _agreement(heads: Heads) -> dict[int, float]:
-    """Agreement after the last epoch, by exit layer; empty if it is not known."""
+def _held_out(heads: Heads) -> HeldOut | None:
+    """Held-out text after the epoch that the heads are of; None if it is not known."""
     path = heads.directory / RUN_DIRECTORY / HISTORY_FILE
     with suppress(OSError, ValueError, RecursionError, AdaDecodeError):
-        history = parse_history(json.loads(path.read_text(encoding="utf-8")))
-        if history.held_out:
-            return history.held_out[-1].agreement
-    return {}
+        return parse_history(json.loads(path.read_text(encoding="utf-8"))).best
+    return None

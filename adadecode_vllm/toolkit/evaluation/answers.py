@@ -15,6 +15,9 @@ from adadecode_vllm.toolkit.states.texts import Text
 # What heads with memory gave for the last drafts: more than one cycle needs.
 _KEPT_OUTPUTS = 256
 
+KEPT_ANSWERS = 8
+"""Answers, those that were asked last, of which is kept what was computed off them."""
+
 
 def known_answers(
     teacher: Teacher,
@@ -26,6 +29,7 @@ def known_answers(
     pass_tokens: int = 1024,
     draft_token_ids: torch.Tensor | None = None,
     memory: Mapping[int, torch.Tensor] | None = None,
+    kept_answers: int = KEPT_ANSWERS,
     advance: Callable[[int], None] = lambda answers: None,
 ) -> list[Answer]:
     """Prepare a model's own answers for the simulation.
@@ -40,6 +44,9 @@ def known_answers(
         pass_tokens: Most tokens of one pass of the model.
         draft_token_ids: The tokens that the gates look at; None for all.
         memory: U by exit; None for heads without memory.
+        kept_answers: Answers that are played at a time. Only so many keep keys, values
+            and states of what leads off them; others compute the same again when they
+            are asked.
         advance: Called with how many further texts have been read.
 
     Returns:
@@ -48,6 +55,10 @@ def known_answers(
     layers = [*exit_layers, teacher.num_layers]
     max_length = max_length or teacher.max_length
     stops = teacher.eos_token_ids()
+    asked = _AskedLast(kept_answers)
+    lm_head = teacher.lm_head
+    if draft_token_ids is not None:  # one copy for all
+        lm_head = lm_head[draft_token_ids.to(teacher.device)]
     answers = []
     lengths = [len(text.token_ids) for text in texts]
     for group in teacher.groups(lengths, pass_tokens):
@@ -77,6 +88,8 @@ def known_answers(
                         text,
                         tokens,
                         here,
+                        lm_head,
+                        asked,
                         draft_token_ids,
                         memory,
                     ),
@@ -91,6 +104,24 @@ def known_answers(
     return answers
 
 
+class _AskedLast:
+    """The answers that were asked last; the others let go of what they computed."""
+
+    def __init__(self, most: int) -> None:
+        """Let at most so many keep it."""
+        self._most = most
+        self._answers: dict[KnownScores, None] = {}
+
+    def __call__(self, answer: KnownScores) -> None:
+        """An answer is asked."""
+        self._answers.pop(answer, None)
+        self._answers[answer] = None
+        while len(self._answers) > self._most:
+            oldest = next(iter(self._answers))
+            del self._answers[oldest]
+            oldest.forget()
+
+
 class KnownScores:
     """What the exits say, on the answer and, where predictions were wrong, off it."""
 
@@ -102,6 +133,8 @@ class KnownScores:
         text: Text,
         answer: Sequence[int],
         streams: Mapping[int, torch.Tensor],
+        lm_head: torch.Tensor,
+        asked: Callable[[KnownScores], None],
         draft_token_ids: torch.Tensor | None = None,
         memory: Mapping[int, torch.Tensor] | None = None,
     ) -> None:
@@ -115,14 +148,15 @@ class KnownScores:
             answer: The tokens of the answer that are used.
             streams: By layer, states from the prompt's last token on; those of the
                 last layer too.
+            lm_head: (V, d), or (m, d) of the tokens that the gates look at.
+            asked: Called when this answer computes something that it keeps.
             draft_token_ids: The tokens that the gates look at; None for all.
             memory: U by exit; None for heads without memory.
         """
-        self._lm_head = teacher.lm_head
+        self._lm_head = lm_head
         self._token_ids = draft_token_ids
-        if draft_token_ids is not None:
-            self._lm_head = teacher.lm_head[draft_token_ids.to(teacher.device)]
         self._teacher = teacher
+        self._asked = asked
         self._exit_layers = list(exit_layers)
         self._weights = weights
         self._memory = memory
@@ -132,16 +166,24 @@ class KnownScores:
         # that the states of other texts are freed. Off the answer, by all tokens.
         kept = {} if memory is None else streams
         self._on_answer = {layer: states.clone() for layer, states in kept.items()}
-        self._off_answer: dict[tuple[int, ...], dict[int, torch.Tensor]] = {}
-        # Of the whole answer, and of the last text off it.
-        self._answer_cache: KeyValues | None = None
-        self._branch: tuple[tuple[int, ...], KeyValues] | None = None
         # By exit, the first drafts of all cycles that may start on the answer.
         final = streams[teacher.num_layers]
         self._first = [
             self._read(self._first_outputs(layer, streams[layer], final))
             for layer in exit_layers
         ]
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of what can be computed again, to the bit, when it is asked for.
+
+        The model runs the tokens off an answer one at a time, from the same keys and
+        values on, however many of them it has run before.
+        """
+        self._off_answer: dict[tuple[int, ...], dict[int, torch.Tensor]] = {}
+        # Of the whole answer, and of the last text off it.
+        self._answer_cache: KeyValues | None = None
+        self._branch: tuple[tuple[int, ...], KeyValues] | None = None
         self._later: dict[tuple[tuple[int, ...], tuple[int, ...], int], Scored] = {}
         self._outputs: dict[
             tuple[tuple[int, ...], tuple[int, ...], int], torch.Tensor
@@ -166,6 +208,7 @@ class KnownScores:
         if on_answer and not chain:
             return self._first[exit_index][len(prefix)]
         key = prefix, chain, exit_index
+        self._asked(self)
         if key not in self._later:
             (self._later[key],) = self._read(self._output(*key))
         return self._later[key]

@@ -50,15 +50,13 @@ def eval_command(
     row_costs: Annotated[
         str,
         typer.Option(
-            help="Cost of a pass by its rows, for the engine's defaults: measured on "
-            "this device, free, or such as 1:1,6:1.6."
+            help="Cost of a pass by its rows: measured on this device, free, or such "
+            "as 1:1,6:1.6."
         ),
     ] = "measured",
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="Requests at a time, for the engine's defaults.")
-    ] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 1,
     max_length: Annotated[
-        int | None, typer.Option(help="Tokens after which a text is cut.")
+        int | None, typer.Option(min=1, help="Tokens after which a text is cut.")
     ] = None,
     chunk_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens whose distributions are in memory.")
@@ -99,6 +97,11 @@ def eval_command(
     check_evaluation_output(output, plots=plots)
     with heads_named("HEADS"):
         config = load_heads_config(heads)
+    if answers and gate == "acceptance" and config.calibration is None:
+        raise AdaDecodeError(
+            f"--gate acceptance: the heads are not calibrated ({heads}); train them "
+            "with `adadecode train` and a held-out share, or give --gate probability"
+        )
     history = _read(heads / "run" / "history.json", json.loads)
     training = _read(heads / "run" / "run.yaml", yaml.safe_load)
     if plots:
@@ -163,6 +166,7 @@ def _print(report: dict[str, Any]) -> None:
 
     from adadecode_vllm.toolkit.report import parse_evaluation
     from adadecode_vllm.toolkit.report.defaults import defaults_in_words
+    from adadecode_vllm.toolkit.report.text import conditions
 
     console = Console()
     table = Table(title=f"{report['tokens']} tokens of {report['data']}")
@@ -185,7 +189,7 @@ def _print(report: dict[str, Any]) -> None:
     console.print(table)
     simulation, best = report["simulation"], report["best"]
     if simulation is None:
-        console.print("No answers of the model itself in the data: nothing simulated.")
+        console.print("Nothing simulated: no answers in the data, or --answers 0.")
         return
     table = Table(
         title=f"Predicted speedup, {simulation['answers']} answers, gate: "
@@ -198,6 +202,7 @@ def _print(report: dict[str, Any]) -> None:
         simulation["thresholds"], simulation["speedup"], strict=True
     ):
         table.add_row(f"{threshold:g}", *(f"{value:.2f}x" for value in row))
+    table.caption = conditions(simulation["requests"], simulation["row_costs"])
     console.print(table)
     console.print(
         f"Best: threshold {best['threshold']:g}, cap {best['cap']}: "

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What users get who give the heads and no option: the engine's defaults, played."""
+"""What users get who serve heads by their name: the engine's defaults, played."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ from importlib.util import find_spec
 from typing import Any
 
 from adadecode_vllm.config import AdaDecodeConfig, parse_config
+from adadecode_vllm.engine.heads_fit import resolve_exit_layers
 from adadecode_vllm.engine.settings import threshold_policy
 from adadecode_vllm.heads.config import ExitHeadsConfig
-from adadecode_vllm.method.policy import ThresholdPolicy
 from adadecode_vllm.toolkit.evaluation.cost import CostModel
 from adadecode_vllm.toolkit.evaluation.known_exits import Answer, Scored
-from adadecode_vllm.toolkit.evaluation.simulate import Counters, Setting, total
+from adadecode_vllm.toolkit.evaluation.simulate import (
+    Counters,
+    Setting,
+    total,
+    without_drafts,
+)
 
 
 @dataclass(frozen=True)
@@ -47,9 +52,9 @@ def can_play_defaults() -> bool:
 
 
 def default_options(heads: ExitHeadsConfig, name: str) -> AdaDecodeConfig:
-    """Options of an engine that is given none but the heads.
+    """Options of an engine that serves the heads by their own name, and no others.
 
-    What the heads recommend counts as a default.
+    What the heads recommend counts as a default there.
 
     Args:
         heads: The heads' description.
@@ -59,13 +64,15 @@ def default_options(heads: ExitHeadsConfig, name: str) -> AdaDecodeConfig:
         The options; `exit_layers` is set.
 
     Raises:
-        AdaDecodeError: If the heads recommend something that is not valid.
+        AdaDecodeError: If the heads recommend something that is not valid, or an exit
+            that they do not have.
     """
     # Loads vLLM.
     from adadecode_vllm.engine.heads_as_model import with_recommended
 
-    recommended = with_recommended(heads, name, {})
-    return parse_config({"exit_layers": heads.exit_layers, **recommended})
+    config = parse_config(with_recommended(heads, name, {}))
+    layers = resolve_exit_layers(config, heads)
+    return config.model_copy(update={"exit_layers": layers})
 
 
 def engine_with(
@@ -131,10 +138,7 @@ def play_defaults(
     assert layers is not None, "set by the caller"
     chosen, setting = engine_with(answers, heads, config, requests, max_length)
     counters = total(chosen, setting, cost, advance)
-    never = ThresholdPolicy([1.0] * len(layers), 1)
-    plain = total(
-        chosen, replace(setting, policy=never, ngram="off", by_costs=False), cost
-    )
+    plain = total(chosen, without_drafts(setting), cost)
     return {
         "exit_layers": list(layers),
         "max_early_predictions": config.max_early_predictions,

@@ -65,7 +65,8 @@ class KnownExits:
         exits_at_embedding: As an executor's.
         max_tokens: As a step runner's: no forward is resumed.
         segments_run: By segment, times it ran as if each request were alone.
-        time: What the steps since :meth:`begin` took.
+        time: What the steps since :meth:`begin` took; of several requests, each as if
+            it were alone where that is how they are timed.
     """
 
     max_tokens = 0
@@ -76,6 +77,8 @@ class KnownExits:
         num_layers: int,
         window: int,
         cost: Callable[[float, int, int], float],
+        *,
+        timed_alone: bool = False,
     ) -> None:
         """Prepare for a model.
 
@@ -85,6 +88,7 @@ class KnownExits:
             window: Tokens of a window, 1 + the cap.
             cost: ``cost(share, tokens, scored)``: what running a share of the layers
                 for so many tokens, and scoring so many, takes.
+            timed_alone: Whether requests take together what each takes alone.
         """
         self.exits_at_embedding = int(exit_layers[0] == 0)
         self.num_segments = len(exit_layers) + 1 - self.exits_at_embedding
@@ -95,6 +99,7 @@ class KnownExits:
         self.time = 0.0
         self._window = window
         self._cost = cost
+        self._timed_alone = timed_alone
         self._fronts: dict[int, _Front] = {}
 
     @property
@@ -127,7 +132,12 @@ class KnownExits:
         if segment >= 0:
             share = self.shares[segment]
             self.segments_run[exit_index] += subset.num_requests
-        self.time += self._cost(share, len(states), subset.num_requests)
+        if self._timed_alone:
+            tokens, requests = np.unique(subset.count, return_counts=True)
+            for count, times in zip(tokens.tolist(), requests.tolist(), strict=True):
+                self.time += times * self._cost(share, count, 1)
+        else:
+            self.time += self._cost(share, len(states), subset.num_requests)
         last = np.cumsum(subset.count) - 1
         said = [
             self._score(self._fronts[row], place, token, exit_index)
@@ -138,8 +148,8 @@ class KnownExits:
                 strict=True,
             )
         ]
-        tokens, probabilities = zip(*said, strict=True)
-        return np.array(tokens, np.int64), np.array(probabilities, np.float32)
+        top, probabilities = zip(*said, strict=True)
+        return np.array(top, np.int64), np.array(probabilities, np.float32)
 
     @staticmethod
     def _score(front: _Front, place: int, token: int, exit_index: int) -> Scored:

@@ -24,12 +24,18 @@ def check_evaluation_output(output: Path, *, plots: bool) -> None:
         plots: Whether the report is written as well.
 
     Raises:
-        AdaDecodeError: It is a file, or holds files of the same names without being
-            the output of an evaluation.
+        AdaDecodeError: It is a file or would be in one, or holds files of the same
+            names without being the output of an evaluation.
+        OSError: Its name is one that no directory can have.
     """
     if output.exists() and not output.is_dir():
         raise AdaDecodeError(
             f"--output {output}: the path is a file; give the name of a directory"
+        )
+    there = next(parent for parent in output.absolute().parents if parent.exists())
+    if not there.is_dir():
+        raise AdaDecodeError(
+            f"--output {output}: {there} is a file; give the name of a directory"
         )
     if _is_evaluation(output / EVALUATION_FILE):
         return

@@ -17,7 +17,7 @@ from adadecode_vllm.heads.config import ExitHeadsConfig, load_heads_config
 from adadecode_vllm.heads.fingerprint import check_fingerprint
 from adadecode_vllm.heads.io import HeadsTensors, load_tensors
 from adadecode_vllm.heads.module import is_identity
-from adadecode_vllm.toolkit.evaluation.answers import known_answers
+from adadecode_vllm.toolkit.evaluation.answers import KEPT_ANSWERS, known_answers
 from adadecode_vllm.toolkit.evaluation.cost import CostModel
 from adadecode_vllm.toolkit.evaluation.defaults import (
     can_play_defaults,
@@ -31,7 +31,12 @@ from adadecode_vllm.toolkit.evaluation.measure import (
     summarize,
 )
 from adadecode_vllm.toolkit.evaluation.row_costs import RowCosts, measure_row_costs
-from adadecode_vllm.toolkit.evaluation.simulate import Counters, Setting, total
+from adadecode_vllm.toolkit.evaluation.simulate import (
+    Counters,
+    Setting,
+    total,
+    without_drafts,
+)
 from adadecode_vllm.toolkit.progress import Meter
 from adadecode_vllm.toolkit.states.cache import LiveStates
 from adadecode_vllm.toolkit.states.teacher import Teacher
@@ -56,9 +61,8 @@ class SimulationGrid:
         overhead: o of the cost formula.
         last_guess: Whether unsure guesses of the last exit are submitted where they
             pay, as the engine does by default.
-        row_costs: What rows cost where the engine's defaults are played; None to
-            measure that on this device.
-        requests: Requests at a time there.
+        row_costs: What rows cost; None to measure that on this device.
+        requests: Requests at a time.
     """
 
     thresholds: Sequence[float] = THRESHOLDS
@@ -145,6 +149,11 @@ def evaluate_heads(
     config, tensors = load_heads_for(teacher, directory)
     weights, memory = tensors.weights, tensors.memory
     texts = load_texts(data, teacher, max_length)
+    prompted = [text for text in texts if text.prompted]
+    defaults = None
+    if grid is not None and prompted and can_play_defaults():
+        # Refused before the minutes that everything else takes.
+        defaults = default_options(config, str(directory))
     live = LiveStates(
         teacher, texts, [*config.exit_layers, teacher.num_layers], pass_tokens
     )
@@ -195,28 +204,27 @@ def evaluate_heads(
         "transform_share": cost.transform_share,
         "overhead": cost.overhead,
     }
-    prompted = [text for text in texts if text.prompted]
     if grid is not None and prompted:
         chosen = prompted[: grid.most_answers]
         meter.start("reading exits", "answers", len(chosen))
         answers = known_answers(
             teacher, config.exit_layers, weights, chosen, pass_tokens=pass_tokens,
-            draft_token_ids=draft_token_ids, memory=memory, advance=meter.advance,
+            draft_token_ids=draft_token_ids, memory=memory,
+            kept_answers=max(KEPT_ANSWERS, grid.requests), advance=meter.advance,
         )  # fmt: skip
         if answers:
+            rows = grid.row_costs
+            if rows is None:
+                caps = [*grid.caps, defaults.max_early_predictions if defaults else 0]
+                rows = measure_row_costs(teacher, grid.requests * (max(caps) + 1))
+            cost = replace(cost, row_costs=rows)
             report["simulation"] = _simulate_grid(answers, config, cost, grid, meter)
             report["best"] = _best(report["simulation"])
-            if can_play_defaults():
-                options = default_options(config, str(directory))
-                rows = grid.row_costs
-                if rows is None:
-                    window = options.max_early_predictions + 1
-                    rows = measure_row_costs(teacher, grid.requests * window)
+            if defaults is not None:
                 meter.start("playing the defaults", "answers", len(answers))
                 report["defaults"] = play_defaults(
-                    answers, config, options, replace(cost, row_costs=rows),
-                    requests=grid.requests, max_length=teacher.max_length,
-                    advance=meter.advance,
+                    answers, config, defaults, cost, requests=grid.requests,
+                    max_length=teacher.max_length, advance=meter.advance,
                 )  # fmt: skip
     return report
 
@@ -228,9 +236,14 @@ def _simulate_grid(
     grid: SimulationGrid,
     meter: Meter,
 ) -> dict[str, Any]:
-    meter.start("simulating", "settings", len(grid.thresholds) * len(grid.caps))
+    """Play every setting, with the costs and requests that the defaults have too."""
+    # One request at a time: they do not depend on each other, and some at once are
+    # faster to play. Those then meet every setting before the next ones come, so that
+    # few have to keep what was computed off their answers.
+    alone = grid.requests == 1
+    size = KEPT_ANSWERS if alone else len(answers)
 
-    def play(threshold: float, cap: int) -> Counters:
+    def setting(threshold: float, cap: int) -> Setting:
         options = {
             "heads": "simulated",
             "exit_layers": config.exit_layers,
@@ -239,15 +252,31 @@ def _simulate_grid(
             "gate": grid.gate,
             "last_guess": grid.last_guess,
         }
-        policy = threshold_policy(parse_config(options), config)
-        setting = Setting(tuple(config.exit_layers), config.num_hidden_layers, policy)
-        counters = total(answers, setting)
-        meter.advance()
-        return counters
+        return Setting(
+            tuple(config.exit_layers),
+            config.num_hidden_layers,
+            threshold_policy(parse_config(options), config),
+            requests=None if alone else grid.requests,
+            timed_alone=alone,
+        )
 
-    rows = [
-        [play(threshold, cap) for cap in grid.caps] for threshold in grid.thresholds
+    settings = [
+        [setting(threshold, cap) for cap in grid.caps] for threshold in grid.thresholds
     ]
+
+    def none() -> Counters:
+        return Counters(tuple(config.exit_layers), config.num_hidden_layers)
+
+    rows = [[none() for _ in row] for row in settings]
+    plain = none()
+    meter.start("simulating", "answers", len(answers))
+    for first in range(0, len(answers), size):
+        some = answers[first : first + size]
+        plain.add(total(some, without_drafts(settings[0][0]), cost))
+        for found, row in zip(rows, settings, strict=True):
+            for counters, playing in zip(found, row, strict=True):
+                counters.add(total(some, playing, cost))
+        meter.advance(len(some))
 
     def table(value: Any) -> list[list[float]]:
         return [[value(counters) for counters in row] for row in rows]
@@ -255,9 +284,13 @@ def _simulate_grid(
     return {
         "gate": grid.gate,
         "answers": len(answers),
+        "requests": grid.requests,
+        "row_costs": cost.row_costs.to_dict(),
         "thresholds": list(grid.thresholds),
         "caps": list(grid.caps),
-        "speedup": table(cost.speedup),
+        "speedup": table(
+            lambda counters: plain.time / counters.time if counters.time else 1.0
+        ),
         "tokens_per_forward": table(lambda counters: counters.tokens_per_forward),
         "acceptance": table(lambda counters: counters.acceptance),
         "coverage": table(lambda counters: counters.coverage),

@@ -26,7 +26,15 @@ from adadecode_vllm.toolkit.report.schema import (
     ThresholdRow,
     parse_evaluation,
 )
-from adadecode_vllm.toolkit.report.text import count, decimal, percent, ratio, short
+from adadecode_vllm.toolkit.report.text import (
+    among,
+    conditions,
+    count,
+    decimal,
+    percent,
+    ratio,
+    short,
+)
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -54,7 +62,7 @@ _PREDICTION = re.compile(
     r"([\d.]+) and at most (\d+) early predictions",
     re.MULTILINE,
 )
-_HEADS_ARGUMENT = re.compile(r"(--adadecode-heads )(?:'[^']*'|\S+)")
+_HEADS_ARGUMENT = re.compile(r"(--adadecode-heads )('[^']*'|\S+)")
 
 
 def write_card(
@@ -115,7 +123,7 @@ def replace_card(directory: str | PathLike[str], card: str) -> Path:
 
 def render_card(
     config: ExitHeadsConfig,
-    heads: str,
+    heads: str | None,
     *,
     training: Mapping[str, Any] | None = None,
     evaluation: Mapping[str, Any] | None = None,
@@ -124,7 +132,9 @@ def render_card(
 
     Args:
         config: The heads' configuration.
-        heads: What to give to `--adadecode-heads`: a directory or a repository.
+        heads: What to serve, or to give to `--adadecode-heads`: a directory or a
+            repository. None for heads that are registered for their model, which brings
+            them with it.
         training: See `write_card`.
         evaluation: See `write_card`.
 
@@ -144,17 +154,20 @@ def render_card(
     elsewhere = (*_ELSEWHERE, "held_out") if held_out else _ELSEWHERE
     listed = {key: value for key, value in training.items() if key not in elsewhere}
     *others, last = (str(layer) for layer in config.exit_layers)
+    recommended = config.recommended if heads is not None else None
     card = ModelCard.from_template(
         _metadata(config, training),
         template_path=str(_TEMPLATE),
         config=config,
         heads=heads,
+        recommended=recommended and json.dumps(recommended),
         exits=f"{', '.join(others)} or {last}" if others else last,
         draft_vocabulary=_draft_vocabulary(config),
         training=training,
         command=_command(training.get("argv")),
         held_out=held_out,
-        settings=[(name, _public(value)) for name, value in _flatten(listed)],
+        among=among(_compared_tokens(config, training)),
+        settings=list(_flatten(listed)),
         **_figures(figures),
         **_FORMATS,
     )
@@ -162,21 +175,24 @@ def render_card(
 
 
 def name_repository(card: str, repo_id: str) -> str:
-    """Let a card's serve command load the heads from a repository.
+    """Let a card's serve commands load the heads from a repository.
 
     Args:
         card: The card's text.
         repo_id: The repository that the card is about to be published in.
 
     Returns:
-        The card's text, changed only behind `--adadecode-heads`.
+        The card's text, changed only behind `--adadecode-heads`, and where the same
+        heads are served by their own name.
     """
-    return change_signed(
-        card,
-        lambda text: _HEADS_ARGUMENT.sub(
-            lambda match: match[1] + shlex.quote(repo_id), text
-        ),
-    )
+    repository = shlex.quote(repo_id)
+
+    def named(text: str) -> str:
+        for _, heads in set(_HEADS_ARGUMENT.findall(text)):
+            text = text.replace(f"vllm serve {heads} ", f"vllm serve {repository} ")
+        return _HEADS_ARGUMENT.sub(lambda match: match[1] + repository, text)
+
+    return change_signed(card, named)
 
 
 def name_draft_vocabulary(card: str, config: ExitHeadsConfig) -> str:
@@ -267,6 +283,21 @@ def _held_out(record: Any) -> list[tuple[str, float, list[float | None]]]:
     ]
 
 
+def _compared_tokens(
+    config: ExitHeadsConfig, training: Mapping[str, Any]
+) -> int | None:
+    """Tokens that held-out agreement was compared among; None for all."""
+    record, settings = training.get("held_out"), training.get("settings")
+    compared: int | None = None
+    if isinstance(record, Mapping):
+        compared = record.get("draft_vocabulary")
+    if compared is None and isinstance(settings, Mapping):
+        # Earlier versions recorded only how many were asked for.
+        compared = settings.get("draft_vocabulary")
+        compared = compared and min(compared, config.draft_vocabulary or compared)
+    return compared
+
+
 def _shares(values: Sequence[float | None]) -> str:
     """Shares by draft of a cycle, in one cell."""
     return " / ".join(map(percent, values))
@@ -293,7 +324,7 @@ def _figures(figures: Evaluation | None) -> dict[str, Any]:
         "options": options,
         "preferred": preferred,
         "by_default": defaults_in_words(defaults),
-        "data": _public(figures.data),
+        "data": _public_list(figures.data.split(", ")),
         "gates": [(found, _nearest(found, threshold)) for found in figures.exits],
     }
 
@@ -308,15 +339,18 @@ def _nearest(figures: ExitFigures, threshold: float) -> ThresholdRow | None:
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the leaves of a nested mapping with dotted names; None is no value."""
+    """Yield the leaves of a nested mapping with dotted names; None is no value.
+
+    Absolute paths are cut.
+    """
     for key, value in values.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
             yield from _flatten(value, f"{name}.")
         elif isinstance(value, Sequence) and not isinstance(value, str):
-            yield name, ", ".join(str(item) for item in value)
+            yield name, _public_list(value)
         elif value is not None:
-            yield name, str(value)
+            yield name, _public(str(value))
 
 
 def _public(text: str) -> str:
@@ -324,6 +358,11 @@ def _public(text: str) -> str:
     if text.startswith("/"):  # with spaces, perhaps
         return PurePath(text).name
     return _ABSOLUTE_PATH.sub(r"\1", text)
+
+
+def _public_list(items: Sequence[Any]) -> str:
+    """The same of each item of a list."""
+    return ", ".join(_public(str(item)) for item in items)
 
 
 def _text(text: str) -> str:
@@ -338,6 +377,7 @@ def _one_line(text: str) -> str:
 
 
 _FORMATS: Final[Mapping[str, Any]] = {
+    "conditions": conditions,
     "count": count,
     "decimal": decimal,
     "percent": percent,

@@ -2,7 +2,7 @@
 """What the engine's defaults are predicted to do, in words."""
 
 from adadecode_vllm.toolkit.report.schema import Defaults
-from adadecode_vllm.toolkit.report.text import percent, ratio
+from adadecode_vllm.toolkit.report.text import conditions, percent, ratio
 
 
 def defaults_in_words(defaults: Defaults | None) -> list[str]:
@@ -28,23 +28,11 @@ def expected_by_default(defaults: Defaults) -> str:
     Returns:
         A sentence.
     """
-    requests = (
-        "one request at a time"
-        if defaults.requests == 1
-        else f"{defaults.requests} requests at a time"
-    )
-    rows, cost = max((int(rows), cost) for rows, cost in defaults.row_costs.items())
     return (
         f"With the engine's defaults {ratio(defaults.speedup)} over plain decoding "
         f"is predicted, {defaults.tokens_per_forward:.2f} tokens per forward, "
-        f"{requests}, where {_rows_cost(rows, cost)}."
+        f"{conditions(defaults.requests, defaults.row_costs)}."
     )
-
-
-def _rows_cost(rows: int, cost: float) -> str:
-    if cost == 1:
-        return "rows cost nothing"
-    return f"{rows} rows cost {cost:.2f} times one"
 
 
 def _drafts_by_source(defaults: Defaults) -> str:

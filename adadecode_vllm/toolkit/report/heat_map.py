@@ -6,7 +6,7 @@ import math
 from adadecode_vllm.toolkit.plotting import new_figure, to_png
 from adadecode_vllm.toolkit.report.plot import Plot, missing_as_nan
 from adadecode_vllm.toolkit.report.schema import Simulation
-from adadecode_vllm.toolkit.report.text import short
+from adadecode_vllm.toolkit.report.text import conditions, short
 
 
 def draw_speedup(simulation: Simulation) -> Plot:
@@ -86,7 +86,8 @@ def draw_speedup(simulation: Simulation) -> Plot:
     return Plot(
         "speedup",
         "Predicted speedup",
-        "Simulated on held-out text, priced by the cost formula. Purple is faster than "
-        "plain decoding, orange slower; the frame marks the fastest cell.",
+        "Simulated on held-out text, priced by the cost formula for "
+        f"{conditions(simulation.requests, simulation.row_costs)}. Purple is faster "
+        "than plain decoding, orange slower; the frame marks the fastest cell.",
         to_png(figure),
     )

@@ -12,7 +12,14 @@ from adadecode_vllm import __version__
 from adadecode_vllm.toolkit.report.defaults import defaults_in_words
 from adadecode_vllm.toolkit.report.plot import Plot
 from adadecode_vllm.toolkit.report.schema import Evaluation, History
-from adadecode_vllm.toolkit.report.text import count, decimal, percent, ratio, short
+from adadecode_vllm.toolkit.report.text import (
+    among,
+    count,
+    decimal,
+    percent,
+    ratio,
+    short,
+)
 
 
 def render_page(
@@ -41,6 +48,7 @@ def render_page(
     page = environment.get_template("page.html.j2").render(
         title=f"Exit heads for {evaluation.model}",
         headline=headline(evaluation),
+        among=among,
         by_default=defaults_in_words(evaluation.defaults),
         evaluation=evaluation,
         last_held_out=history.held_out[-1] if history and history.held_out else None,

@@ -24,7 +24,7 @@ from adadecode_vllm.toolkit.plotting import (
 from adadecode_vllm.toolkit.report.heat_map import draw_speedup
 from adadecode_vllm.toolkit.report.plot import Plot, missing_as_nan
 from adadecode_vllm.toolkit.report.schema import Evaluation, History, Reliability
-from adadecode_vllm.toolkit.report.text import percent
+from adadecode_vllm.toolkit.report.text import among, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -242,15 +242,15 @@ def _loss(history: History) -> Plot:
         _percent_axis(panels[1])
     for panel in panels:
         panel.set_xlabel("optimizer step")
-    return Plot(
-        "loss",
-        "Training",
-        "Loss by exit: thin lines are training batches, marks are held-out text after "
-        "each epoch."
-        if held_out
-        else "Training loss by exit.",
-        to_png(figure),
-    )
+    caption = "Training loss by exit."
+    if held_out:
+        caption = (
+            "Loss by exit: thin lines are training batches, marks are held-out text "
+            "after each epoch."
+        )
+        if few := among(held_out[-1].draft_vocabulary):
+            caption += f" Agreement is that of the top tokens{few}."
+    return Plot("loss", "Training", caption, to_png(figure))
 
 
 def _styles(layers: Sequence[int]) -> list[dict[str, Any]]:

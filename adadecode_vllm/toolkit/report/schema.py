@@ -110,11 +110,17 @@ class ExitFigures(_Record):
     reliability: GateReliability | None = None
 
 
+RowCosts = Annotated[dict[str, float], Field(min_length=1)]
+
+
 class Simulation(_Record):
     """The decoding policy simulated over a grid.
 
     Attributes:
         gate: `probability` or `acceptance`.
+        requests: Requests at a time.
+        row_costs: Cost of a pass over the weights by its rows, in those of one row;
+            by default what earlier versions, which do not say so, took it for.
         thresholds: One per row of the grids.
         caps: Most early predictions, one per column.
         speedup: Ratio to plain decoding.
@@ -124,6 +130,8 @@ class Simulation(_Record):
     """
 
     gate: str = "probability"
+    requests: int = 1
+    row_costs: RowCosts = {"1": 1.0}
     thresholds: Annotated[list[float], Field(min_length=1)]
     caps: Annotated[list[int], Field(min_length=1)]
     speedup: Grid
@@ -205,7 +213,7 @@ class Defaults(_Record):
     ngram: str
     requests: int
     answers: int
-    row_costs: Annotated[dict[str, float], Field(min_length=1)]
+    row_costs: RowCosts
     speedup: float
     tokens_per_forward: float
     exits: DraftSource
@@ -243,7 +251,11 @@ class Evaluation(_Record):
 
     @property
     def defaults_are_best(self) -> bool:
-        """Whether no setting of the grid is predicted to be faster."""
+        """Whether no setting of the grid is predicted to be faster.
+
+        Both are rated by the same costs and requests, except in files of earlier
+        versions, whose grid is one where rows cost nothing and is flattered by that.
+        """
         best, defaults = self.best, self.defaults
         return defaults is not None and (
             best is None or defaults.speedup >= best.speedup
@@ -260,11 +272,19 @@ class TrainingStep(_Record):
 
 
 class HeldOut(_Record):
-    """Held-out text after an epoch: loss in nats and agreement, by exit layer."""
+    """Held-out text after an epoch.
+
+    Attributes:
+        epoch: The epoch, from 1.
+        loss: In nats, by exit layer.
+        agreement: Share of tokens whose top token is the final layer's, by exit layer.
+        draft_vocabulary: Tokens that both were compared among; None for all.
+    """
 
     epoch: int
     loss: dict[int, float]
     agreement: dict[int, float] = {}
+    draft_vocabulary: int | None = None
 
 
 class History(_Record):
@@ -272,6 +292,15 @@ class History(_Record):
 
     steps: list[TrainingStep]
     held_out: list[HeldOut] = []
+
+    @property
+    def best(self) -> HeldOut | None:
+        """The epoch whose heads were kept: that of the lowest loss of all exits."""
+        return min(
+            self.held_out,
+            key=lambda point: sum(point.loss.values()) / max(1, len(point.loss)),
+            default=None,
+        )
 
 
 _Parsed = TypeVar("_Parsed", bound=_Record)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers as people read them; the report and the model card share them."""
+"""Figures as people read them; the report and the model card share them."""
 
 import math
+from collections.abc import Mapping
 
 MISSING = "-"
 
@@ -29,6 +30,36 @@ def count(value: int) -> str:
 def short(value: float) -> str:
     """Format a threshold or a setting without trailing zeros, such as `0.75`."""
     return f"{value:g}"
+
+
+def conditions(requests: int, row_costs: Mapping[str, float]) -> str:
+    """Say what a predicted speedup is for.
+
+    Args:
+        requests: Requests at a time.
+        row_costs: Cost of a pass over the weights by its rows, in those of one row.
+
+    Returns:
+        Such as `one request at a time, where 10 rows cost 1.42 times one`.
+    """
+    together = "one request" if requests == 1 else f"{requests} requests"
+    rows, cost = max((int(rows), cost) for rows, cost in row_costs.items())
+    more = f"{rows} rows cost {cost:.2f} times one"
+    return f"{together} at a time, where {'rows cost nothing' if cost == 1 else more}"
+
+
+def among(tokens: int | None) -> str:
+    """Say among which tokens top tokens were compared, behind what says of whom.
+
+    Args:
+        tokens: Of the draft vocabulary that heads were trained on; None for all.
+
+    Returns:
+        Nothing for all, else words with a blank before them.
+    """
+    if tokens is None:
+        return ""
+    return f" among the {count(tokens)} tokens of the draft vocabulary"
 
 
 def _format(value: float | None, template: str) -> str:

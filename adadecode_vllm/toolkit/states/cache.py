@@ -250,18 +250,18 @@ def _open(
     progress: Callable[[int], None],
 ) -> CachedStates:
     manifest = read_manifest(directory)
-    entries: dict[str, Entry] = {}
     if manifest is None:
-        manifest = _manifest_of(teacher, key, live.layers)
-        begin(directory, manifest)
-    elif manifest.key != key:
+        begin(directory, _manifest_of(teacher, key, live.layers))
+        # Another run may have begun it meanwhile.
+        manifest = read_manifest(directory)
+        assert manifest is not None, "written above"
+    if manifest.key != key:
         raise UnfitCacheError(
             f"--cache-dir {directory}: it holds the states of another model or other "
             "exit layers; give another directory or delete it"
         )
-    else:
-        entries, _ = read_index(directory)
-        check_states(directory, manifest, end_of(entries.values()))
+    entries, _ = read_index(directory)
+    check_states(directory, manifest, end_of(entries.values()))
     keys = [_text_key(text) for text in live.texts]
     wanted = {key: index for index, key in enumerate(keys)}
     if wanted.keys() - entries.keys():

@@ -22,7 +22,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from adadecode_vllm.errors import AdaDecodeError, first_line
-from adadecode_vllm.files import atomic_write, without_temporary, write_all
+from adadecode_vllm.files import atomic_write, locked, without_temporary, write_all
 
 MANIFEST = "manifest.json"
 INDEX = "index.jsonl"
@@ -171,12 +171,17 @@ def map_states(directory: Path, manifest: Manifest, tokens: int) -> torch.Tensor
 def begin(directory: Path, manifest: Manifest) -> None:
     """Make an empty cache, in a directory that holds nothing else.
 
+    A cache that another run has made since this one looked is left as it is.
+
     Raises:
-        AdaDecodeError: If there are other files.
+        AdaDecodeError: If there are other files, or another run is at it right now.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    clear(directory)
-    atomic_write(directory / MANIFEST, manifest.model_dump_json().encode())
+    _refuse_strangers(directory)
+    with locked(directory, _taken(directory)):
+        if not (directory / MANIFEST).exists():
+            clear(directory)
+            atomic_write(directory / MANIFEST, manifest.model_dump_json().encode())
 
 
 def clear(directory: Path) -> None:
@@ -185,12 +190,7 @@ def clear(directory: Path) -> None:
     Raises:
         AdaDecodeError: If there are other files.
     """
-    foreign = [path for path in directory.iterdir() if not _is_ours(path)]
-    if foreign:
-        raise AdaDecodeError(
-            f"--cache-dir {directory}: it holds other files ({foreign[0].name}); give "
-            "a directory of its own"
-        )
+    _refuse_strangers(directory)
     for path in directory.iterdir():
         path.unlink()
 
@@ -244,10 +244,7 @@ def one_writer(directory: Path, manifest: Manifest) -> Iterator[Writer]:
         try:
             fcntl.flock(index, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise AdaDecodeError(
-                f"--cache-dir {directory}: another run is writing to it; wait for it, "
-                "or give another directory"
-            ) from None
+            raise _taken(directory) from None
         writer = Writer(directory, manifest, index)
         try:
             yield writer
@@ -255,6 +252,23 @@ def one_writer(directory: Path, manifest: Manifest) -> Iterator[Writer]:
             writer.close()
     finally:
         os.close(index)
+
+
+def _taken(directory: Path) -> AdaDecodeError:
+    return AdaDecodeError(
+        f"--cache-dir {directory}: another run is writing to it; wait for it, or give "
+        "another directory"
+    )
+
+
+def _refuse_strangers(directory: Path) -> None:
+    """Refuse a directory with files of somebody else."""
+    foreign = [path for path in directory.iterdir() if not _is_ours(path)]
+    if foreign:
+        raise AdaDecodeError(
+            f"--cache-dir {directory}: it holds other files ({foreign[0].name}); give "
+            "a directory of its own"
+        )
 
 
 def _unreadable(directory: Path, name: str, error: ValueError) -> UnfitCacheError:

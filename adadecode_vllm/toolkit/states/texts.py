@@ -117,19 +117,25 @@ def split_held_out(
 ) -> tuple[list[Text], list[Text]]:
     """Put a share of the texts aside, the same ones for the same seed.
 
+    A text that occurs again goes where it is already: what was trained on tells nothing
+    of other text.
+
     Args:
-        texts: All texts.
-        share: In [0, 1); at least one text is held out if it is positive and two exist.
+        texts: All texts, one at least.
+        share: Of the different ones, in [0, 1); at least one is held out if it is
+            positive and two exist.
         seed: Chooses them.
 
     Returns:
         The texts to train on and those held out, both in their order.
     """
-    count = min(round(share * len(texts)) or int(share > 0), len(texts) - 1)
+    different = list(dict.fromkeys(text.token_ids for text in texts))
+    count = min(round(share * len(different)) or int(share > 0), len(different) - 1)
     generator = torch.Generator().manual_seed(seed)
-    chosen = set(torch.randperm(len(texts), generator=generator)[:count].tolist())
-    training = [text for index, text in enumerate(texts) if index not in chosen]
-    return training, [texts[index] for index in sorted(chosen)]
+    drawn = torch.randperm(len(different), generator=generator)[:count].tolist()
+    aside = {different[index] for index in drawn}
+    training = [text for text in texts if text.token_ids not in aside]
+    return training, [text for text in texts if text.token_ids in aside]
 
 
 def texts_fingerprint(texts: Sequence[Text]) -> str:

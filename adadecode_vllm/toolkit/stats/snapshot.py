@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import http.client
 import time
 import urllib.error
 import urllib.parse
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from adadecode_vllm.config import format_value
 from adadecode_vllm.engine.metric_samples import Counted, Sample, sum_samples
 from adadecode_vllm.errors import AdaDecodeError
 
@@ -80,6 +82,12 @@ def read(url: str) -> Snapshot:
         raise AdaDecodeError(
             f"URL {url}: no answer ({reason}). Start the server, or correct the "
             "address."
+        ) from None
+    except http.client.HTTPException as error:
+        # It ends in the middle, as of a server that ends, or is not HTTP.
+        raise AdaDecodeError(
+            f"URL {url}: no whole answer ({format_value(error)}). Start the server "
+            "again, or correct the address."
         ) from None
     return parse(text, time.monotonic(), url)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from adadecode_vllm.config import DEFAULT_CAP
+from adadecode_vllm.config import DEFAULT_CAP, AdaDecodeConfig, validated
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.heads.config import parse_heads_dtype
 from adadecode_vllm.remote_code import TrustRemoteCode
@@ -130,6 +130,7 @@ def train_command(
 
     layers = None if exit_layers == "auto" else parse_layers(exit_layers)
     stored_dtype = parse_heads_dtype("--heads-dtype", heads_dtype)
+    _check_policy(threshold=threshold, max_early_predictions=max_early_predictions)
     settings = _settings(
         preset,
         objective=objective,
@@ -193,6 +194,17 @@ def train_command(
             )
         if processes.is_main_process:
             _summarize(record, output)
+
+
+def _check_policy(**options: Any) -> None:
+    """Refuse what the engine refuses, by the names that it has here."""
+
+    def sentence(detail: Any) -> str:
+        flag = "--" + str(detail["loc"][0]).replace("_", "-")
+        message = detail["msg"].lower()
+        return f"{flag} {detail['input']}: {message}; correct the value"
+
+    validated(AdaDecodeConfig, {"heads": "to be trained", **options}, sentence, str)
 
 
 def _settings(preset: str, **given: Any) -> TrainSettings:
@@ -302,13 +314,16 @@ def _print_choices(choices: list[Any]) -> None:
 
 
 def _summarize(record: dict[str, Any], output: Path) -> None:
+    from adadecode_vllm.toolkit.report.text import among
+
     held_out = record["held_out"]
     if held_out is not None:
         for layer, agreement in held_out["agreement"].items():
             later = held_out.get("agreement_by_draft", {}).get(layer, [])[1:]
             drafts = f" (next drafts: {', '.join(map('{:.1%}'.format, later))})"
             typer.echo(
-                f"exit {layer}: agrees with the final layer on {agreement:.1%} of the "
+                f"exit {layer}: agrees with the final layer"
+                f"{among(held_out.get('draft_vocabulary'))} on {agreement:.1%} of the "
                 f"held-out tokens{drafts if later else ''}, loss "
                 f"{held_out['loss'][layer]:.4f} nats"
             )

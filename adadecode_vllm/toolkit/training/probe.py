@@ -48,7 +48,7 @@ def choose_exits(
         teacher: The model.
         training: Texts that the stand-in heads are fitted to.
         held_out: Texts that the sets are compared on.
-        threshold: The gate's threshold.
+        threshold: The gate's threshold, in [0, 1]; at 1 it never opens.
         max_early_predictions: The cap.
         drafts: Drafts of a cycle that heads with memory are trained on; 0 for heads
             without memory.
@@ -89,7 +89,10 @@ def choose_exits(
         draft_token_ids=draft_token_ids,
         max_early_predictions=max_early_predictions,
     )
-    log_odds = math.log(threshold / (1 - threshold)) if 0 < threshold < 1 else -math.inf
+    if 0 < threshold < 1:
+        log_odds = math.log(threshold / (1 - threshold))
+    else:
+        log_odds = math.inf if threshold >= 1 else -math.inf
     least = dict.fromkeys(layers, log_odds)
 
     def rated_set(exits: tuple[int, ...]) -> Choice:

@@ -8,6 +8,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 
 from adadecode_vllm.config import DEFAULT_CAP
 from adadecode_vllm.errors import AdaDecodeError
-from adadecode_vllm.files import atomic_write, writing
+from adadecode_vllm.files import atomic_write, locked, writing
 from adadecode_vllm.heads.config import (
     HeadsDtype,
     default_draft_vocabulary,
@@ -143,12 +144,33 @@ def train_heads(
         Contents of ``run.yaml``.
 
     Raises:
-        AdaDecodeError: If something of the user's cannot be used.
+        AdaDecodeError: If something of the user's cannot be used, or another run is
+            writing to the same directory.
     """
+    with ExitStack() as held:
+        return _train(
+            teacher, data, exit_layers, settings, options, processes, reporter, held
+        )
+
+
+def _train(
+    teacher: Teacher,
+    data: Sequence[Path],
+    exit_layers: Sequence[int] | None,
+    settings: TrainSettings,
+    options: RunOptions,
+    processes: Any,
+    reporter: Reporter,
+    held: ExitStack,
+) -> dict[str, Any]:
+    """The same; from its first file on it holds the output directory's lock."""
     started = time.perf_counter()
 
-    def read() -> list[Text]:
+    def check() -> None:
         check_training_output(options.output, overwrite=options.overwrite)
+
+    def read() -> list[Text]:
+        check()
         return load_texts(data, teacher, settings.max_length)
 
     texts = all_or_none(processes, read)
@@ -184,7 +206,17 @@ def train_heads(
     weights_key = model_fingerprint(teacher)
     data_key = texts_fingerprint(texts)
     key = settings.digest(weights_key, data_key, repr(list(exit_layers)))
+
     # Everything has been read: from here on there is something to write.
+    def hold() -> None:
+        refusal = AdaDecodeError(
+            f"OUT {options.output}: another `adadecode train` is writing there; wait "
+            "until it has ended, or give another directory"
+        )
+        held.enter_context(locked(options.output, refusal))
+
+    in_main(processes, lambda: _to_disk(options.output, hold))
+    all_or_none(processes, check)  # another run may have ended there meanwhile
     directory = all_or_none(
         processes,
         lambda: choose_run_directory(options.output, key, overwrite=options.overwrite),

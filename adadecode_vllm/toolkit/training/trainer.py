@@ -66,7 +66,9 @@ class Trainer:
 
     ``progress.history["steps"]`` holds step, epoch, learning_rate and loss (nats per
     token, by exit); ``["held_out"]`` holds epoch, loss, agreement and, with memory,
-    ``agreement_by_draft``, of which ``agreement`` is the first.
+    ``agreement_by_draft``, of which ``agreement`` is the first. Where the LM head has
+    the rows of a draft vocabulary only, its ``draft_vocabulary`` is their number: the
+    final layer's top token is then its top one among those.
     """
 
     def __init__(
@@ -240,6 +242,8 @@ class Trainer:
                 str(k): [draft.agreement for draft in drafts]
                 for k, drafts in totals.items()
             }
+        if self.settings.draft_vocabulary is not None:
+            record["draft_vocabulary"] = len(self.lm_head)
         progress.history["held_out"].append(record)
         mean = sum(record["loss"].values()) / len(totals)
         if mean < progress.best_loss:

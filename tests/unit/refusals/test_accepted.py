@@ -12,6 +12,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from adadecode_vllm import compat, engine_args
+from adadecode_vllm.config import engine_config
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.patches import engine_args as engine_args_patch
 from tests.start_up import create, refusal
@@ -98,7 +99,9 @@ def test_the_same_arguments_with_changes(model: Path, heads: Path) -> None:
     assert "adadecode" not in config.parallel_config.worker_cls
 
 
-@pytest.mark.parametrize("asked", [{}, {"heads": "nowhere", "enabled": False}])
+@pytest.mark.parametrize(
+    "asked", [{}, {"heads": "nowhere", "enabled": False}, {"enabled": False}]
+)
 def test_not_asked_for_changes_nothing(model: Path, asked: dict[str, Any]) -> None:
     additional = {"adadecode": asked} if asked else {}
     args = EngineArgs(model=str(model), additional_config=additional)
@@ -111,6 +114,7 @@ def test_not_asked_for_changes_nothing(model: Path, asked: dict[str, Any]) -> No
     assert "adadecode" not in config.parallel_config.worker_cls
     assert config.scheduler_config.scheduler_cls is None
     assert config.additional_config == additional
+    assert engine_config(config) is None
     assert config.scheduler_config.get_scheduler_cls() is (
         plain.scheduler_config.get_scheduler_cls()
     )

@@ -58,6 +58,17 @@ def test_heads_whose_model_is_not_here(edited_heads: Callable[..., Path]) -> Non
         arguments(heads).create_engine_config()
 
 
+def test_damaged_heads_are_named_as_the_model(
+    edited_heads: Callable[..., Path],
+) -> None:
+    """Nobody gave the flag that names heads elsewhere."""
+    heads = edited_heads(hidden_size=-1)
+    with pytest.raises(AdaDecodeError) as refused:
+        arguments(heads).create_engine_config()
+    assert str(refused.value).startswith(f"MODEL {heads}: config.json")
+    assert "--adadecode-heads" not in str(refused.value)
+
+
 def test_recommendations_that_cannot_be_used(edited_heads: Callable[..., Path]) -> None:
     heads = edited_heads(recommended={"threshold": 2})
     with pytest.raises(AdaDecodeError, match=r"config.json recommends cannot be used"):

@@ -102,6 +102,18 @@ def test_damaged_heads_of_others_are_left_out(
     assert options_of(arguments(model))["heads"] == str(heads)
 
 
+def test_a_directory_without_heads_is_named_with_its_registry(
+    model: Path, register: Callable[..., None], tmp_path: Path
+) -> None:
+    register({"models": [str(model)], "directory": "nowhere"})
+    with pytest.raises(AdaDecodeError) as refused:
+        arguments(model).create_engine_config()
+    message = str(refused.value)
+    registry, directory = tmp_path / "registry.json", tmp_path / "nowhere"
+    assert message.startswith(f"{registry}: directory {directory}: the path does not ")
+    assert "--adadecode-heads" not in message
+
+
 def test_heads_of_the_hub_are_named_and_not_fetched(
     model: Path, register: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
