@@ -13,7 +13,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import median
 
 logger = logging.getLogger("vllm.adadecode")
 
@@ -33,10 +34,6 @@ PROBE_COST = 0.01
 SHORTEST = 48
 LONGEST = 4096
 """Fewest and most steps between two looks."""
-
-LONGER = 4
-"""How many times longer than the last a pause may be: something else may have held up
-the steps that were looked at."""
 
 BETTER = 1.01
 """How much faster the other way must be for a change."""
@@ -71,13 +68,22 @@ class _Rate:
     seconds: float = 0.0
     requests: float = 0.0
     steps: float = 0.0
+    first: list[float] = field(default_factory=list)
 
     def add(self, requests: int, tokens: int, seconds: float) -> None:
-        seconds = _usual(seconds, self.seconds, self.steps)
         keep = 1.0 - 1.0 / WINDOW_STEPS
+        if len(self.first) < USUAL_STEPS:
+            # The very first may be the one that was held up.
+            self.first.append(seconds)
+            most = 3 * median(self.first)
+            self.seconds = 0.0
+            for earlier in self.first:
+                self.seconds = keep * self.seconds + min(earlier, most)
+        else:
+            usual = _usual(seconds, self.seconds, self.steps)
+            self.seconds = keep * self.seconds + usual
         self.steps = keep * self.steps + 1
         self.tokens = keep * self.tokens + tokens
-        self.seconds = keep * self.seconds + seconds
         self.requests = keep * self.requests + requests
 
     def at(self, requests: float, request_seconds: float) -> float:
@@ -158,7 +164,6 @@ class _Size:
         self.rates = {True: _Rate(), False: _Rate()}
         self._best = True
         self._left = FIRST_STEPS
-        self._pause = SHORTEST // LONGER
 
     def admission(self, requests: int) -> float:
         """What a draft must promise: the tokens of the time that it takes."""
@@ -209,8 +214,7 @@ class _Size:
         slower, faster = sorted((known, other))
         loss = 1.0 - slower / faster if faster else 0.0
         pause = (PROBE_STEPS + SETTLE_STEPS) * loss / PROBE_COST
-        longest = min(self._pause * LONGER, LONGEST)
-        self._left = self._pause = int(min(max(pause, SHORTEST), longest))
+        self._left = int(min(max(pause, SHORTEST), LONGEST))
         changed = self.drafts is not self._best
         self.drafts = self._best
         return changed

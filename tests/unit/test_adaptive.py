@@ -103,6 +103,19 @@ def test_drafting_that_costs_stops() -> None:
     assert steps.tokens / steps.seconds > 0.98 * 4
 
 
+@pytest.mark.parametrize("held_up", [2, 5, 9])
+def test_a_stall_at_first_is_soon_forgotten(held_up: int) -> None:
+    """Something else holds up a step for as long as a thousand others take."""
+
+    def step(number: int, drafted: bool) -> tuple[int, float]:
+        tokens, seconds = pays(number, drafted)
+        return tokens, 1000.0 if number == held_up else seconds
+
+    steps = Steps(step)
+    steps.run(500)
+    assert steps.share(100) > 0.7
+
+
 def test_it_follows_the_text() -> None:
     steps = Steps(lambda step, drafted: (costs if step < 2000 else pays)(step, drafted))
     steps.run(2000)
@@ -197,7 +210,7 @@ def test_ways_are_compared_at_the_same_number_of_requests() -> None:
     steps = Steps(step)
     steps.drafts = 0
     for number in range(200):
-        requests = 63 if number < 14 else 40
+        requests = 50 + number % 14 if number < 14 else 40
         steps.run(1, requests)
     assert steps.share(100) == 0.0
 
