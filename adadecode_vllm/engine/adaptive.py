@@ -35,6 +35,10 @@ SHORTEST = 48
 LONGEST = 4096
 """Fewest and most steps between two looks."""
 
+LONGER = 4
+"""How many times longer than the last a pause may be, the first one than the shortest:
+an answer's beginning says little of the rest."""
+
 BETTER = 1.01
 """How much faster the other way must be for a change."""
 
@@ -164,6 +168,7 @@ class _Size:
         self.rates = {True: _Rate(), False: _Rate()}
         self._best = True
         self._left = FIRST_STEPS
+        self._pause = SHORTEST
 
     def admission(self, requests: int) -> float:
         """What a draft must promise: the tokens of the time that it takes."""
@@ -214,7 +219,8 @@ class _Size:
         slower, faster = sorted((known, other))
         loss = 1.0 - slower / faster if faster else 0.0
         pause = (PROBE_STEPS + SETTLE_STEPS) * loss / PROBE_COST
-        self._left = int(min(max(pause, SHORTEST), LONGEST))
+        longest = min(self._pause * LONGER, LONGEST)
+        self._left = self._pause = int(min(max(pause, SHORTEST), longest))
         changed = self.drafts is not self._best
         self.drafts = self._best
         return changed

@@ -116,6 +116,17 @@ def test_a_stall_at_first_is_soon_forgotten(held_up: int) -> None:
     assert steps.share(100) > 0.7
 
 
+def test_a_bad_beginning_is_soon_forgotten() -> None:
+    """Drafts take three times as long as they bring for 30 steps, and pay then."""
+
+    def step(number: int, drafted: bool) -> tuple[int, float]:
+        return (4, 3.0) if drafted and number < 30 else pays(number, drafted)
+
+    steps = Steps(step)
+    steps.run(30 + 48 * 4 + 20)
+    assert steps.share(4) == 1.0
+
+
 def test_it_follows_the_text() -> None:
     steps = Steps(lambda step, drafted: (costs if step < 2000 else pays)(step, drafted))
     steps.run(2000)

@@ -356,6 +356,19 @@ def answering() -> Iterator[Callable[[int, str], str]]:
         server.server_close()
 
 
+def test_stats_of_an_engine_that_drafts_by_costs(
+    prom: Callable[..., AdaDecodeProm],
+    answering: Callable[[int, str], str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    reader = prom({**OPTIONS, "policy": "cost", "ngram": "chain"})
+    reader.observe({CONFIG_KEY: [*Stats(EXITS, 8).reported(), *(0.0 for _ in REASONS)]})
+    assert run("stats", answering(200, _values()), "--once") == 0
+    output = capsys.readouterr().out
+    assert "policy cost, ngram chain, max_early_predictions " in output
+    assert "threshold" not in output
+
+
 def test_stats_once(
     prom: Callable[..., AdaDecodeProm],
     answering: Callable[[int, str], str],
@@ -376,7 +389,8 @@ def test_stats_once(
     rows = [re.findall(r"[\d.,]+(?: %)?", line) for line in output.splitlines()]
     assert ["2", "2,000", "1,500", "75.0 %", "1,330", "70", "95.0 %"] in rows
     assert ["4", "500", "100", "20.0 %", "50", "50", "50.0 %"] in rows
-    assert "threshold 0.5, max_early_predictions 4" in output
+    assert "threshold 0.5, gate " in output
+    assert "max_early_predictions 4" in output
     assert re.search(r"tokens per target forward +2\.38", output)
     assert re.search(r"drafting +1\.2 s", output)
     assert re.search(r"dropped, not scheduled +12 tokens", output)

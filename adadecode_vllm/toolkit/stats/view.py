@@ -46,11 +46,14 @@ def view(
 
 
 def _options(total: Snapshot) -> str:
-    named = ("threshold", "max_early_predictions", "gate", "disable_by_batch_size")
+    options = total.counted.options
+    by_costs = options.get("policy") == "cost"
+    decides = ("policy", "ngram") if by_costs else ("threshold", "gate", "ngram")
+    named = (*decides, "max_early_predictions", "disable_by_batch_size")
     return ", ".join(
-        f"{name} {total.counted.options[name]}"
+        f"{name} {options[name]}"
         for name in named
-        if total.counted.options.get(name) not in (None, "None")
+        if options.get(name) not in (None, "None")
     )
 
 
