@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from adadecode_vllm.toolkit.evaluation.cost import CostModel
-from adadecode_vllm.toolkit.evaluation.simulate import Counters
+from adadecode_vllm.toolkit.evaluation.counters import Counters
 
 
 @cache

@@ -84,8 +84,8 @@ class _Rate:
             for earlier in self.first:
                 self.seconds = keep * self.seconds + min(earlier, most)
         else:
-            usual = _usual(seconds, self.seconds, self.steps)
-            self.seconds = keep * self.seconds + usual
+            most = 3 * self.seconds / self.steps
+            self.seconds = keep * self.seconds + min(seconds, most)
         self.steps = keep * self.steps + 1
         self.tokens = keep * self.tokens + tokens
         self.requests = keep * self.requests + requests

@@ -82,9 +82,9 @@ class SuffixLookup:
             if known is None:
                 continue
             self._cache.stop_request(request_id)
-            answer = known - self._first.pop(request_id)
-            self._answers[request_id] = answer
-            self._kept += answer
+            if answer := known - self._first.pop(request_id):
+                self._answers[request_id] = answer
+                self._kept += answer
         while self._kept > CACHED_TOKENS:
             self._evict(next(iter(self._answers)))
 

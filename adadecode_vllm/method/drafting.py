@@ -185,7 +185,7 @@ class Drafter:
         for the other requests, to share a pass over the weights with them.
 
         Returns:
-            The windows as they are then; None where there is nothing to run.
+            The windows as they are then; None where nothing was run.
         """
         steps, drafted = self.executor.steps, self._drafted
         self._drafted = None
@@ -209,7 +209,8 @@ class Drafter:
             steps.prefetch_segment(0, *tokens)
             cycle.advance(chosen, 0)
             self.stats.count_segment(0, tokens[0].num_tokens)
-        return cycle.window()
+            return cycle.window()
+        return None
 
     def _finish(self, cycle: Cycle, steps: StepRunner) -> None:
         """Run everything that is left of all tokens."""

@@ -13,13 +13,10 @@ import pytest
 
 from adadecode_vllm.config import parse_config
 from adadecode_vllm.toolkit.evaluation.answers import known_answers
+from adadecode_vllm.toolkit.evaluation.counters import Counters, StepCosts
 from adadecode_vllm.toolkit.evaluation.defaults import engine_with
 from adadecode_vllm.toolkit.evaluation.run import load_heads_for
-from adadecode_vllm.toolkit.evaluation.simulate import (
-    Counters,
-    StepCosts,
-    total,
-)
+from adadecode_vllm.toolkit.evaluation.simulate import total
 from adadecode_vllm.toolkit.states.teacher import Teacher
 from adadecode_vllm.toolkit.states.texts import Text
 from tests.harness import (

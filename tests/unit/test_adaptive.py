@@ -103,8 +103,8 @@ def test_drafting_that_costs_stops() -> None:
     assert steps.tokens / steps.seconds > 0.98 * 4
 
 
-@pytest.mark.parametrize("held_up", [2, 5, 9])
-def test_a_stall_at_first_is_soon_forgotten(held_up: int) -> None:
+@pytest.mark.parametrize("held_up", range(2, 14))
+def test_a_stall_at_first_is_no_reason_to_stop(held_up: int) -> None:
     """Something else holds up a step for as long as a thousand others take."""
 
     def step(number: int, drafted: bool) -> tuple[int, float]:
@@ -112,8 +112,8 @@ def test_a_stall_at_first_is_soon_forgotten(held_up: int) -> None:
         return tokens, 1000.0 if number == held_up else seconds
 
     steps = Steps(step)
-    steps.run(500)
-    assert steps.share(100) > 0.7
+    steps.run(60)
+    assert steps.share(20) == 1.0
 
 
 def test_a_bad_beginning_is_soon_forgotten() -> None:

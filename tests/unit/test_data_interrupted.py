@@ -10,7 +10,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count as numbers
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +282,21 @@ def test_another_replacement_takes_the_place_of_an_unfinished_one(
     assert len(list(read_rows(options.out))) == 20
 
 
+@contextmanager
+def interrupted_at(monkeypatch: pytest.MonkeyPatch, number: int) -> Iterator[None]:
+    """Interrupt a block in place of the file move with this number, from 0."""
+    move, calls = Path.replace, numbers()
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if next(calls) == number:
+            raise KeyboardInterrupt
+        return move(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", interrupted)
+        yield
+
+
 @pytest.mark.parametrize("at", range(16))
 def test_replacing_may_be_interrupted_anywhere(
     options: DataOptions,
@@ -288,15 +305,7 @@ def test_replacing_may_be_interrupted_anywhere(
 ) -> None:
     """7 shards and dataset.json go, 5 shards and dataset.json come."""
     old = make_data(options)
-    move, calls = Path.replace, iter(range(100))
-
-    def interrupted(self: Path, target: Path) -> Path:
-        if next(calls) == at:
-            raise KeyboardInterrupt
-        return move(self, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", interrupted)
+    with interrupted_at(monkeypatch, at):
         if at < 14:
             with pytest.raises(KeyboardInterrupt):
                 make_data(other(options))
@@ -387,17 +396,8 @@ def test_two_runs_do_not_replace_the_same_data(
 ) -> None:
     """Whether a replacement waits for its place, or is taking it."""
     make_data(options)
-    move, calls = Path.replace, iter(range(100))
-
-    def interrupted(self: Path, target: Path) -> Path:
-        if next(calls) == moves:
-            raise KeyboardInterrupt
-        return move(self, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            make_data(other(options))
+    with interrupted_at(monkeypatch, moves), pytest.raises(KeyboardInterrupt):
+        make_data(other(options))
     if not moves:  # killed just before
         (options.out / "replacement" / "replaced").rmdir()
     before = content(options.out)

@@ -14,9 +14,10 @@ from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.method.policy import ThresholdPolicy
 from adadecode_vllm.toolkit.evaluation import row_costs
 from adadecode_vllm.toolkit.evaluation.cost import CostModel
+from adadecode_vllm.toolkit.evaluation.counters import Counters
 from adadecode_vllm.toolkit.evaluation.known_exits import Answer, Scored
 from adadecode_vllm.toolkit.evaluation.row_costs import RowCosts, measure_row_costs
-from adadecode_vllm.toolkit.evaluation.simulate import Counters, Setting, total
+from adadecode_vllm.toolkit.evaluation.simulate import Setting, total
 from adadecode_vllm.toolkit.states.teacher import Teacher
 from tests.tiny import save_tiny_llama
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from adadecode_vllm.toolkit.evaluation.counters import Counters, StepCosts
 from adadecode_vllm.toolkit.evaluation.row_costs import FREE, RowCosts
-from adadecode_vllm.toolkit.evaluation.simulate import Counters, StepCosts
 
 
 @dataclass(frozen=True)

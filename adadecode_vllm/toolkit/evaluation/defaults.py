@@ -13,13 +13,9 @@ from adadecode_vllm.engine.heads_fit import resolve_exit_layers
 from adadecode_vllm.engine.settings import threshold_policy
 from adadecode_vllm.heads.config import ExitHeadsConfig
 from adadecode_vllm.toolkit.evaluation.cost import CostModel
+from adadecode_vllm.toolkit.evaluation.counters import Counters
 from adadecode_vllm.toolkit.evaluation.known_exits import Answer, Scored
-from adadecode_vllm.toolkit.evaluation.simulate import (
-    Counters,
-    Setting,
-    total,
-    without_drafts,
-)
+from adadecode_vllm.toolkit.evaluation.simulate import Setting, total, without_drafts
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from adadecode_vllm.heads.io import HeadsTensors, load_tensors
 from adadecode_vllm.heads.module import is_identity
 from adadecode_vllm.toolkit.evaluation.answers import KEPT_ANSWERS, known_answers
 from adadecode_vllm.toolkit.evaluation.cost import CostModel
+from adadecode_vllm.toolkit.evaluation.counters import Counters
 from adadecode_vllm.toolkit.evaluation.defaults import (
     can_play_defaults,
     default_options,
@@ -31,12 +32,7 @@ from adadecode_vllm.toolkit.evaluation.measure import (
     summarize,
 )
 from adadecode_vllm.toolkit.evaluation.row_costs import RowCosts, measure_row_costs
-from adadecode_vllm.toolkit.evaluation.simulate import (
-    Counters,
-    Setting,
-    total,
-    without_drafts,
-)
+from adadecode_vllm.toolkit.evaluation.simulate import Setting, total, without_drafts
 from adadecode_vllm.toolkit.progress import Meter
 from adadecode_vllm.toolkit.states.cache import LiveStates
 from adadecode_vllm.toolkit.states.teacher import Teacher

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from adadecode_vllm.toolkit.evaluation.cost import CostModel
+from adadecode_vllm.toolkit.evaluation.counters import Counters
 from adadecode_vllm.toolkit.evaluation.measure import read_exit
-from adadecode_vllm.toolkit.evaluation.simulate import Counters
 from adadecode_vllm.toolkit.evaluation.unrolled import stretches
 from adadecode_vllm.toolkit.states.cache import StateSource
 from adadecode_vllm.toolkit.states.teacher import Teacher

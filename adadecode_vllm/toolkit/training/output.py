@@ -8,12 +8,13 @@ A run works in ``OUT/run``. Where that is a finished or another run's, it works 
 from __future__ import annotations
 
 import shutil
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from adadecode_vllm.errors import AdaDecodeError
-from adadecode_vllm.files import without_temporary
+from adadecode_vllm.files import locked, without_temporary
 from adadecode_vllm.heads.config import CONFIG_FILE
 from adadecode_vllm.heads.output import check_output
 
@@ -65,6 +66,23 @@ def check_training_output(output: Path, *, overwrite: bool) -> None:
             f"OUT {output}: it already holds heads; give another directory, or pass "
             "--overwrite to train them anew"
         )
+
+
+def alone(output: Path) -> AbstractContextManager[None]:
+    """Let one training at a time write to OUT.
+
+    Args:
+        output: OUT; created with its parents if missing.
+
+    Returns:
+        The block's context. Entering it raises an AdaDecodeError where another run is
+        writing there, and an OSError where the directory cannot be created.
+    """
+    refusal = AdaDecodeError(
+        f"OUT {output}: another `adadecode train` is writing there; wait until it has "
+        "ended, or give another directory"
+    )
+    return locked(output, refusal)
 
 
 def choose_run_directory(output: Path, key: str, *, overwrite: bool) -> Path:

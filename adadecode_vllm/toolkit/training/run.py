@@ -17,7 +17,7 @@ import torch
 
 from adadecode_vllm.config import DEFAULT_CAP
 from adadecode_vllm.errors import AdaDecodeError
-from adadecode_vllm.files import atomic_write, locked, writing
+from adadecode_vllm.files import atomic_write, writing
 from adadecode_vllm.heads.config import (
     HeadsDtype,
     default_draft_vocabulary,
@@ -58,6 +58,7 @@ from adadecode_vllm.toolkit.training.output import (
     FULL_HEADS_FILE,
     HISTORY_FILE,
     RUN_FILE,
+    alone,
     begin,
     check_training_output,
     choose_run_directory,
@@ -206,16 +207,11 @@ def _train(
     weights_key = model_fingerprint(teacher)
     data_key = texts_fingerprint(texts)
     key = settings.digest(weights_key, data_key, repr(list(exit_layers)))
-
     # Everything has been read: from here on there is something to write.
-    def hold() -> None:
-        refusal = AdaDecodeError(
-            f"OUT {options.output}: another `adadecode train` is writing there; wait "
-            "until it has ended, or give another directory"
-        )
-        held.enter_context(locked(options.output, refusal))
-
-    in_main(processes, lambda: _to_disk(options.output, hold))
+    lock = alone(options.output)
+    in_main(
+        processes, lambda: _to_disk(options.output, lambda: held.enter_context(lock))
+    )
     all_or_none(processes, check)  # another run may have ended there meanwhile
     directory = all_or_none(
         processes,
