@@ -47,6 +47,15 @@ def write_rows(
     return directory
 
 
+def content(directory: Path) -> dict[str, bytes]:
+    """Every file of a directory and of those within it, by its path there."""
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
+
+
 def write_answers(directory: Path, model: Path, count: int, tokens: int) -> Path:
     """A tiny model's own answers, greedily, as `adadecode data` would write them.
 

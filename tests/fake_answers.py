@@ -46,6 +46,19 @@ def without_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate_module, "generate", fake_answers)
 
 
+def record_asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return the rows that an engine will have been asked for."""
+    rows: list[int] = []
+
+    def recording(spec: EngineSpec, wanted: Shards, on_tokens: Any) -> Any:
+        for prompts in wanted.values():
+            rows.extend(prompts)
+        return fake_answers(spec, wanted, on_tokens)
+
+    monkeypatch.setattr(generate_module, "generate", recording)
+    return rows
+
+
 def make_options(directory: Path) -> DataOptions:
     """Write twenty questions to a directory and ask for their answers in `out`."""
     path = directory / "input" / "questions.jsonl"

@@ -14,6 +14,9 @@ from tests.tiny import FINGERPRINT
 D = 8
 BASE = "meta-llama/Llama-3.1-8B-Instruct"
 FILES = ["README.md", "config.json", "model.safetensors"]
+DRAFT_VOCABULARY_ROW = (
+    "| Draft vocabulary | the 4 most frequent tokens of the training text |"
+)
 TRAINING = {
     "argv": ["/home/ann/.venv/bin/adadecode", "train", BASE, "--data", "/data/x y/gsm"],
     "license": "llama3.1",

@@ -13,13 +13,16 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from adadecode_vllm.engine.adadecode import AdaDecode
 from adadecode_vllm.engine.outcomes import UNUSED_DRAFTS
 from adadecode_vllm.engine.speculator import AdaDecodeSpeculator
+from adadecode_vllm.engine.verification_graphs import add_verification_graphs
 from adadecode_vllm.patches import init_speculator
 
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+    from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
     from vllm.v1.worker.gpu.input_batch import InputBatch
+    from vllm.v1.worker.gpu.model_runner import BatchReqState
 
     from adadecode_vllm.method.ledger import Resumable
     from adadecode_vllm.method.resume import ScheduledBatch
@@ -66,7 +69,8 @@ class AdaDecodeModelRunner(GPUModelRunner):
 
         vLLM captures whole-model graphs for 1 + k tokens a request, the batch that
         other methods verify. Here that batch resumes, segment by segment; what runs
-        the whole model in one graph is one token a request, as without speculation.
+        the whole model in one graph is one token a request, as without speculation,
+        and, where no draft has passed a layer, any mix of lengths up to 1 + k.
         """
         decode_query_len = self.decode_query_len
         self.decode_query_len = self.model_state.num_new_sampled_tokens_per_step
@@ -74,6 +78,8 @@ class AdaDecodeModelRunner(GPUModelRunner):
             super().initialize_kv_cache(*args, **kwargs)
         finally:
             self.decode_query_len = decode_query_len
+        if self.adadecode.model.num_segments == 1:
+            add_verification_graphs(self, self.adadecode.states.window)
         self.proposer.bind(self)
 
     def execute_model(  # type: ignore[override]
@@ -100,13 +106,24 @@ class AdaDecodeModelRunner(GPUModelRunner):
         super().add_requests(scheduler_output)
         self.proposer.add_requests(scheduler_output)
 
-    def prepare_inputs(self, *args: Any, **kwargs: Any) -> InputBatch:
+    def prepare_inputs(
+        self,
+        scheduler_output: SchedulerOutput,
+        batch_req_state: BatchReqState,
+        batch_desc: BatchExecutionDescriptor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> InputBatch:
         """Put the batch together and find out what of it can be resumed.
 
         What runs in CUDA graphs of its own is launched here: the device works on it
         while vLLM prepares an attention that only its own forward would use.
         """
-        input_batch = super().prepare_inputs(*args, **kwargs)
+        input_batch = super().prepare_inputs(
+            scheduler_output, batch_req_state, batch_desc, *args, **kwargs
+        )
+        # A graph of any mix of lengths promises its attention the longest.
+        input_batch.max_query_len = batch_desc.max_query_len
         self._resume = self.proposer.resumable(input_batch)
         self._resumed = None
         if self._resume is not None and not self.uses_inputs_embeds:

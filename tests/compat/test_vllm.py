@@ -192,7 +192,13 @@ CALLS = {
         "create_forward_fn progress_bar_desc"
     ),
     "vllm.v1.worker.gpu.cudagraph_utils.BatchExecutionDescriptor": (
-        "cg_mode num_tokens num_reqs"
+        "cg_mode num_tokens num_reqs max_query_len"
+    ),
+    "vllm.v1.worker.gpu.attn_utils.get_varlen_cudagraph_unsupported_backend": (
+        "attn_groups vllm_config max_query_len"
+    ),
+    "vllm.v1.worker.gpu.model_runner.GPUModelRunner.prepare_inputs": (
+        "scheduler_output batch_req_state batch_desc num_active_loras"
     ),
     "vllm.v1.worker.gpu.spec_decode.init_speculator": "vllm_config device req_states",
     "vllm.v1.attention.backend.CommonAttentionMetadata": (
@@ -330,6 +336,21 @@ SOURCES = [
         "vllm.v1.worker.gpu.cudagraph_utils.profile_cudagraph_memory",
         "isinstance(value, CudaGraphManager)",
         "engine/segment_graphs.py: graphs of the memory profile are dropped",
+    ),
+    (
+        "vllm.v1.worker.gpu.cudagraph_utils.CudaGraphManager.capture",
+        "descs = self._capture_descs[mode]",
+        "engine/verification_graphs.py: graphs that are added are captured",
+    ),
+    (
+        "vllm.v1.worker.gpu.cudagraph_utils.CudaGraphManager.dispatch",
+        "for desc in self._candidates[key]",
+        "engine/verification_graphs.py: graphs are chosen by preference",
+    ),
+    (
+        "vllm.v1.worker.gpu.model_states.default.DefaultModelState.prepare_attn",
+        "max_query_len = input_batch.max_query_len",
+        "engine/runner_v2.py: the longest a graph was captured for",
     ),
     (
         "vllm.v1.worker.gpu.states.RequestState.__init__",

@@ -10,7 +10,8 @@ from accelerate import Accelerator
 
 from adadecode_vllm.heads import load_heads_config
 from adadecode_vllm.toolkit.states.teacher import Teacher
-from adadecode_vllm.toolkit.training.run import Reporter, RunOptions, train_heads
+from adadecode_vllm.toolkit.training.options import Reporter, RunOptions
+from adadecode_vllm.toolkit.training.run import train_heads
 from adadecode_vllm.toolkit.training.settings import TrainSettings
 from tests.data_directory import write_rows
 from tests.harness import MODEL, Reference, generate, metric, start_engine

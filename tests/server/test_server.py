@@ -106,7 +106,9 @@ def test_stats_in_the_terminal(server: Server) -> None:
     table = subprocess.run(
         [*command, "--once"], capture_output=True, text=True, timeout=60, check=True
     ).stdout
-    assert "threshold 0.5, gate probability, ngram off, max_early_predictions 8" in table
+    assert (
+        "threshold 0.5, gate probability, ngram off, max_early_predictions 8" in table
+    )
     accepted = server.metric("vllm:adadecode_accepted_tokens_total", exit_layer="2")
     assert re.search(rf"2 │.* {int(accepted):,} │", table), table
     ours, theirs = os.openpty()

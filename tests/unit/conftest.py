@@ -6,12 +6,14 @@ What they need is imported when one is asked for.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
+    from adadecode_vllm.engine.metric_loggers import AdaDecodeProm
     from adadecode_vllm.toolkit.data.options import DataOptions
     from adadecode_vllm.toolkit.states.teacher import Teacher
     from tests.fake_hub import FakeApi
@@ -81,3 +83,23 @@ def options(tmp_path: Path) -> DataOptions:
     from tests.fake_answers import make_options
 
     return make_options(tmp_path)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows that an engine was asked for."""
+    from tests.fake_answers import record_asked
+
+    return record_asked(monkeypatch)
+
+
+# Metrics
+
+
+@pytest.fixture
+def prom() -> Iterator[Callable[..., AdaDecodeProm]]:
+    """Makes readers of an engine's counters; vLLM unregisters what they registered."""
+    from tests.exported_counters import make_readers
+
+    with make_readers() as make:
+        yield make

@@ -23,6 +23,7 @@ from adadecode_vllm.toolkit.publishing.save import (
     make_speculators_config,
     save_pretrained,
 )
+from tests.evaluations import make_evaluation
 from tests.published_heads import (
     BASE,
     FILES,
@@ -33,7 +34,6 @@ from tests.published_heads import (
     make_weights,
     serve_words,
 )
-from tests.unit.test_report import make_evaluation
 
 # save_pretrained
 

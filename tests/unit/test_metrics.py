@@ -1,28 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counters from the worker to `/metrics`, the log, the terminal and the documents."""
+"""Counters from the worker to `/metrics`, the log and the documents."""
 
 from __future__ import annotations
 
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from collections.abc import Callable
 from pathlib import Path
-from socketserver import BaseRequestHandler, TCPServer
-from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from prometheus_client import REGISTRY, generate_latest
 from vllm.distributed.ec_transfer.ec_connector.metrics import (
     ECConnectorLogging,
     ECConnectorProm,
 )
 from vllm.v1.metrics import loggers
-from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 
 from adadecode_vllm.config import CONFIG_KEY
 from adadecode_vllm.engine import metric_loggers
@@ -49,38 +44,11 @@ from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.method.ledger import REASONS
 from adadecode_vllm.method.stats import REPORTED, REPORTED_PER_EXIT, Stats
 from adadecode_vllm.patches import stat_loggers
-from adadecode_vllm.toolkit.stats.snapshot import metrics_url, parse
-from tests.command import run
+from adadecode_vllm.toolkit.stats.snapshot import parse
+from tests.exported_counters import EXITS, OPTIONS, exported
 
 ROOT = Path(__file__).parents[2]
-EXITS = (2, 4)
 NUMBERS = 2 * len(REPORTED_PER_EXIT) + len(REPORTED) + len(REASONS)
-
-
-def _config(options: dict[str, Any] | None) -> Any:
-    additional_config = {} if options is None else {CONFIG_KEY: options}
-    return SimpleNamespace(additional_config=additional_config, ec_transfer_config=None)
-
-
-@pytest.fixture
-def prom() -> Iterator[Callable[..., AdaDecodeProm]]:
-    """Makes readers of an engine's counters; vLLM unregisters what they registered."""
-
-    def make(options: dict[str, Any] | None, engines: int = 1) -> AdaDecodeProm:
-        values: dict[int, list[object]] = {i: ["m", str(i)] for i in range(engines)}
-        return AdaDecodeProm(_config(options), ["model_name", "engine"], values)
-
-    unregister_vllm_metrics()
-    yield make
-    unregister_vllm_metrics()
-    assert PREFIX not in generate_latest(REGISTRY).decode()
-
-
-OPTIONS = {"heads": "some/heads", "exit_layers": list(EXITS), "threshold": 0.5}
-
-
-def _values() -> str:
-    return generate_latest(REGISTRY).decode()
 
 
 def test_the_order_of_a_report() -> None:
@@ -134,7 +102,7 @@ def test_prometheus_adds_up_by_engine(prom: Callable[..., AdaDecodeProm]) -> Non
     reader.observe({CONFIG_KEY: added}, 1)
     reader.observe({CONFIG_KEY: added, COMPARED_KEY: [2.0, 3.0]}, 1)
     reader.observe({COMPARED_KEY: [0.5, 0.5]}, 0)
-    snapshot = parse(_values(), 0.0, "here").counted
+    snapshot = parse(exported(), 0.0, "here").counted
     per_exit, totals, dropped = split_counters(added)
     assert snapshot.per_exit == {
         layer: {name: 3 * per_exit[name][index] for name in per_exit}
@@ -147,7 +115,7 @@ def test_prometheus_adds_up_by_engine(prom: Callable[..., AdaDecodeProm]) -> Non
     assert snapshot.options["threshold"] == "0.5"
     assert snapshot.options["exit_layers"] == "2,4"
     line = 'accepted_tokens_total{engine="1",exit_layer="4",model_name="m"} '
-    assert f"{PREFIX}{line}{2 * per_exit['accepted'][1]}" in _values()
+    assert f"{PREFIX}{line}{2 * per_exit['accepted'][1]}" in exported()
 
 
 @pytest.mark.parametrize("options", [None, {**OPTIONS, "enabled": False}])
@@ -155,10 +123,10 @@ def test_other_engines_have_none_of_it(
     prom: Callable[..., AdaDecodeProm], options: dict[str, Any] | None
 ) -> None:
     reader = prom(options)
-    assert PREFIX not in _values()
+    assert PREFIX not in exported()
     reader.observe({"bytes": 3})  # what vLLM's own connectors would send
     with pytest.raises(AdaDecodeError, match="AdaDecode's metrics are not there"):
-        parse(_values(), 0.0, "here")
+        parse(exported(), 0.0, "here")
 
 
 def test_finished_requests_travel_beside_the_counters(
@@ -176,7 +144,7 @@ def test_finished_requests_travel_beside_the_counters(
     reader.observe({FINISHED_KEY: log.take()})
     assert log.take() == []
     assert [request.request_id for request in recent.newest()] == ["c", "b"]
-    assert PREFIX + "accepted_tokens_total" in _values()
+    assert PREFIX + "accepted_tokens_total" in exported()
     log.count("d", 8, 6)
     log.end(_ended("d", 5))
     sent = json.loads(json.dumps(log.take()))  # tuples arrive as lists
@@ -186,7 +154,7 @@ def test_finished_requests_travel_beside_the_counters(
     assert (newest.request_id, newest.drafted, newest.accepted) == ("d", 8, 5)
     assert (newest.prompt_tokens, newest.tokens, newest.reason) == (7, 5, "stop")
     assert 0 < newest.seconds < 60
-    assert parse(_values(), 0.0, "here").counted.totals["request_steps"] == 1
+    assert parse(exported(), 0.0, "here").counted.totals["request_steps"] == 1
     lines: list[str] = []
     logging = AdaDecodeLogging(None)
     logging.observe({FINISHED_KEY: []})
@@ -305,160 +273,3 @@ def test_the_dashboard_asks_for_metrics_that_exist() -> None:
     for name in queried - ours:
         family = re.sub("_(total|bucket)$", "", name)
         assert f'"{family}"' in known, name
-
-
-# `adadecode stats`
-
-
-@pytest.mark.parametrize(
-    ("given", "address"),
-    [
-        ("localhost:8000", "http://localhost:8000/metrics"),
-        ("http://localhost:8000/", "http://localhost:8000/metrics"),
-        ("http://localhost:8000/metrics", "http://localhost:8000/metrics"),
-        ("https://host/behind/v1", "https://host/behind/metrics"),
-        ("http://[::1]:80/?q=1#f", "http://[::1]:80/metrics"),
-    ],
-)
-def test_addresses(given: str, address: str) -> None:
-    assert metrics_url(given) == address
-
-
-@pytest.mark.parametrize("given", ["", "file:///etc/passwd", "ftp://host", "http://"])
-def test_no_addresses(given: str) -> None:
-    with pytest.raises(AdaDecodeError, match="not the address of a server"):
-        metrics_url(given)
-
-
-@pytest.fixture
-def answering() -> Iterator[Callable[[int, str], str]]:
-    """Start a server that always answers the same; returns its address."""
-    servers: list[HTTPServer] = []
-
-    def start(status: int, text: str) -> str:
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                self.send_response(status)
-                self.end_headers()
-                self.wfile.write(text.encode())
-
-            def log_message(self, *args: Any) -> None:
-                pass
-
-        server = HTTPServer(("127.0.0.1", 0), Handler)
-        servers.append(server)
-        Thread(target=server.serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{server.server_port}"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
-def test_stats_of_an_engine_that_drafts_by_costs(
-    prom: Callable[..., AdaDecodeProm],
-    answering: Callable[[int, str], str],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    reader = prom({**OPTIONS, "policy": "cost", "ngram": "chain"})
-    reader.observe({CONFIG_KEY: [*Stats(EXITS, 8).reported(), *(0.0 for _ in REASONS)]})
-    assert run("stats", answering(200, _values()), "--once") == 0
-    output = capsys.readouterr().out
-    assert "policy cost, ngram chain, max_early_predictions " in output
-    assert "threshold" not in output
-
-
-def test_stats_once(
-    prom: Callable[..., AdaDecodeProm],
-    answering: Callable[[int, str], str],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    reader = prom({**OPTIONS, "max_early_predictions": 4})
-    stats = Stats(EXITS, 8)
-    stats.gates[:] = [2000, 500]
-    stats.early_predictions[:] = [1500, 100]
-    stats.accepted[:] = [1330, 50]
-    stats.rejected[:] = [70, 50]
-    stats.request_steps, stats.generated_tokens = 1000, 2380
-    stats.drafting_seconds = 1.25
-    dropped = [12.0 if reason == "not_scheduled" else 0.0 for reason in REASONS]
-    reader.observe({CONFIG_KEY: [*stats.reported().tolist(), *dropped]})
-    assert run("stats", answering(200, _values()), "--once") == 0
-    output = capsys.readouterr().out
-    rows = [re.findall(r"[\d.,]+(?: %)?", line) for line in output.splitlines()]
-    assert ["2", "2,000", "1,500", "75.0 %", "1,330", "70", "95.0 %"] in rows
-    assert ["4", "500", "100", "20.0 %", "50", "50", "50.0 %"] in rows
-    assert "threshold 0.5, gate " in output
-    assert "max_early_predictions 4" in output
-    assert re.search(r"tokens per target forward +2\.38", output)
-    assert re.search(r"drafting +1\.2 s", output)
-    assert re.search(r"dropped, not scheduled +12 tokens", output)
-    assert "skipped step" not in output
-
-
-@pytest.mark.parametrize(
-    ("status", "text", "sentence"),
-    [
-        (404, "", "the server answers 404"),
-        (200, "# HELP x y\nx 1\n", "AdaDecode's metrics are not there"),
-        (200, "<html>hello</html>", "not in Prometheus's text format"),
-    ],
-)
-def test_stats_of_something_else(
-    answering: Callable[[int, str], str],
-    capsys: pytest.CaptureFixture[str],
-    status: int,
-    text: str,
-    sentence: str,
-) -> None:
-    assert run("stats", answering(status, text), "--once") == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: URL http://127.0.0.1:")
-    assert sentence in error
-    assert error.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("answer", "reason"),
-    [
-        (b"SSH-2.0-OpenSSH\r\n", "BadStatusLine("),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\nvllm", "IncompleteRead("),
-    ],
-)
-def test_stats_of_what_is_not_a_whole_answer(
-    capsys: pytest.CaptureFixture[str], answer: bytes, reason: str
-) -> None:
-    class Handler(BaseRequestHandler):
-        def handle(self) -> None:
-            self.request.recv(4096)
-            self.request.sendall(answer)
-
-    with TCPServer(("127.0.0.1", 0), Handler) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        assert run("stats", f"127.0.0.1:{server.server_address[1]}", "--once") == 2
-        server.shutdown()
-    error = capsys.readouterr().err
-    assert f": no whole answer ({reason}" in error
-    assert error.endswith("Start the server again, or correct the address.\n")
-    assert error.count("\n") == 1
-
-
-def test_stats_without_a_server(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("stats", "http://127.0.0.1:9", "--once") == 2
-    assert "no answer" in capsys.readouterr().err
-
-
-def test_a_server_that_restarted_is_noticed() -> None:
-    def snapshot(time: float, steps: float) -> Any:
-        text = (
-            f'{PREFIX}accepted_tokens_total{{exit_layer="2"}} {steps}\n'
-            f"{PREFIX}target_forwards_total {steps}\n"
-        )
-        return parse(text, time, "here")
-
-    lately = snapshot(5.0, 8.0).since(snapshot(3.0, 6.0))
-    assert (lately.time, lately.counted.totals["request_steps"]) == (2.0, 2.0)
-    assert lately.counted.per_exit[2]["accepted"] == 2.0
-    assert not lately.counted.restarted
-    assert snapshot(5.0, 1.0).since(snapshot(3.0, 6.0)).counted.restarted

@@ -23,9 +23,10 @@ from adadecode_vllm.toolkit.evaluation.run import SimulationGrid, evaluate_heads
 from adadecode_vllm.toolkit.states.cache import LiveStates
 from adadecode_vllm.toolkit.states.teacher import Teacher
 from adadecode_vllm.toolkit.states.texts import Text, load_texts, split_held_out
+from adadecode_vllm.toolkit.training.options import Reporter, RunOptions
 from adadecode_vllm.toolkit.training.recommend import recommend
 from adadecode_vllm.toolkit.training.ridge import ridge_heads
-from adadecode_vllm.toolkit.training.run import Reporter, RunOptions, train_heads
+from adadecode_vllm.toolkit.training.run import train_heads
 from adadecode_vllm.toolkit.training.settings import TrainSettings
 from tests.data_directory import write_rows
 from tests.tiny import NUM_LAYERS, VOCAB_SIZE

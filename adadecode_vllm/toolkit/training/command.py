@@ -18,7 +18,7 @@ from adadecode_vllm.remote_code import TrustRemoteCode
 from adadecode_vllm.toolkit.progress import Meter
 
 if TYPE_CHECKING:
-    from adadecode_vllm.toolkit.training.run import Reporter
+    from adadecode_vllm.toolkit.training.options import Reporter
     from adadecode_vllm.toolkit.training.settings import TrainSettings
 
 
@@ -157,8 +157,9 @@ def train_command(
             "as in pip install 'adadecode-vllm[train]'"
         ) from error
     from adadecode_vllm.toolkit.states.teacher import Teacher, resolve_dtype
+    from adadecode_vllm.toolkit.training.options import RunOptions
     from adadecode_vllm.toolkit.training.output import check_training_output
-    from adadecode_vllm.toolkit.training.run import RunOptions, train_heads
+    from adadecode_vllm.toolkit.training.run import train_heads
     from adadecode_vllm.toolkit.training.together import all_or_none
 
     logging.basicConfig(level=logging.WARNING)
@@ -245,7 +246,7 @@ class _Display:
 
     def reporter(self) -> Reporter:
         """What the run calls; says nothing in processes but the main one."""
-        from adadecode_vllm.toolkit.training.run import Reporter
+        from adadecode_vllm.toolkit.training.options import Reporter
 
         if not self.enabled:
             return Reporter()

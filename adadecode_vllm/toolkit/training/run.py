@@ -7,22 +7,15 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from adadecode_vllm.config import DEFAULT_CAP
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.files import atomic_write, writing
-from adadecode_vllm.heads.config import (
-    HeadsDtype,
-    default_draft_vocabulary,
-    exit_layers_problem,
-)
 from adadecode_vllm.heads.io import HeadsTensors, save_tensors
 from adadecode_vllm.toolkit.provenance import git_commit, package_versions
 from adadecode_vllm.toolkit.publishing.save import save_pretrained
@@ -35,10 +28,6 @@ from adadecode_vllm.toolkit.states.cache import (
 from adadecode_vllm.toolkit.states.teacher import Teacher
 from adadecode_vllm.toolkit.states.texts import (
     Text,
-    load_texts,
-    model_fingerprint,
-    split_held_out,
-    texts_fingerprint,
     used_tokens,
 )
 from adadecode_vllm.toolkit.training.description import (
@@ -46,12 +35,7 @@ from adadecode_vllm.toolkit.training.description import (
     examine,
     heads_config,
 )
-from adadecode_vllm.toolkit.training.draft_vocabulary import (
-    MAX_TOKENS,
-    count_tokens,
-    rank_tokens,
-)
-from adadecode_vllm.toolkit.training.exit_sets import Choice
+from adadecode_vllm.toolkit.training.options import Reporter, RunOptions
 from adadecode_vllm.toolkit.training.output import (
     CACHE_DIRECTORY,
     CHECKPOINT_FILE,
@@ -64,61 +48,13 @@ from adadecode_vllm.toolkit.training.output import (
     choose_run_directory,
     finish,
 )
-from adadecode_vllm.toolkit.training.probe import choose_exits
 from adadecode_vllm.toolkit.training.ridge import ridge_heads
 from adadecode_vllm.toolkit.training.settings import TrainSettings
+from adadecode_vllm.toolkit.training.task import Task, read_task
 from adadecode_vllm.toolkit.training.together import all_or_none, in_main, main_first
 from adadecode_vllm.toolkit.training.trainer import Trainer
 
 _PACKAGES = ("adadecode-vllm", "torch", "transformers", "accelerate", "safetensors")
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """Where a run reads and writes, and how it works; no influence on the weights.
-
-    Attributes:
-        output: The heads directory; run files go to its ``run/``.
-        cache: Whether to keep states on disk.
-        cache_directory: Where; None for ``run/cache``, which is deleted at the end.
-        overwrite: Replace heads, or an unfinished run of another kind, once the new
-            heads are trained.
-        threshold: The gate that ``auto`` exits are chosen for.
-        max_early_predictions: The cap that they are chosen for.
-        heads_dtype: Of the weights that are written; they are trained in float32.
-    """
-
-    output: Path
-    cache: bool = True
-    cache_directory: Path | None = None
-    overwrite: bool = False
-    threshold: float = 0.75
-    max_early_predictions: int = DEFAULT_CAP
-    heads_dtype: HeadsDtype = "float32"
-
-
-@dataclass
-class Reporter:
-    """What a run tells while it works; the defaults say nothing.
-
-    Attributes:
-        say: Called with sentences.
-        choices: Called with the table behind automatic exit layers.
-        begin: Called with the directory that the run works in.
-        start: Called when something begins that takes long, with what it is, what is
-            counted, and how many there are.
-        advance: Called with how many further ones are done.
-        step: Called with each step's record.
-        epoch: Called with each epoch's held-out record.
-    """
-
-    say: Callable[[str], None] = lambda sentence: None
-    choices: Callable[[list[Choice]], None] = lambda choices: None
-    begin: Callable[[Path], None] = lambda directory: None
-    start: Callable[[str, str, int], None] = lambda what, unit, total: None
-    advance: Callable[[int], None] = lambda count: None
-    step: Callable[[dict[str, Any]], None] = lambda record: None
-    epoch: Callable[[dict[str, Any]], None] = lambda record: None
 
 
 def train_heads(
@@ -148,90 +84,62 @@ def train_heads(
         AdaDecodeError: If something of the user's cannot be used, or another run is
             writing to the same directory.
     """
-    with ExitStack() as held:
+    started = time.perf_counter()
+    task = read_task(teacher, data, exit_layers, settings, options, processes, reporter)
+    with _alone(options.output, processes):
         return _train(
-            teacher, data, exit_layers, settings, options, processes, reporter, held
+            teacher, data, task, settings, options, processes, reporter, started
         )
+
+
+@contextmanager
+def _alone(output: Path, processes: Any) -> Iterator[None]:
+    """Let no other run write to OUT meanwhile; the main process holds the lock."""
+    with ExitStack() as held:
+        lock = alone(output)
+        in_main(processes, lambda: _to_disk(output, lambda: held.enter_context(lock)))
+        yield
 
 
 def _train(
     teacher: Teacher,
     data: Sequence[Path],
-    exit_layers: Sequence[int] | None,
+    task: Task,
     settings: TrainSettings,
     options: RunOptions,
     processes: Any,
     reporter: Reporter,
-    held: ExitStack,
+    started: float,
 ) -> dict[str, Any]:
-    """The same; from its first file on it holds the output directory's lock."""
-    started = time.perf_counter()
+    """Train on what was read, and write."""
 
     def check() -> None:
         check_training_output(options.output, overwrite=options.overwrite)
 
-    def read() -> list[Text]:
-        check()
-        return load_texts(data, teacher, settings.max_length)
-
-    texts = all_or_none(processes, read)
-    training, held_out = split_held_out(texts, settings.held_out, settings.seed)
-    reporter.say(
-        f"{len(training)} texts to train on with {used_tokens(training)} tokens to "
-        f"predict, {len(held_out)} held out with {used_tokens(held_out)}"
-    )
-    counts = count_tokens((text.answer for text in training), teacher.vocab_size)
-    draft_token_ids = rank_tokens(counts, settings.draft_vocabulary or MAX_TOKENS)
-    few = default_draft_vocabulary(len(draft_token_ids), teacher.vocab_size) > 0
-    if exit_layers is None:
-        choices = all_or_none(
-            processes,
-            lambda: choose_exits(
-                teacher,
-                training,
-                held_out,
-                threshold=options.threshold,
-                max_early_predictions=options.max_early_predictions,
-                drafts=settings.unroll if settings.memory else 0,
-                draft_token_ids=draft_token_ids if few else None,
-                pass_tokens=settings.pass_tokens,
-                start=lambda total: reporter.start("choosing exits", "sets", total),
-                advance=reporter.advance,
-            ),
-        )
-        reporter.choices(choices)
-        exit_layers = choices[0].exit_layers
-    if problem := exit_layers_problem(list(exit_layers), teacher.num_layers):
-        raise AdaDecodeError(f"--exit-layers {problem}; give increasing layer counts")
-
-    weights_key = model_fingerprint(teacher)
-    data_key = texts_fingerprint(texts)
-    key = settings.digest(weights_key, data_key, repr(list(exit_layers)))
-    # Everything has been read: from here on there is something to write.
-    lock = alone(options.output)
-    in_main(
-        processes, lambda: _to_disk(options.output, lambda: held.enter_context(lock))
-    )
     all_or_none(processes, check)  # another run may have ended there meanwhile
     directory = all_or_none(
         processes,
-        lambda: choose_run_directory(options.output, key, overwrite=options.overwrite),
+        lambda: choose_run_directory(
+            options.output, task.key, overwrite=options.overwrite
+        ),
     )
-    in_main(processes, lambda: _to_disk(options.output, lambda: begin(directory, key)))
+    in_main(
+        processes, lambda: _to_disk(options.output, lambda: begin(directory, task.key))
+    )
     reporter.begin(directory)
-    layers = [*exit_layers, teacher.num_layers]
+    layers = [*task.exit_layers, teacher.num_layers]
     training_states, held_out_states = _sources(
-        teacher, [training, held_out], layers, weights_key, settings, options,
-        directory, processes, reporter,
+        teacher, [task.training, task.held_out], layers, task.weights_key, settings,
+        options, directory, processes, reporter,
     )  # fmt: skip
     prepared = time.perf_counter()
     lm_head = teacher.lm_head
     if settings.draft_vocabulary is not None:
-        lm_head = lm_head[draft_token_ids.to(lm_head.device)]
-        share = counts[draft_token_ids].sum() / counts.sum()
+        lm_head = lm_head[task.draft_token_ids.to(lm_head.device)]
+        share = task.counts[task.draft_token_ids].sum() / task.counts.sum()
         reporter.say(
-            f"Trained on {len(draft_token_ids):,} of {teacher.vocab_size:,} tokens, "
-            f"{share:.1%} of the text"
+            f"Trained on {len(task.draft_token_ids):,} of {teacher.vocab_size:,} "
+            f"tokens, {share:.1%} of the text"
         )
     checkpoint = directory / CHECKPOINT_FILE
     resumed = all_or_none(processes, checkpoint.exists)
@@ -239,24 +147,26 @@ def _train(
     if settings.start == "ridge" and not resumed:
         start = all_or_none(
             processes,
-            lambda: ridge_heads(training_states, exit_layers, memory=settings.memory),
+            lambda: ridge_heads(
+                training_states, task.exit_layers, memory=settings.memory
+            ),
         )
     trainer = Trainer(
-        exit_layers,
+        task.exit_layers,
         lm_head,
         training_states,
-        held_out_states if held_out else None,
+        held_out_states if task.held_out else None,
         settings,
         processes,
         start,
     )
     if resumed:
-        all_or_none(processes, lambda: trainer.load_checkpoint(checkpoint, key))
+        all_or_none(processes, lambda: trainer.load_checkpoint(checkpoint, task.key))
         reporter.say(f"Continuing after epoch {trainer.progress.epoch}")
     reporter.start("training", "steps", trainer.total_steps - trainer.progress.step)
 
     def save_checkpoint() -> None:
-        _to_disk(options.output, lambda: trainer.save_checkpoint(checkpoint, key))
+        _to_disk(options.output, lambda: trainer.save_checkpoint(checkpoint, task.key))
 
     def step(record: dict[str, Any]) -> None:
         reporter.step(record)
@@ -269,13 +179,15 @@ def _train(
     )
     trained = time.perf_counter()
     findings = Findings()
-    if held_out:
-        reporter.start("calibrating", "texts", len(held_out))
+    if task.held_out:
+        reporter.start("calibrating", "texts", len(task.held_out))
         findings = all_or_none(
             processes,
             lambda: examine(
                 teacher,
-                HeadsTensors(weights, memory, draft_token_ids if few else None),
+                HeadsTensors(
+                    weights, memory, task.draft_token_ids if task.shortened else None
+                ),
                 held_out_states,
                 settings,
                 options.max_early_predictions,
@@ -290,19 +202,19 @@ def _train(
         "versions": package_versions(_PACKAGES),
         "python": platform.python_version(),
         "model": teacher.name,
-        "model_fingerprint": weights_key,
+        "model_fingerprint": task.weights_key,
         "dtype": str(teacher.dtype).removeprefix("torch."),
         "device": str(teacher.device),
         "processes": processes.num_processes,
         "data": [str(directory) for directory in data],
-        "data_fingerprint": data_key,
-        "sources": sorted({text.source for text in texts}),
-        "texts": {"training": len(training), "held_out": len(held_out)},
+        "data_fingerprint": task.data_key,
+        "sources": sorted({text.source for text in [*task.training, *task.held_out]}),
+        "texts": {"training": len(task.training), "held_out": len(task.held_out)},
         "tokens": {
-            "training": used_tokens(training),
-            "held_out": used_tokens(held_out),
+            "training": used_tokens(task.training),
+            "held_out": used_tokens(task.held_out),
         },
-        "exit_layers": list(exit_layers),
+        "exit_layers": task.exit_layers,
         "settings": settings.model_dump(),
         "epochs_run": trainer.progress.epoch,
         "best_epoch": trainer.progress.best_epoch or None,
@@ -320,7 +232,7 @@ def _train(
             teacher,
             weights,
             memory,
-            draft_token_ids,
+            task.draft_token_ids,
             trainer,
             record,
             options,
