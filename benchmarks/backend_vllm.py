@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from itertools import count
 from typing import Any
 
+from benchmarks import parity
 from benchmarks.closed_loop import Concurrency
 from benchmarks.variants import EngineSettings, Variant, llm_arguments
 
@@ -59,7 +60,7 @@ class VllmBackend:
             output_tokens: Most tokens to generate for a prompt.
             ignore_eos: Generate all of them.
             oscillate_to: Requests at a time in every other phase of the run.
-            top_logits: Also return the two best logits at every token.
+            top_logits: Also return the best logits at every token.
 
         Returns:
             See :meth:`benchmarks.process.VariantProcess.generate`.
@@ -72,7 +73,7 @@ class VllmBackend:
             max_tokens=output_tokens,
             ignore_eos=ignore_eos,
             detokenize=False,
-            logprobs=2 if top_logits else None,
+            logprobs=parity.NUM_TOP_LOGITS if top_logits else None,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         if self._counts:
@@ -93,7 +94,9 @@ class VllmBackend:
             ),
         }
         if top_logits:
-            answer["top_logits"] = [_top_logits(output) for output in outputs]
+            answer["top_logits"] = [
+                parity.top_logits(output.outputs[0].logprobs) for output in outputs
+            ]
         return answer
 
     def stream(
@@ -206,12 +209,3 @@ def _tpot(output: Any) -> float | None:
     if tokens < 2:
         return None
     return (metrics.last_token_ts - metrics.first_token_ts) / (tokens - 1)
-
-
-def _top_logits(output: Any) -> list[list[list[float]]]:
-    """By token, its two best as [token id, logit], best first."""
-    positions = []
-    for candidates in output.outputs[0].logprobs:
-        best = sorted(candidates.items(), key=lambda item: -item[1].logprob)[:2]
-        positions.append([[token, entry.logprob] for token, entry in best])
-    return positions

@@ -112,7 +112,7 @@ class VariantProcess:
             ignore_eos: Generate all of them.
             oscillate_to: Requests at a time in every other phase of the run; vLLM's
                 variants only.
-            top_logits: Also return the two best logits at every token; vLLM's variants
+            top_logits: Also return the best logits at every token; vLLM's variants
                 only.
 
         Returns:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ import transformers
 from torch import nn
 
 from adadecode_vllm.heads import init_heads
-from benchmarks.parity import TopLogits, compare
+from benchmarks.parity import NUM_TOP_LOGITS, TopLogits, compare, top_logits
 from tests.harness import (
     adadecode_options,
     configure,
@@ -142,7 +142,7 @@ class Baseline:
 
     Attributes:
         texts: Greedy token ids.
-        logits: The two best at each token where a tie would be one (I6), else None.
+        logits: The best at each token where a tie would be one (I6), else None.
     """
 
     texts: list[list[int]]
@@ -170,21 +170,15 @@ def run_baseline(model: Path, dtype: str = "float32", **options: Any) -> Baselin
     with inspected_here(), start_engine(str(model), **options) as llm:
         if dtype == "float32":
             return Baseline(generate(llm, PROMPTS, **REQUEST), None)
-        params = SamplingParams(temperature=0, logprobs=2, **REQUEST)
+        params = SamplingParams(temperature=0, logprobs=NUM_TOP_LOGITS, **REQUEST)
         found = [
             output.outputs[0]
             for output in llm.generate(PROMPTS, params, use_tqdm=False)
         ]
     return Baseline(
         [list(completion.token_ids) for completion in found],
-        [[_two_best(token) for token in answer.logprobs or ()] for answer in found],
+        [top_logits(completion.logprobs or ()) for completion in found],
     )
-
-
-def _two_best(token: Mapping[int, Any]) -> list[tuple[int, float]]:
-    """Token ids and logits, best first."""
-    pairs = [(token_id, entry.logprob) for token_id, entry in token.items()]
-    return sorted(pairs, key=lambda pair: -pair[1])[:2]
 
 
 @contextmanager

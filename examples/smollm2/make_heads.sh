@@ -7,8 +7,10 @@
 #   examples/smollm2/make_heads.sh WORK GSM8K MBPP XSUM [HEADS]
 #
 # GSM8K, MBPP and XSUM are published files: the training split of GSM8K, all of MBPP, and
-# articles of XSum to train on. The model answers their prompts itself. WORK receives the
-# answers, the states and the trained heads; HEADS, if given, the heads with their card.
+# articles of XSum to train on. For the shipped heads these were the first 600 of the test
+# split in the order of their ids; the other 400 measure them. The model answers the prompts
+# itself. WORK receives the answers, the states and the trained heads; HEADS, if given, the
+# heads with their card.
 # Every step goes on where an interrupted one stopped: give the same command again.
 #
 #   ROWS_GSM8K, ROWS_MBPP, ROWS_XSUM   prompts of each kind (500, 500, 200)
@@ -18,7 +20,7 @@
 #   EPOCHS                             passes over the answers (6)
 set -euo pipefail
 if (($# < 4)); then
-    sed -n '5,17s/^# \{0,1\}//p' "$0" >&2
+    sed -n '5,20s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
 work=$(realpath -m "$1")

@@ -12,7 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.parity import Parity, compare, first_difference
+from benchmarks.parity import (
+    NUM_TOP_LOGITS,
+    Parity,
+    compare,
+    first_difference,
+    top_logits,
+)
 from tests.harness import (
     adadecode_options,
     configure,
@@ -39,25 +45,14 @@ def prompts() -> list[str]:
 
 
 def _reference(prompts: list[str], dtype: str) -> Reference:
-    """Plain vLLM's texts, and its two best logits at each token."""
+    """Plain vLLM's texts, and its best logits at each token."""
     from vllm import SamplingParams
 
     with start_engine(dtype=dtype, logprobs_mode="raw_logits", **ENGINE) as llm:
         texts = generate(llm, prompts)
-        params = SamplingParams(temperature=0, max_tokens=40, logprobs=2)
+        params = SamplingParams(temperature=0, max_tokens=40, logprobs=NUM_TOP_LOGITS)
         outputs = llm.generate(prompts, params, use_tqdm=False)
-    logits = [
-        [
-            [
-                [token, entry.logprob]
-                for token, entry in sorted(
-                    candidates.items(), key=lambda item: -item[1].logprob
-                )[:2]
-            ]
-            for candidates in output.outputs[0].logprobs
-        ]
-        for output in outputs
-    ]
+    logits = [top_logits(output.outputs[0].logprobs) for output in outputs]
     return texts, logits
 
 

@@ -85,6 +85,14 @@ def test_two_ulp_apart_is_a_tie_and_more_is_not() -> None:
     assert not is_tie([5, 7, 5], [5, 8, 9], logits_at(0.26))
 
 
+def test_several_tokens_may_be_as_good() -> None:
+    logits = [[[7, 16.0], [8, 16.0], [9, 15.75], [4, 15.7]]]
+    assert is_tie([7], [9], logits)
+    assert is_tie([8], [9], logits)
+    assert not is_tie([7], [4], logits)
+    assert not is_tie([4], [7], logits)
+
+
 def test_a_third_token_or_another_length_is_no_tie() -> None:
     assert not is_tie([5, 7, 5], [5, 9, 5], logits_at(0.0))
     assert not is_tie([5, 7, 5], [5, 7], logits_at(0.0))
