@@ -26,17 +26,26 @@ class Facts:
             rows as an engine allows drafts, and one more.
         async_scheduling_by_method: ``VllmConfig`` lists the speculative methods that
             may schedule ahead on Model Runner V2.
+        triton_splits_verification: The Triton attention backend shares the keys of a
+            request out over several programs, also where it has a few tokens in a step.
     """
 
     grammar_rows_follow_drafts: bool
     async_scheduling_by_method: bool
+    triton_splits_verification: bool
 
 
 SUPPORTED: Mapping[str, Facts] = MappingProxyType(
     {
-        "0.32": Facts(grammar_rows_follow_drafts=True, async_scheduling_by_method=True),
+        "0.32": Facts(
+            grammar_rows_follow_drafts=True,
+            async_scheduling_by_method=True,
+            triton_splits_verification=False,
+        ),
         "0.33": Facts(
-            grammar_rows_follow_drafts=False, async_scheduling_by_method=False
+            grammar_rows_follow_drafts=False,
+            async_scheduling_by_method=False,
+            triton_splits_verification=True,
         ),
     }
 )

@@ -84,7 +84,8 @@ class AdaDecodeConfig(BaseModel):
         ge=0,
         description="Let the gates look at this many tokens only, the most frequent of "
         "the heads' training text; 0 for the whole vocabulary. Default: all tokens "
-        "that the heads rank, if they are at most half of the vocabulary.",
+        "that the heads rank, if they are at most half of the vocabulary and the LM "
+        "head is not quantized.",
     )
     last_guess: bool = Field(
         default=True,
@@ -94,7 +95,7 @@ class AdaDecodeConfig(BaseModel):
     ngram: Ngram = Field(
         default="chain",
         description="Draft what followed the same last tokens earlier in the request, "
-        "too. tail: behind the last early prediction, or where there is none. first: "
+        "too. tail: after the last early prediction, or where there is none. first: "
         "look there first, and ask the exits only where nothing is found. chain: token "
         "by token, whichever of lookup and exit is more probably right. Default: "
         "chain; off where the policy is threshold.",

@@ -118,7 +118,9 @@ def verifiable(params: SamplingParams | None) -> bool:
     """Whether vLLM can verify drafts of a request.
 
     What it cannot verify is decoded without early predictions, beside requests that
-    have them: vLLM applies these parameters to one token a request.
+    have them: vLLM applies these parameters to one token a request. With a seed, what
+    is sampled would follow the number of drafts, and with it the engine's clock;
+    without drafts it is plain vLLM's text.
 
     Args:
         params: The request's parameters.
@@ -127,6 +129,7 @@ def verifiable(params: SamplingParams | None) -> bool:
         params is None
         or params.min_p > _LEAST_MIN_P
         or params.logit_bias
+        or (params.seed is not None and params.temperature > 0)
         or needs_plain_steps(params)
     )
 

@@ -161,9 +161,8 @@ def judge(
     baseline, texts = base["token_ids"], run["token_ids"]
     logits = None
     if again is not None:
-        # Where the baseline itself wrote another text, its logits say nothing.
         logits = [
-            best if ids == expected else []
+            best[: _last_shared(ids, expected)]
             for best, ids, expected in zip(
                 again["top_logits"], again["token_ids"], baseline, strict=True
             )
@@ -172,3 +171,9 @@ def judge(
         "parity": vars(compare(baseline, texts, logits)),
         "divergences": divergences(baseline, texts, logits),
     }
+
+
+def _last_shared(again: Sequence[int], baseline: Sequence[int]) -> int | None:
+    """Positions whose logits follow the same tokens: up to where both texts part."""
+    index = first_difference(again, baseline)
+    return None if index is None else index + 1

@@ -29,7 +29,7 @@ VARIANTS: Mapping[str, str] = {
     "heads": "AdaDecode with other heads, as in heads:DIRECTORY",
     "draft-vocabulary": "AdaDecode whose gates look at the most frequent tokens only, "
     "as in draft-vocabulary:8192",
-    "ngram-tail": "AdaDecode with n-gram drafts behind its early predictions",
+    "ngram-tail": "AdaDecode with n-gram drafts after its early predictions",
     "ngram-first": "the same, the n-gram lookup before the exits",
     "ngram-chain": "the same, token by token the more probable of both",
     "no-guess": "AdaDecode that never submits an unsure guess of the last exit",

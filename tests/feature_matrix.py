@@ -53,6 +53,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "logprobs of chosen tokens",
         "custom logits processors",
         "thinking budgets",
+        "watermarks",
         "structured output: JSON schema",
         "structured output: regex",
         "structured output: grammar",

@@ -86,6 +86,7 @@ class AdaDecode:
             with_memory=scorer.has_memory,
         )
         self._max_model_len = vllm_config.model_config.max_model_len
+        self._vocab_size = vllm_config.model_config.get_vocab_size()
         self._looks_in = config.lookup
         self._lookup: Lookup | None = None
         if config.ngram != "off":
@@ -153,9 +154,9 @@ class AdaDecode:
         """What looks up; made now where a request is the first to ask."""
         if self._lookup is None:
             if self._looks_in == "suffix":
-                self._lookup = SuffixLookup()
+                self._lookup = SuffixLookup(self._vocab_size)
             else:
-                self._lookup = NgramLookup(self._max_model_len)
+                self._lookup = NgramLookup(self._max_model_len, self._vocab_size)
         return self._lookup
 
     def runs_in_steps(self, batch: ScheduledBatch) -> bool:

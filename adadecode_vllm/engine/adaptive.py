@@ -282,6 +282,10 @@ class AdaptiveDrafting:
         taken, self._compared = self._compared, Compared()
         return taken if taken.seconds else None
 
+    def pause(self) -> None:
+        """Time nothing up to the next step, as others decide who drafts."""
+        self._ended = self._drafted = None
+
     def step(
         self,
         *,

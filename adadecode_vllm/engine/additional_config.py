@@ -12,6 +12,7 @@ import torch
 from pydantic_core import SchemaSerializer, core_schema
 from vllm import envs
 
+from adadecode_vllm import __version__
 from adadecode_vllm.config import CONFIG_KEY
 
 
@@ -45,8 +46,11 @@ class AdditionalConfig(UserDict[str, Any]):
         """
         factors = dict(self)
         # By the same hash vLLM finds how much memory an earlier start had left, where
-        # it may keep that. Caps, heads and gates change it, so all options count then.
-        if CONFIG_KEY in factors and not envs.VLLM_ENABLE_STARTUP_PLAN:
+        # it may keep that. Caps, heads and gates change it, and so may the next version
+        # of this package, so all of that counts then.
+        if envs.VLLM_ENABLE_STARTUP_PLAN:
+            factors["adadecode_vllm"] = __version__
+        elif CONFIG_KEY in factors:
             exits = factors[CONFIG_KEY]["exit_layers"]
             # An exit at the embedding ends no segment.
             ends = [layer for layer in exits if layer > 0]

@@ -30,7 +30,8 @@ class CounterReport:
             counters: :meth:`adadecode_vllm.engine.adadecode.AdaDecode.counters`.
         """
         if counters is not None:
-            self._newest = counters
+            # A copy: arrays that came through Ray may lie in memory that it needs back.
+            self._newest = np.array(counters)
 
     def take(self) -> list[float] | None:
         """What was added since the last call; None for nothing."""

@@ -5,13 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
 from adadecode_vllm.engine.limits import draft_limits
 from adadecode_vllm.engine.ngram import contexts_of
-from adadecode_vllm.engine.outcomes import ADMISSION
+from adadecode_vllm.engine.outcomes import (
+    ADMISSION,
+    BY_COSTS,
+    COUNTERS,
+    UNUSED_DRAFTS,
+)
 from adadecode_vllm.engine.placeholder_drafts import fill_placeholders
 from adadecode_vllm.method.admission import Admission
 from adadecode_vllm.method.cycle import DraftRequests
@@ -109,6 +115,28 @@ class DraftCycle:
         if drafts is None:
             return scheduler_output, {}
         return fill_placeholders(scheduler_output, drafts)
+
+    def report(self, outcome: Any, unused: Mapping[str, int]) -> None:
+        """Let the scheduler know with a step's outcome what it reads there.
+
+        The runners do this and not the workers, which Ray's first executor bypasses.
+
+        Args:
+            outcome: What vLLM's runner returned. With asynchronous scheduling it is
+                wrapped in a copy under way; where nothing was sampled there is none.
+            unused: Request id to draft slots that stayed empty.
+        """
+        found = getattr(outcome, "model_runner_output", outcome)
+        # What all empty steps share would show old counters in a later one.
+        if (
+            not isinstance(found, ModelRunnerOutput)
+            or found is EMPTY_MODEL_RUNNER_OUTPUT
+        ):
+            return
+        setattr(found, COUNTERS, self.adadecode.counters())
+        setattr(found, BY_COSTS, self.adadecode.settings.by_costs)
+        if unused:
+            setattr(found, UNUSED_DRAFTS, unused)
 
     def record_acceptance(
         self,

@@ -28,6 +28,14 @@ _PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 _COPIED_ROWS = 4096
 
 
+def has_plain_rows(decoder: Decoder) -> bool:
+    """Whether a model's LM head has rows to choose from; the same on every rank."""
+    weight = getattr(decoder.lm_head, "weight", None)
+    return (
+        isinstance(weight, torch.Tensor) and weight.ndim == 2 and weight.dtype in _PLAIN
+    )
+
+
 class DraftVocabulary(nn.Module):
     """The LM head's rows of some tokens, so that an exit reads fewer weights.
 
@@ -51,14 +59,14 @@ class DraftVocabulary(nn.Module):
             AdaDecodeError: If the LM head has no plain rows, as a quantized one.
         """
         super().__init__()
-        head: Any = decoder.lm_head
-        weight = getattr(head, "weight", None)
-        if weight is None or weight.ndim != 2 or weight.dtype not in _PLAIN:
+        if not has_plain_rows(decoder):
             raise AdaDecodeError(
                 "--adadecode-config: draft_vocabulary_size is refused, because the "
-                "model's LM head is quantized and has no rows to choose from. Remove "
-                "draft_vocabulary_size."
+                "model's LM head is quantized and has no rows to choose from. Set it "
+                "to 0."
             )
+        head: Any = decoder.lm_head
+        weight: torch.Tensor = head.weight
         self._decoder = decoder
         self._ranks = get_tensor_model_parallel_world_size()
         # Every rank's share has the same number of rows; the last ones repeat a token.

@@ -19,7 +19,7 @@ PER_EXIT = {
         "rejected_tokens",
         "Early predictions of an exit that the final layer contradicted.",
     ),
-    "gates": ("gate_checks", "Tokens for which an exit's head was asked."),
+    "gates": ("gate_checks", "Tokens that an exit's head scored."),
 }
 TOTALS = {
     "request_steps": (
@@ -28,7 +28,7 @@ TOTALS = {
     ),
     "generated_tokens": (
         "generated_tokens",
-        "Tokens that those forwards yielded; by them, tokens per target forward.",
+        "Tokens that those forwards yielded.",
     ),
     "ngram_drafts": (
         "ngram_draft_tokens",
@@ -60,11 +60,11 @@ TOTALS = {
 COMPARED = {
     "compared_seconds": (
         "compared_seconds",
-        "Time of steps whose speed without drafts is known, by the engine's own looks.",
+        "Time of steps for which the speed without drafts is known.",
     ),
     "plain_seconds": (
         "plain_seconds",
-        "What the tokens of those steps would have taken without drafts.",
+        "Estimated time of the same tokens without drafts.",
     ),
 }
 CONFIG_INFO = ("config_info", "The engine's options, as labels.")

@@ -9,7 +9,7 @@ import numpy as np
 
 from adadecode_vllm.config import Ngram
 from adadecode_vllm.method.admission import MOST_MATCHES
-from adadecode_vllm.method.lookup import NOTHING, Continuation, Query, until_stop
+from adadecode_vllm.method.lookup import NOTHING, Continuation, Query, verifiable_part
 from adadecode_vllm.patches import llvmlite_library
 
 
@@ -40,11 +40,12 @@ def contexts_of(
 class NgramLookup:
     """vLLM's n-gram lookup (prompt lookup decoding)."""
 
-    def __init__(self, max_model_len: int) -> None:
+    def __init__(self, max_model_len: int, vocab_size: int) -> None:
         """Compile the lookup, which takes vLLM a second at the first time.
 
         Args:
             max_model_len: The model's length.
+            vocab_size: How many logits the model has.
         """
         # Loads numba, which only engines with this option shall wait for.
         from vllm.v1.spec_decode import ngram_proposer
@@ -52,6 +53,7 @@ class NgramLookup:
         llvmlite_library.install()
         self._lookup = ngram_proposer._find_longest_matched_ngram_and_propose_tokens
         self._max_model_len = max_model_len
+        self._vocab_size = vocab_size
         self.find(Query("", np.zeros(2, np.int32), (), 1, 1, ()))
 
     def find(self, query: Query) -> Continuation:
@@ -66,12 +68,10 @@ class NgramLookup:
             self._max_model_len,
             query.most,
         )
-        if not len(found):
+        tokens = verifiable_part(found.tolist(), query.stop_token_ids, self._vocab_size)
+        if not tokens:
             return NOTHING
-        return Continuation(
-            until_stop(found.tolist(), query.stop_token_ids),
-            _matches(context, found, query.fewest_matches),
-        )
+        return Continuation(tokens, _matches(context, found, query.fewest_matches))
 
     def forget(self, request_ids: Collection[str]) -> None:
         """Nothing: it remembers no request."""

@@ -7,6 +7,10 @@ UNUSED_DRAFTS = "adadecode_unused_drafts"
 COUNTERS = "adadecode_counters"
 """Attribute of a model runner's output: the worker's counters after the step."""
 
+BY_COSTS = "adadecode_by_costs"
+"""Attribute of a model runner's output: whether costs decide about drafts, as a running
+engine may be told otherwise."""
+
 ADMISSION = "adadecode_admission"
 """Attribute of a scheduler's output: the probability, in [0, 1], that a draft and all
 before it are right above which one more draft pays; None where thresholds decide."""

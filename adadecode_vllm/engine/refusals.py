@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from adadecode_vllm.heads import Heads
 
+_CONNECTOR = "a connector would save KV of layers that have not run yet"
+
 
 def check_arguments(args: EngineArgs) -> None:
     """Refuse engine arguments that conflict, before vLLM acts on them.
@@ -68,6 +70,19 @@ def check_arguments(args: EngineArgs) -> None:
             f"--scheduler-cls {args.scheduler_cls}",
             "AdaDecode brings its own scheduler",
             "Remove --scheduler-cls",
+        )
+    if args.watermark_config is not None:
+        raise _refusal(
+            "--watermark-config",
+            "vLLM watermarks drafts while a draft model samples them, and early "
+            "predictions are not sampled",
+            "Remove --watermark-config, or start without --plugin adadecode",
+        )
+    if args.kv_offloading_size is not None:
+        raise _refusal(
+            f"--kv-offloading-size {args.kv_offloading_size}",
+            _CONNECTOR,
+            "Remove --kv-offloading-size, or start without --plugin adadecode",
         )
     _check_experts(args)
     _check_runner(args)
@@ -174,11 +189,12 @@ def check_engine(
     check_heads_fit(heads, model.hf_text_config, model.model)
     # Refuses heads that the option `gate` cannot use.
     heads.config.thresholds(config.gate, config.threshold)
+    # Refuses more tokens than are ranked. By default the loaded LM head has a say.
+    resolve_draft_vocabulary(config, heads.config)
     resolved = config.model_copy(
         update={
             "heads": heads.pinned,
             "exit_layers": resolve_exit_layers(config, heads.config),
-            "draft_vocabulary_size": resolve_draft_vocabulary(config, heads.config),
         }
     )
     additional_config = vllm_config.additional_config
@@ -246,7 +262,7 @@ def _check_features(vllm_config: VllmConfig) -> None:
     if vllm_config.kv_transfer_config is not None:
         raise _refusal(
             "--kv-transfer-config",
-            "a connector would save KV of layers that have not run yet",
+            _CONNECTOR,
             "Remove it, or start without --plugin adadecode",
         )
     if vllm_config.ec_transfer_config is not None:

@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from adadecode_vllm.engine.adadecode import AdaDecode
 from adadecode_vllm.engine.batch import AttentionBatcher, KVGroup
-from adadecode_vllm.engine.outcomes import UNUSED_DRAFTS
 from adadecode_vllm.engine.placeholder_drafts import trim_grammar
 from adadecode_vllm.engine.proposer import AdaDecodeProposer
 from adadecode_vllm.engine.vllm_executor import Backend
@@ -116,8 +114,7 @@ class AdaDecodeCPUModelRunner(CPUModelRunner):
             drafts = scheduled.scheduled_spec_decode_tokens
             grammar_output = trim_grammar(grammar_output, drafts, self._dropped)
         output = super().sample_tokens(grammar_output)
-        if self._dropped and output is not EMPTY_MODEL_RUNNER_OUTPUT:
-            setattr(output, UNUSED_DRAFTS, self._dropped)
+        self.proposer.cycle.report(output, self._dropped)
         return output
 
     def _model_forward(

@@ -11,7 +11,6 @@ from vllm.v1.worker.gpu.async_utils import AsyncOutput
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from adadecode_vllm.engine.adadecode import AdaDecode
-from adadecode_vllm.engine.outcomes import UNUSED_DRAFTS
 from adadecode_vllm.engine.speculator import AdaDecodeSpeculator
 from adadecode_vllm.engine.verification_graphs import add_verification_graphs
 from adadecode_vllm.patches import init_speculator
@@ -137,10 +136,7 @@ class AdaDecodeModelRunner(GPUModelRunner):
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
         """Sample, verify and draft."""
         output = super().sample_tokens(self.proposer.trim_grammar(grammar_output))
-        if self.proposer.unused_drafts and isinstance(output, AsyncOutput):
-            setattr(
-                output.model_runner_output, UNUSED_DRAFTS, self.proposer.unused_drafts
-            )
+        self.proposer.cycle.report(output, self.proposer.unused_drafts)
         # What drafting has waited for need not be waited for elsewhere. A grammar sees
         # drafts only in steps that are scheduled before the outcome is known.
         waited = self.proposer.waited and grammar_output is None

@@ -12,13 +12,18 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import RequestSpecDecodeMetrics, SchedulerStats
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from adadecode_vllm.config import CONFIG_KEY, engine_config
 from adadecode_vllm.engine.adaptive import AdaptiveDrafting
 from adadecode_vllm.engine.counter_report import COMPARED_KEY, CounterReport
 from adadecode_vllm.engine.finished_requests import FINISHED_KEY, RequestLog
-from adadecode_vllm.engine.outcomes import ADMISSION, COUNTERS, UNUSED_DRAFTS
+from adadecode_vllm.engine.outcomes import (
+    ADMISSION,
+    BY_COSTS,
+    COUNTERS,
+    UNUSED_DRAFTS,
+)
 from adadecode_vllm.patches import finished_outcomes
 from adadecode_vllm.request_options import max_draft_tokens
 
@@ -65,6 +70,7 @@ class AdaDecodeScheduler(Scheduler):
             if config.policy == "cost"
             else None
         )
+        self._by_costs = True
         # Drafts of a step by its number of requests, vLLM's dynamic speculation. Where
         # it is None, vLLM fills up requests that have one token left to compute with
         # drafts that nobody made, for the sake of uniform batches.
@@ -105,10 +111,12 @@ class AdaDecodeScheduler(Scheduler):
         unused = getattr(model_runner_output, UNUSED_DRAFTS, None)
         if unused:
             # vLLM keeps what a grammar forbade out of its acceptance metrics with the
-            # same dictionary; that count includes empty placeholders.
+            # same dictionary. That count includes empty placeholders, but not the
+            # drafts that the worker dropped.
+            invalid = scheduler_output.num_invalid_spec_tokens or {}
             scheduler_output.num_invalid_spec_tokens = {
-                **unused,
-                **(scheduler_output.num_invalid_spec_tokens or {}),
+                request_id: max(unused.get(request_id, 0), invalid.get(request_id, 0))
+                for request_id in {**unused, **invalid}
             }
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if self._adaptive is not None:
@@ -131,13 +139,22 @@ class AdaDecodeScheduler(Scheduler):
         scheduler_output: SchedulerOutput,
         model_runner_output: Any,
     ) -> None:
-        """Let a step's time decide which of the next ones draft."""
+        """Let a step's time decide which of the next ones draft.
+
+        Not while thresholds decide, which a running engine may be told.
+        """
+        by_costs = getattr(model_runner_output, BY_COSTS, self._by_costs)
+        switched, self._by_costs = by_costs is not self._by_costs, by_costs
+        if not by_costs:
+            adaptive.pause()
+            self.dynamic_sd_lookup = self._most_by_requests
+            return
         requests = len(scheduler_output.num_scheduled_tokens)
         placeholders = sum(
             map(len, scheduler_output.scheduled_spec_decode_tokens.values())
         )
         unused = getattr(model_runner_output, UNUSED_DRAFTS, None) or {}
-        if adaptive.step(
+        changed = adaptive.step(
             requests=requests,
             drafted=scheduler_output.num_spec_tokens_to_schedule > 0,
             drafts=placeholders - sum(unused.values()),
@@ -145,7 +162,8 @@ class AdaDecodeScheduler(Scheduler):
             decodes=scheduler_output.total_num_scheduled_tokens
             == requests + placeholders,
             busy=bool(self.running),
-        ):
+        )
+        if changed or switched:
             self.dynamic_sd_lookup = [
                 most if not most or not count or adaptive.drafts(count) else 0
                 for count, most in enumerate(self._most_by_requests)
@@ -213,7 +231,8 @@ class AdaDecodeScheduler(Scheduler):
         most = self.max_num_scheduled_tokens
         if fits(most):
             return True
-        admitted = self.waiting.peek_request().num_tokens if self.waiting else 0
+        head = self._next_admitted()
+        admitted = 0 if head is None else _due_tokens(head)
         return fits(min(most, self._due_tokens() + admitted))
 
     def _keep_to_own_blocks(self) -> None:
@@ -238,13 +257,34 @@ class AdaDecodeScheduler(Scheduler):
         chunks = [request for request in self.running if request.is_prefill_chunk]
         return len(self.running) - len(chunks) + sum(map(_due_tokens, chunks))
 
+    def _next_admitted(self) -> Request | None:
+        """The request that vLLM admits next; None where it can admit none.
+
+        Those that hold KV come first. A session between its turns is one of them, and
+        wants nothing until the next turn is there.
+        """
+        taken = len(self.running) + self.num_waiting_for_streaming_input
+        if taken >= self.max_num_active_reqs:
+            return None
+        for request in self.kv_holding_waiting:
+            if request.status != RequestStatus.WAITING_FOR_STREAMING_REQ:
+                return request
+        return self.waiting.peek_request() if self.waiting else None
+
     def _spare_tokens(self) -> int:
         """Tokens of the step's budget that drafts may have.
 
-        Half of what running requests leave, where others wait to be admitted.
+        Half of what running requests leave, where another can be admitted, and no more
+        than leave it its whole prompt, where that is not cut and fits.
         """
         spare = self.max_num_scheduled_tokens - self._due_tokens()
-        return spare // 2 if self.waiting else spare
+        head = self._next_admitted()
+        if head is None:
+            return spare
+        left = spare - _due_tokens(head)
+        if left < 0 or self.scheduler_config.enable_chunked_prefill:
+            return spare // 2
+        return min(spare // 2, left)
 
     def _bound_drafts(self, spare: int) -> None:
         """Take drafts away from the requests that are scheduled last.

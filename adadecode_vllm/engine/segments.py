@@ -167,7 +167,7 @@ def build_segments(
 
     Returns:
         Callables ``segment(positions, hidden, residual) -> (hidden, residual)``, one
-        more than there are exits behind a layer. Segment 0 takes no residual; the last
+        more than there are exits after a layer. Segment 0 takes no residual; the last
         one ends with the final norm and returns (normed, None). A single one stands for
         the whole model and cannot be called.
     """

@@ -8,11 +8,18 @@ from typing import Any
 
 import torch
 from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.logger import init_logger
 
 from adadecode_vllm.config import AdaDecodeConfig
-from adadecode_vllm.engine.heads_fit import fingerprint_mismatch
+from adadecode_vllm.engine.exit_scorer import has_plain_rows
+from adadecode_vllm.engine.heads_fit import (
+    fingerprint_mismatch,
+    resolve_draft_vocabulary,
+)
 from adadecode_vllm.engine.segments import Decoder
 from adadecode_vllm.heads import ExitHeads, ExitHeadsConfig, Heads, check_fingerprint
+
+logger = init_logger("vllm.adadecode")
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,8 @@ def load_served_heads(
         The heads.
 
     Raises:
-        AdaDecodeError: If the heads cannot be read or are another model's.
+        AdaDecodeError: If the heads cannot be read or are another model's, or rank
+            fewer tokens than were asked for.
     """
     assert config.exit_layers is not None, "resolved at start-up"
     # On several machines each has a cache of its own for what comes from the Hub.
@@ -53,8 +61,14 @@ def load_served_heads(
         raise fingerprint_mismatch(config.heads, model, heads.config.base_model)
     tensors, used = heads.tensors, config.exit_layers
     memory, token_ids = tensors.memory, tensors.draft_token_ids
-    if size := config.draft_vocabulary_size:
-        assert token_ids is not None, "refused at start-up"
+    size = resolve_draft_vocabulary(config, heads.config)
+    if size and config.draft_vocabulary_size is None and not has_plain_rows(decoder):
+        logger.info_once(
+            "adadecode: the exits look at the whole vocabulary, because the LM head is "
+            "quantized and has no rows to choose from",
+            scope="global",
+        )
+        size = 0
     return ServedHeads(
         heads.config,
         ExitHeads(

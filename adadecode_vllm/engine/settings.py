@@ -118,7 +118,7 @@ class Settings:
         return self._config.policy == "cost"
 
     def admit(self, request_id: str, params: SamplingParams | None) -> None:
-        """Learn what a new request asks for.
+        """Learn what a new request, or the next turn of a session, asks for.
 
         Args:
             request_id: The request.
@@ -126,6 +126,9 @@ class Settings:
         """
         if needs_plain_steps(params):
             self._plain.add(request_id)
+        else:
+            # A streaming session's next turn has parameters of its own.
+            self._plain.discard(request_id)
         own = options_of(params, self._config)
         if own == ENGINES:
             self._options.pop(request_id, None)

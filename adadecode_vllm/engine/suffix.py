@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import numpy as np
 
-from adadecode_vllm.method.lookup import NOTHING, Continuation, Query, until_stop
+from adadecode_vllm.method.lookup import NOTHING, Continuation, Query, verifiable_part
 
 TREE_DEPTH = 24
 CACHED_ANSWERS = 10_000
@@ -31,11 +31,16 @@ class SuffixLookup:
     A lookup takes the same time whatever a request's length.
     """
 
-    def __init__(self) -> None:
-        """Start without any text."""
+    def __init__(self, vocab_size: int) -> None:
+        """Start without any text.
+
+        Args:
+            vocab_size: How many logits the model has.
+        """
         from arctic_inference.suffix_decoding import SuffixDecodingCache
 
         self._cache = SuffixDecodingCache(TREE_DEPTH, CACHED_ANSWERS)
+        self._vocab_size = vocab_size
         # By request, how many of its tokens the trees have, and had at first.
         self._known: dict[str, int] = {}
         self._first: dict[str, int] = {}
@@ -53,9 +58,11 @@ class SuffixLookup:
             max_spec_tokens=query.most,
             min_token_prob=LEAST_PROBABILITY,
         )
-        if not found.token_ids or found.match_len < query.fewest_matches:
+        tokens = verifiable_part(
+            list(found.token_ids), query.stop_token_ids, self._vocab_size
+        )
+        if not tokens or found.match_len < query.fewest_matches:
             return NOTHING
-        tokens = until_stop(list(found.token_ids), query.stop_token_ids)
         return Continuation(tokens, int(found.match_len))
 
     def _follow(self, request_id: str, context: np.ndarray) -> None:

@@ -15,6 +15,7 @@ from vllm.config import CUDAGraphMode
 from vllm.v1.worker.gpu.attn_utils import get_varlen_cudagraph_unsupported_backend
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
+from adadecode_vllm.compat import facts
 from adadecode_vllm.engine.segment_graphs import MAX_TOKENS
 
 if TYPE_CHECKING:
@@ -24,10 +25,11 @@ if TYPE_CHECKING:
 def add_verification_graphs(runner: GPUModelRunner, window: int) -> None:
     """Plan graphs of 1 to ``window`` tokens a request beside those of one.
 
-    They are captured together with the others. Steps without a draft keep the graphs
-    that they have without speculation; batches of more than ``MAX_TOKENS`` tokens run
-    piecewise. Nothing is added where the attention backend cannot replay such a graph,
-    or where vLLM's own graphs take any batch.
+    They are captured together with the others. Steps of one token a request keep the
+    graphs they had, where there is one of their size; batches of more than
+    ``MAX_TOKENS`` tokens run piecewise. Nothing is added where the attention backend
+    cannot replay such a graph or is faster without, or where vLLM's own graphs take any
+    batch.
 
     Args:
         runner: A runner whose KV cache exists and whose graphs are not captured yet.
@@ -42,7 +44,10 @@ def add_verification_graphs(runner: GPUModelRunner, window: int) -> None:
     unable = get_varlen_cudagraph_unsupported_backend(
         runner.attn_groups, runner.vllm_config, window
     )
-    if unable is not None:
+    if unable is not None or (
+        # A graph would decide about that once for all lengths.
+        facts().triton_splits_verification and _uses_triton(runner)
+    ):
         return
     # Made only for its plan.
     varlen = CudaGraphManager(
@@ -57,6 +62,8 @@ def add_verification_graphs(runner: GPUModelRunner, window: int) -> None:
     added = [
         desc for desc in varlen._capture_descs.get(full, []) if desc.num_tokens in sizes
     ]
+    if not added:
+        return
     # The largest first: its output decides the size of the buffer that all share.
     manager._capture_descs[full] = sorted(
         [*manager._capture_descs.get(full, []), *added],
@@ -68,3 +75,11 @@ def add_verification_graphs(runner: GPUModelRunner, window: int) -> None:
         candidates = manager._candidates.setdefault(key, [])
         place = sum(desc.cg_mode == full for desc in candidates)
         candidates[place:place] = [desc for desc in found if desc in added]
+
+
+def _uses_triton(runner: GPUModelRunner) -> bool:
+    return any(
+        group.backend.get_name() == "TRITON_ATTN"
+        for groups in runner.attn_groups
+        for group in groups
+    )

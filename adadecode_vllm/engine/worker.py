@@ -7,11 +7,9 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
 from adadecode_vllm.engine.adadecode import AdaDecode
 from adadecode_vllm.engine.device_timer import DeviceTimer
-from adadecode_vllm.engine.outcomes import COUNTERS
 
 
 class AdaDecodeWorker:
@@ -88,18 +86,6 @@ class AdaDecodeWorker:
                 for name, weight in self._adadecode.scorer.lasting().items():
                     weight.copy_(self._asleep[name])
                 self._asleep = None
-
-    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
-        """Sample, verify and draft; the counters travel with the outcome."""
-        output = super().sample_tokens(*args, **kwargs)  # type: ignore[misc]
-        # With asynchronous scheduling the outcome is wrapped in a copy under way.
-        found = getattr(output, "model_runner_output", output)
-        if (
-            isinstance(found, ModelRunnerOutput)
-            and found is not EMPTY_MODEL_RUNNER_OUTPUT
-        ):
-            setattr(found, COUNTERS, self._adadecode.counters())
-        return output
 
     def adadecode_stats(self, reset: bool = False) -> dict[str, Any]:
         """Counters of this worker; reached through ``LLM.collective_rpc``.

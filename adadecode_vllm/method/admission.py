@@ -34,10 +34,10 @@ _SCORINGS_BEFORE = 8
 _SCORINGS_KEPT = 0.95
 """Share of a request's record of scoring that a further cycle keeps."""
 
-_TRY_EVERY = 16
+TRY_EVERY = 16
 """What does nothing for a request is tried again in one of so many cycles at most."""
 
-_TRY_COST = 0.01
+TRY_COST = 0.01
 """Share of a request's tokens that trying a draft which comes to nothing may cost."""
 
 _DECIDED = (1 - _SCORINGS_KEPT**_SCORINGS_BEFORE) / (1 - _SCORINGS_KEPT)
@@ -139,7 +139,7 @@ class _Record:
         yields one at least.
         """
         # In this order NaN, where thresholds decide, leaves the first.
-        return cycles >= max(_TRY_EVERY, self.least / _TRY_COST)
+        return cycles >= max(TRY_EVERY, self.least / TRY_COST)
 
     @property
     def uses_exits(self) -> bool:

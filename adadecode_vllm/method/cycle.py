@@ -102,6 +102,8 @@ class Cycle:
         active: (R,) bool, whether the request goes on.
         front_level: (R,) int64, level of the front token; -1 where the exit that reads
             the embedding has not scored it.
+        promised: (R,) what the last exit promised of the next token, where costs
+            decide.
     """
 
     def __init__(
@@ -117,6 +119,7 @@ class Cycle:
         self._expected = np.ones((size, width))
         # Probability that all predictions of a request are right.
         self._survival = np.ones(size)
+        self.promised = np.zeros(size)
         self._length = np.ones(size, np.int64)
         self._count = np.zeros((num_segments + 1, size), np.int64)
         self._count[0] = 1
@@ -198,6 +201,20 @@ class Cycle:
         admission = self._requests.admission
         assert admission is not None, "checked by the caller"
         return self._survival[chosen] * promise > admission.least[chosen]
+
+    def prospects(
+        self, chosen: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What decides whether more time is worth spending on some requests; (r,) each.
+
+        Returns:
+            How probably all their drafts are right; what a draft has to promise; how
+            many may still be made.
+        """
+        admission = self._requests.admission
+        assert admission is not None, "checked by the caller"
+        room = self._limit[chosen] - self._length[chosen]
+        return self._survival[chosen], admission.least[chosen], room
 
     def predict(
         self,

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from adadecode_vllm.method.cycle import Cycle, DraftRequests
+from adadecode_vllm.method.deepening import Deepening
 from adadecode_vllm.method.executor import SegmentExecutor, StepRunner, TokenSubset
 from adadecode_vllm.method.ledger import Window
 from adadecode_vllm.method.lookup import Candidates
@@ -46,6 +47,7 @@ class Drafter:
         self.states = states
         self.policy = policy
         self.stats = stats
+        self._deepening = Deepening(stats.exit_layers)
         self._random = np.random.default_rng(0)
         self._drafted: tuple[Cycle, bool] | None = None
 
@@ -140,12 +142,19 @@ class Drafter:
         if admission is not None:
             by_costs = ~np.isnan(admission.least[chosen])
             expected = self.policy.acceptance(exit_index, confidence)
-            promise = np.minimum(expected * admission.trust[chosen], 1.0)
+            own_promise = np.minimum(expected * admission.trust[chosen], 1.0)
+            promise = own_promise
             if candidates is not None:
                 # The more probable of the two.
                 looked_up = by_costs & (candidates.promises[chosen] >= promise)
                 promise = np.where(looked_up, candidates.promises[chosen], promise)
-            takes = np.where(by_costs, cycle.paying(chosen, promise), takes)
+            runs_on = by_costs & self._runs_on(
+                cycle, chosen, exit_index, own_promise, promise, by_costs
+            )
+            pays = cycle.paying(chosen, promise) & ~runs_on
+            takes = np.where(by_costs, pays, takes)
+            cycle.active[chosen[by_costs & ~pays & ~runs_on]] = False
+            self._deepening.drafted(promise[by_costs & pays & ~looked_up])
         if exit_index == len(self.stats.exit_layers) - 1:
             if candidates is not None:
                 # With thresholds, where the exits are not sure.
@@ -167,6 +176,40 @@ class Drafter:
             None if expected is None else expected[takes],
             None if promise is None else promise[takes],
         )
+
+    def _runs_on(
+        self,
+        cycle: Cycle,
+        chosen: np.ndarray,
+        exit_index: int,
+        own_promise: np.ndarray,
+        promise: np.ndarray,
+        by_costs: np.ndarray,
+    ) -> np.ndarray:
+        """Which tokens shall run on to the next exit, by costs; remembers what came.
+
+        Args:
+            cycle: The windows.
+            chosen: (r,) int64, the requests that the exit scored.
+            exit_index: The exit.
+            own_promise: (r,) how probably its tokens are accepted.
+            promise: (r,) the same of what would be drafted now.
+            by_costs: (r,) bool, whether costs decide for a request.
+
+        Returns:
+            (r,) bool.
+        """
+        if exit_index:
+            before = cycle.promised[chosen]
+            self._deepening.ran_on(
+                exit_index - 1, before[by_costs], own_promise[by_costs]
+            )
+        if exit_index == len(self.stats.exit_layers) - 1:
+            return np.zeros(len(chosen), bool)
+        runs_on = self._deepening.pays(exit_index, promise, *cycle.prospects(chosen))
+        self._deepening.stayed(exit_index, own_promise[by_costs & ~runs_on])
+        cycle.promised[chosen] = own_promise
+        return runs_on
 
     def _sampled_from(self, requests: DraftRequests) -> torch.Tensor | None:
         """(R, d) the final states that the newest tokens were sampled from."""

@@ -33,9 +33,17 @@ class Continuation(NamedTuple):
 NOTHING = Continuation([], 0)
 
 
-def until_stop(token_ids: list[int], stop_token_ids: Collection[int]) -> list[int]:
-    """Tokens up to the first one after which nothing will be kept."""
+def verifiable_part(
+    token_ids: list[int], stop_token_ids: Collection[int], vocab_size: int
+) -> list[int]:
+    """Tokens up to the first one after which nothing will be kept.
+
+    They end before one without a logit, too: a prompt may hold ids of a tokenizer that
+    knows more tokens than the model.
+    """
     for index, token in enumerate(token_ids):
+        if token >= vocab_size:
+            return token_ids[:index]
         if token in stop_token_ids:
             return token_ids[: index + 1]
     return token_ids

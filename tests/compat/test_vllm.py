@@ -61,6 +61,7 @@ OVERRIDES = {
         "_sample",
         "reload_weights",
         "execute_model",
+        "sample_tokens",
         "_model_forward",
         "propose_draft_token_ids",
     ],
@@ -84,7 +85,6 @@ OVERRIDES = {
         "update_weights",
         "finish_weight_update",
         "reset_weights",
-        "sample_tokens",
         "sleep",
         "wake_up",
     ],
@@ -250,7 +250,8 @@ FIELDS = {
     "vllm.v1.metrics.stats.SchedulerStats": "ec_connector_stats",
     "vllm.config.ParallelConfig": "_api_process_count data_parallel_size",
     "vllm.engine.arg_utils.EngineArgs": (
-        "enable_eplb enable_expert_parallel enable_return_routed_experts"
+        "enable_eplb enable_expert_parallel enable_return_routed_experts "
+        "kv_offloading_size watermark_config"
     ),
     "vllm.config.VllmConfig": "ec_transfer_config kv_transfer_config",
     "vllm.config.CompilationConfig": "fast_moe_cold_start",
@@ -371,6 +372,16 @@ SOURCES = [
         "vllm.v1.core.sched.scheduler.Scheduler.schedule",
         "num_lookahead_tokens=self.num_lookahead_tokens",
         "engine/scheduler.py: slots for drafting",
+    ),
+    (
+        "vllm.v1.core.sched.scheduler.Scheduler.schedule",
+        "request_queue = self.kv_holding_waiting",
+        "engine/scheduler.py: requests that hold KV are admitted first",
+    ),
+    (
+        "vllm.v1.core.sched.scheduler.Scheduler.schedule",
+        "num_running = len(self.running) + self.num_waiting_for_streaming_input",
+        "engine/scheduler.py: sessions between turns take a place in the batch",
     ),
     (
         "vllm.v1.core.sched.async_scheduler.AsyncScheduler._update_after_schedule",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests that vLLM cannot verify with drafts, beside requests that have them."""
+"""Requests that are served without drafts, beside requests that have them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 from tests.harness import adadecode_options, configure, start_engine, stats
 
 pytestmark = pytest.mark.engine
+SEEDS = pytest.mark.feature("seeds", "supported", "sampled without drafts")
 
 
 class Forbid(AdapterLogitsProcessor):
@@ -94,6 +95,7 @@ FIRST: dict[str, Any] = {"temperature": 1, "top_k": 1}
                 "thinking budgets", "supported", "in steps without drafts"
             ),
         ),
+        pytest.param({"temperature": 2.0, "seed": 11}, marks=SEEDS),
     ],
 )
 def test_beside_requests_with_drafts(
@@ -147,3 +149,33 @@ def test_a_processor_concerns_its_requests_only(
     assert sum(stats(engine)["early_predictions"]) == 0
     texts(engine, prompts[:2], [GREEDY] * 2)
     assert sum(stats(engine)["early_predictions"]) > 0
+
+
+@SEEDS
+def test_a_seed_gives_plain_vllms_text(baseline: Any, prompts: list[str]) -> None:
+    """By default too, where measured times say how many drafts the others have.
+
+    Comes last: its engine takes the place of the one that the other tests share.
+    """
+    seeds = [(11, 1), (11, 1), (12, 1), (11, 3)]
+    params = [
+        SamplingParams(temperature=2.0, max_tokens=24, seed=seed, n=n)
+        for seed, n in seeds
+    ]
+    params += [SamplingParams(temperature=0, max_tokens=40)] * 8
+    batch = [prompts[0]] * len(seeds) + prompts[:8]
+
+    def run(llm: Any) -> list[list[list[int]]]:
+        outputs = llm.generate(batch, params, use_tqdm=False)
+        return [
+            [list(choice.token_ids) for choice in output.outputs] for output in outputs
+        ]
+
+    expected = run(baseline)
+    assert expected[0] == expected[1] != expected[2]
+    assert len({tuple(text) for text in expected[3]}) == 3
+    with start_engine(**adadecode_options()) as llm:
+        for _ in range(2):
+            assert run(llm) == expected
+        counted = stats(llm)
+    assert sum(counted["accepted"]) + counted["ngram_accepted"] > 0

@@ -23,13 +23,18 @@ LONG = list(range(300, 333))
 MOST_STEPS = 400
 
 
-def run(llm: Any, *arrivals: tuple[int, list[int], dict[str, Any]]) -> list[list[int]]:
+def run(
+    llm: Any,
+    *arrivals: tuple[int, list[int], dict[str, Any]],
+    ended: dict[int, int] | None = None,
+) -> list[list[int]]:
     """Step an engine by hand.
 
     Args:
         llm: The engine.
         *arrivals: For each request the step before which it arrives, its prompt and
             its parameters.
+        ended: Receives the steps in which requests were finished, by number.
 
     Returns:
         The requests' texts; that of one which is never finished is empty.
@@ -45,8 +50,10 @@ def run(llm: Any, *arrivals: tuple[int, list[int], dict[str, Any]]) -> list[list
                 )
         for output in engine.step():
             if output.finished:
-                name = output.request_id.split("-")[0]
-                texts[int(name)] = list(output.outputs[0].token_ids)
+                number = int(output.request_id.split("-")[0])
+                texts[number] = list(output.outputs[0].token_ids)
+                if ended is not None:
+                    ended[number] = step
         if len(texts) == len(arrivals):
             break
     left = list(engine.output_processor.request_states)
@@ -114,6 +121,24 @@ def test_a_token_budget_below_the_drafts(baseline: Any, budget: int) -> None:
         assert run(llm, *arrivals) == run(baseline, *arrivals)
         counted = stats(llm)
         assert sum(counted["accepted"]) + sum(counted["rejected"]) > 0
+
+
+def test_a_prompt_that_is_not_cut_gets_its_place() -> None:
+    """It fits beside the running requests, but not beside all of their drafts."""
+    greedy = {"temperature": 0, "max_tokens": 100, "ignore_eos": True}
+    arrivals = [(0, LONG[start : start + 8], greedy) for start in range(4)]
+    arrivals.append((4, (LONG * 8)[:240], {**greedy, "max_tokens": 1}))
+    options = {"enable_chunked_prefill": False, "max_num_batched_tokens": 256}
+    expected: dict[int, int] = {}
+    with start_engine(**options) as llm:
+        texts = run(llm, *arrivals, ended=expected)
+    ended: dict[int, int] = {}
+    with start_engine(
+        **adadecode_options(threshold=0.0, max_early_predictions=8), **options
+    ) as llm:
+        assert run(llm, *arrivals, ended=ended) == texts
+        assert sum(stats(llm)["accepted"]) > 0
+    assert ended[4] == expected[4]
 
 
 def test_no_request_is_preempted_for_drafts(baseline: Any) -> None:

@@ -227,44 +227,6 @@ def test_drafts_withdrawn_after_verification_are_noticed(
     assert p_value(found, baseline["temperature 1"][:BIASED]) < DIFFERENT
 
 
-@pytest.mark.feature("seeds", "supported")
-def test_a_seed_gives_the_same_text_again(engine: Any) -> None:
-    """In whatever company, and another seed gives another text."""
-    from vllm import SamplingParams
-
-    def texts(*seeds: int | None, n: int = 1) -> list[list[list[int]]]:
-        params = [
-            SamplingParams(
-                temperature=1.0,
-                seed=seed,
-                n=n,
-                max_tokens=30,
-                ignore_eos=True,
-                detokenize=False,
-            )
-            for seed in seeds
-        ]
-        outputs = engine.generate([PROMPT] * len(seeds), params, use_tqdm=False)
-        return [
-            [list(choice.token_ids) for choice in output.outputs] for output in outputs
-        ]
-
-    configure(engine, threshold=0.0)
-    first, second = texts(11, 12)
-    counted = stats(engine)
-    assert sum(counted["accepted"]) > 0
-    assert sum(counted["rejected"]) > 0
-    assert first != second
-    assert texts(11, 12) == [first, second]
-    assert texts(11) == [first]
-    beside = texts(None, 11, 12, None, 11)
-    assert [beside[1], beside[2], beside[4]] == [first, second, first]
-    assert beside[0] != beside[3]
-    (several,) = texts(11, n=3)
-    assert len({tuple(text) for text in several}) == 3
-    assert texts(11, n=3) == [several]
-
-
 @pytest.mark.feature("temperature, top-p, top-k", "supported")
 def test_each_request_of_a_batch_has_its_own_temperature(
     engine: Any, baseline: dict[str, np.ndarray]

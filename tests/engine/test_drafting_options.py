@@ -13,6 +13,7 @@ from tests.harness import (
     Reference,
     adadecode_options,
     configure,
+    drafts_of_requests,
     generate,
     metric,
     start_engine,
@@ -170,6 +171,38 @@ def test_drafting_stops_where_it_costs(
         counted = stats(llm)
         share = sum(counted["early_predictions"]) / counted["request_steps"]
     assert (share < 0.5) if slow else (share > 0.5)
+
+
+def test_a_threshold_ends_deciding_by_costs(prompts: list[str]) -> None:
+    """Also in the scheduler, by whose clock drafts did not pay."""
+    options = adadecode_options(threshold=0.0, ngram="tail", policy="cost")
+    with start_engine(**options, per_request_spec_decode_metrics="detailed") as llm:
+        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        seconds = 0.0
+
+        def clock() -> float:
+            nonlocal seconds
+            seconds += 10.0 if scheduler.dynamic_sd_lookup[1] > 0 else 1.0
+            return seconds
+
+        def decode_until_there_are_no_drafts() -> None:
+            for prompt in prompts:
+                generate(llm, [prompt])
+                if not scheduler.dynamic_sd_lookup[1]:
+                    return
+            pytest.fail("drafting never stopped")
+
+        scheduler._adaptive._clock = clock
+        decode_until_there_are_no_drafts()
+        configure(llm, threshold=0.0)
+        generate(llm, prompts[:1], max_tokens=1)  # the scheduler learns of it
+        for prompt in prompts[:3]:
+            configure(llm)
+            (drafts,) = drafts_of_requests(llm, [prompt])
+            # All steps but the first, of the prompt, and perhaps the last.
+            assert len(drafts) >= stats(llm)["request_steps"] - 2 > 0
+        configure(llm, policy="cost")
+        decode_until_there_are_no_drafts()
 
 
 @pytest.mark.feature("drafts bounded by what they cost", "supported")

@@ -25,12 +25,21 @@ SCHEMA = {
     "required": ["answer", "sure"],
     "additionalProperties": False,
 }
+SAMPLED = {"temperature": 1.0, "max_tokens": 16, "n": 2}
 
 
 @pytest.fixture(scope="module")
 def some(prompts: list[str], reference: Reference) -> Case:
     """Four prompts of mixed lengths and plain vLLM's texts: interpreting is slow."""
     return prompts[:4], reference["texts"][:4]
+
+
+@pytest.fixture(scope="module")
+def seeded(some: Case) -> list[list[list[list[int]]]]:
+    """Plain vLLM's texts of the seeds 1 and 2, on Model Runner V2."""
+    with start_engine() as llm:
+        assert llm.facts()["v2"]
+        return [llm.sample(some[0][:3], seed=seed, **SAMPLED) for seed in (1, 2)]
 
 
 def _scheduling(asynchronous: bool) -> dict[str, Any]:
@@ -46,8 +55,13 @@ def _scheduling(asynchronous: bool) -> dict[str, Any]:
         pytest.param(False, id="sync", marks=pytest.mark.slow),
     ],
 )
-def engine(request: Any, some: Case) -> Iterator[EngineProcess]:
-    """With and without the next step being scheduled while the last one runs."""
+def engine(
+    request: Any, some: Case, seeded: list[list[list[list[int]]]]
+) -> Iterator[EngineProcess]:
+    """With and without the next step being scheduled while the last one runs.
+
+    Plain vLLM's engine has ended by then, so that they share a process.
+    """
     options = adadecode_options(policy="threshold", max_early_predictions=5)
     with start_engine(
         **options,
@@ -168,16 +182,18 @@ def test_requests_that_end_at_max_model_len(
     assert sum(engine.stats()["accepted"]) > 0
 
 
-@pytest.mark.feature("seeds", "supported")
-def test_seeded_sampling_repeats_and_follows_the_seed(
-    engine: EngineProcess, some: Case
+@pytest.mark.feature("seeds", "supported", "sampled without drafts")
+def test_a_seed_gives_plain_vllms_text(
+    engine: EngineProcess, some: Case, seeded: list[list[list[list[int]]]]
 ) -> None:
-    engine.configure(threshold=0.5, max_early_predictions=5)
-    options = {"temperature": 1.0, "max_tokens": 16, "n": 2}
-    once = engine.sample(some[0][:3], seed=1, **options)
+    engine.configure(threshold=0.0, max_early_predictions=5)
+    for seed, texts in enumerate(seeded, start=1):
+        assert engine.sample(some[0][:3], seed=seed, **SAMPLED) == texts
+    assert seeded[0] != seeded[1]
+    assert sum(engine.stats()["early_predictions"]) == 0
+    # Without a seed there are drafts.
+    engine.sample(some[0][:3], **SAMPLED)
     assert sum(engine.stats()["accepted"]) > 0
-    assert engine.sample(some[0][:3], seed=1, **options) == once
-    assert engine.sample(some[0][:3], seed=2, **options) != once
 
 
 @pytest.mark.parametrize(
@@ -227,12 +243,14 @@ def test_what_is_served_without_drafts_beside_requests_with_drafts(
         {"temperature": 1.0, "min_p": 1.0, "max_tokens": 12},
         {**greedy, "logit_bias": {16: 50.0, 201: 45.0}},
         {**greedy, "max_tokens": 5, "logprob_token_ids": chosen},
+        {"temperature": 1.0, "seed": 1, "max_tokens": 16},
     ]
+    prompts = [*some[0][:4], some[0][0]]
     engine.configure(threshold=1.0)
-    expected = engine.mixed(some[0][:4], options)
+    expected = engine.mixed(prompts, options)
     assert all(set(chosen) <= set(tokens) for tokens in expected[3][1])
     engine.configure(threshold=0.0)
-    assert engine.mixed(some[0][:4], options) == expected
+    assert engine.mixed(prompts, options) == expected
     assert sum(engine.stats()["accepted"]) > 0
 
 

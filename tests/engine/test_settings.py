@@ -144,8 +144,10 @@ def test_a_ranking_of_half_the_vocabulary_is_used_by_default(
     )
     options = adadecode_options(str(tmp_path / "heads"), threshold=0.3)
     with start_engine(**options, tensor_parallel_size=2) as llm:
-        additional = llm.llm_engine.vllm_config.additional_config
-        assert additional["adadecode"]["draft_vocabulary_size"] == size
+        sizes = llm.collective_rpc(
+            lambda worker: len(worker._adadecode.scorer._vocabulary.token_ids)
+        )
+        assert sizes == [size, size]
         texts = reference["texts"][:6]
         assert generate(llm, prompts[:6]) == texts
         ranks = llm.collective_rpc("adadecode_stats")

@@ -9,7 +9,7 @@ from random import Random
 
 import pytest
 
-from adadecode_vllm.engine.adaptive import AdaptiveDrafting
+from adadecode_vllm.engine.adaptive import SETTLE_STEPS, AdaptiveDrafting
 
 REQUESTS = 4
 
@@ -164,6 +164,20 @@ def test_prompts_and_pauses_say_nothing() -> None:
             requests=1, drafted=True, drafts=1, tokens=1, decodes=True, busy=False
         )
     assert adaptive.drafts(1)
+
+
+def test_steps_after_a_pause_settle_first() -> None:
+    steps = Steps(pays)
+    steps.run(100)
+    assert steps.adaptive.take_compared() is not None
+    steps.adaptive.pause()
+    steps.seconds += 1000.0
+    steps.run(SETTLE_STEPS)
+    assert steps.adaptive.take_compared() is None
+    steps.run(1)
+    compared = steps.adaptive.take_compared()
+    assert compared is not None
+    assert compared.seconds == pytest.approx(1.2)
 
 
 @pytest.mark.parametrize("cost", [0.0, 0.02, 0.12, 0.3])

@@ -20,6 +20,7 @@ from benchmarks.parity import (
     divergences,
     first_difference,
     is_tie,
+    judge,
 )
 from benchmarks.plot_cases import read_cases
 from benchmarks.result_files import provenance, read_results, write_results
@@ -116,6 +117,25 @@ def test_ties_count_only_where_logits_are_given() -> None:
     assert compare(baseline, texts, None) == Parity(same=1, different=1)
     # Unknown logits excuse nothing.
     assert compare(baseline, texts, [[], []]) == Parity(same=1, different=1)
+
+
+@pytest.mark.parametrize(
+    ("again", "parity"),
+    [
+        ([5, 7, 5], Parity(ties=1)),
+        # Its logits follow the same tokens up to where it parts itself.
+        ([5, 7, 4], Parity(ties=1)),
+        ([5, 8, 4], Parity(ties=1)),
+        ([4, 7, 5], Parity(different=1)),
+    ],
+)
+def test_a_baseline_that_parts_from_itself(again: list[int], parity: Parity) -> None:
+    found = judge(
+        {"token_ids": [[5, 7, 5]]},
+        {"token_ids": [[5, 8, 9]]},
+        {"token_ids": [again], "top_logits": [logits_at(0.25)]},
+    )
+    assert found["parity"] == vars(parity)
 
 
 def test_ratios_are_taken_pair_by_pair() -> None:

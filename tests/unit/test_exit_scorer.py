@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,10 +13,12 @@ from torch import nn
 
 from adadecode_vllm.config import AdaDecodeConfig, parse_config
 from adadecode_vllm.engine import exit_scorer as scorer_module
+from adadecode_vllm.engine import served_heads
 from adadecode_vllm.engine.exit_scorer import DraftVocabulary, ExitScorer
 from adadecode_vllm.engine.heads_fit import resolve_draft_vocabulary
+from adadecode_vllm.engine.served_heads import load_served_heads
 from adadecode_vllm.errors import AdaDecodeError
-from adadecode_vllm.heads import ExitHeads, ExitHeadsConfig
+from adadecode_vllm.heads import ExitHeads, ExitHeadsConfig, save_heads
 from tests.tiny import FINGERPRINT
 
 SIZE, VOCAB = 8, 40
@@ -45,9 +48,8 @@ def decoder(**processor: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        scorer_module, "get_tensor_model_parallel_world_size", lambda: 1
-    )
+    for module in (scorer_module, served_heads):
+        monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: 1)
 
 
 @pytest.fixture
@@ -138,7 +140,7 @@ def test_tokens_have_their_own_ids(states: tuple[torch.Tensor, torch.Tensor]) ->
 def test_a_quantized_head_is_refused() -> None:
     parts = decoder()
     parts.lm_head = SimpleNamespace(qweight=torch.zeros(1))
-    with pytest.raises(AdaDecodeError, match="draft_vocabulary_size is refused"):
+    with pytest.raises(AdaDecodeError, match=r"draft_vocabulary_size is .*Set it to 0"):
         DraftVocabulary(parts, torch.tensor([1]))
 
 
@@ -192,3 +194,47 @@ def test_a_quantized_lm_head_has_no_rows_to_choose_from(dtype: torch.dtype) -> N
     parts.lm_head = SimpleNamespace(weight=torch.zeros(VOCAB, SIZE).to(dtype))
     with pytest.raises(AdaDecodeError, match="LM head is quantized and has no rows"):
         DraftVocabulary(parts, torch.tensor([1, 2]))
+
+
+@pytest.fixture
+def ranking_heads(tmp_path: Path) -> str:
+    """Heads that rank half of the vocabulary."""
+    ranked = torch.arange(VOCAB // 2)
+    save_heads(tmp_path, {2: torch.eye(SIZE)}, heads_config(None), ranked)
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("size", "quantized", "looked_at"),
+    [
+        (None, False, VOCAB // 2),
+        (None, True, None),
+        (0, True, None),
+        # What was given is left to be refused.
+        (5, True, 5),
+    ],
+)
+def test_by_default_all_tokens_where_the_lm_head_is_quantized(
+    ranking_heads: str,
+    monkeypatch: pytest.MonkeyPatch,
+    size: int | None,
+    quantized: bool,
+    looked_at: int | None,
+) -> None:
+    """Said once; every rank has the same kind of LM head."""
+    lines: list[str] = []
+    monkeypatch.setattr(
+        served_heads.logger, "info_once", lambda line, **_: lines.append(line)
+    )
+    options = {"exit_layers": [2], "draft_vocabulary_size": size}
+    dtype = torch.int8 if quantized else torch.float32
+    parts: Any = SimpleNamespace(
+        # Rows of zeros are anybody's.
+        lm_head=SimpleNamespace(weight=torch.zeros((VOCAB, SIZE), dtype=dtype)),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    config = parse_config({"heads": ranking_heads, **options})
+    found = load_served_heads(config, parts, "M").draft_token_ids
+    assert (None if found is None else len(found)) == looked_at
+    assert len(lines) == (size is None and quantized)

@@ -20,6 +20,7 @@ from adadecode_vllm.method.lookup import (
     Contexts,
     Continuation,
     Query,
+    verifiable_part,
 )
 from adadecode_vllm.method.stats import Stats
 
@@ -90,6 +91,23 @@ def test_nothing_is_looked_up_behind_a_stop_token_or_the_limit(lookup: Fake) -> 
     for drafts in ([9], [5, 9], [5, 5, 5, 5]):
         assert here.find(0, np.array(drafts)).token_ids == []
     assert lookup.asked == []
+
+
+@pytest.mark.parametrize(
+    ("found", "part"),
+    [
+        ([4, 5, 6], [4, 5, 6]),
+        ([4, 9, 6], [4, 9]),
+        ([4, 20, 9], [4]),
+        ([20, 5], []),
+        ([19, 5], [19, 5]),
+        ([], []),
+    ],
+)
+def test_what_can_be_verified_of_what_was_found(
+    found: list[int], part: list[int]
+) -> None:
+    assert verifiable_part(found, stop_token_ids={9, 25}, vocab_size=20) == part
 
 
 def test_candidates_follow_the_windows_of_chains(lookup: Fake) -> None:

@@ -87,6 +87,15 @@ def test_only_what_was_added_is_sent() -> None:
     assert report.take() == [3.0, 5.0]
 
 
+def test_a_steps_counters_are_not_kept() -> None:
+    """Ray's first executor may use their memory again."""
+    report = CounterReport()
+    counters = np.array([1.0, 2.0])
+    report.update(counters)
+    counters += 5
+    assert report.take() == [1.0, 2.0]
+
+
 def test_counting_from_zero_again_loses_nothing() -> None:
     report = CounterReport()
     report.update(np.array([5.0, 2.0]))

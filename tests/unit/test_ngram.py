@@ -16,11 +16,12 @@ from adadecode_vllm.method.stats import Stats
 from adadecode_vllm.patches import llvmlite_library
 
 CONTEXT = [7, 1, 2, 3, 4, 5, 9, 1, 2]
+VOCABULARY = 20
 
 
 @pytest.fixture(scope="module")
 def lookup() -> NgramLookup:
-    return NgramLookup(max_model_len=16)
+    return NgramLookup(max_model_len=16, vocab_size=VOCABULARY)
 
 
 def find(
@@ -78,6 +79,15 @@ def test_nothing_is_drafted_past_the_models_length(lookup: NgramLookup) -> None:
 
 def test_nothing_follows_a_token_that_ends_the_text(lookup: NgramLookup) -> None:
     assert find(lookup, 3, stops=(4,)).token_ids == [3, 4]
+
+
+def test_nothing_is_drafted_that_has_no_logit(lookup: NgramLookup) -> None:
+    """A prompt may hold ids that only the tokenizer knows."""
+    unknown, last = VOCABULARY, VOCABULARY - 1
+    assert find(lookup, 3, context=[1, 2, last, unknown, 3, 1, 2]) == ([last], 2)
+    assert find(lookup, 3, context=[1, 2, unknown, 3, 1, 2]) == NOTHING
+    # Behind one of them, what followed is as good as any other.
+    assert find(lookup, 1, context=[1, unknown, 3, 1, unknown]) == ([3], 2)
 
 
 def test_acceptance_tells_exits_from_lookups() -> None:

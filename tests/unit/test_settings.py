@@ -124,6 +124,7 @@ def test_options_are_forgotten_with_the_request() -> None:
         {"logit_bias": {3: 1.0}},
         {"logprobs": 1, "logprob_token_ids": [3]},
         {"thinking_token_budget": 4},
+        {"temperature": 0.5, "seed": 3},
     ],
 )
 def test_what_vllm_cannot_verify_gets_no_drafts(options: dict[str, Any]) -> None:
@@ -132,6 +133,34 @@ def test_what_vllm_cannot_verify_gets_no_drafts(options: dict[str, Any]) -> None
     running.admit("a", params)
     assert running.options(["a", "b"]) == [NOTHING, ENGINES]
     assert max_draft_tokens(params, config()) == 0
+
+
+def test_a_seed_keeps_drafts_from_what_is_sampled_alone() -> None:
+    most = config().max_early_predictions
+    for params, drafts in (
+        (SamplingParams(temperature=1.0, seed=0), 0),
+        (SamplingParams(temperature=0, seed=0), most),
+        (SamplingParams(temperature=1.0), most),
+        (SamplingParams(temperature=1.0, seed=-1), most),  # none, says vLLM
+    ):
+        assert max_draft_tokens(params, config()) == drafts
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"thinking_token_budget": 4}, {"logprobs": 1, "logprob_token_ids": [3]}],
+)
+def test_a_session_whose_next_turn_needs_no_plain_steps(
+    options: dict[str, Any],
+) -> None:
+    running = settings()
+    running.admit("a", SamplingParams(**options))
+    running.admit("b", SamplingParams())
+    assert running.forbid_drafts(["a", "b"])
+    assert not running.forbid_drafts(["b"])
+    running.admit("a", SamplingParams())
+    assert not running.forbid_drafts(["a", "b"])
+    assert running.options(["a", "b"]) is None
 
 
 def test_max_draft_tokens_of_a_request() -> None:

@@ -132,7 +132,7 @@ def test_the_last_exits_unsure_guess_ends_a_cycle() -> None:
 
 @pytest.fixture(scope="module")
 def lookup() -> NgramLookup:
-    return NgramLookup(100)
+    return NgramLookup(100, vocab_size=100)
 
 
 def test_what_is_found_first_needs_no_exit(lookup: NgramLookup) -> None:

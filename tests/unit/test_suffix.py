@@ -10,12 +10,14 @@ from adadecode_vllm.engine import suffix
 from adadecode_vllm.engine.suffix import TREE_DEPTH, SuffixLookup
 from adadecode_vllm.method.lookup import NOTHING, Continuation, Query
 
+VOCABULARY = 200
+
 pytest.importorskip("arctic_inference", reason="arctic-inference is not installed")
 
 
 @pytest.fixture
 def lookup() -> SuffixLookup:
-    return SuffixLookup()
+    return SuffixLookup(VOCABULARY)
 
 
 def find(
@@ -40,6 +42,15 @@ def test_what_followed_the_same_tokens_is_drafted(lookup: SuffixLookup) -> None:
     # As many drafts as tokens match.
     assert find(lookup, "a", [*prompt, 7, 1], fewest=1) == ([2], 1)
     assert find(lookup, "a", [*prompt, 7, 1], fewest=2) == NOTHING
+
+
+def test_nothing_is_drafted_that_has_no_logit(lookup: SuffixLookup) -> None:
+    """A prompt may hold ids that only the tokenizer knows."""
+    unknown, last = VOCABULARY, VOCABULARY - 1
+    assert find(lookup, "a", [1, 2, last, unknown, 3, 1, 2]) == ([last], 2)
+    assert find(lookup, "b", [1, 2, unknown, 3, 1, 2]) == NOTHING
+    # Behind one of them, what followed is as good as any other.
+    assert find(lookup, "c", [1, unknown, 3, 4, 1, unknown]).token_ids[:2] == [3, 4]
 
 
 def test_other_requests_answers_are_found_too(lookup: SuffixLookup) -> None:

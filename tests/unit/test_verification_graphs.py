@@ -10,6 +10,7 @@ import pytest
 import torch
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.ops import triton_unified_attention
 from vllm.v1.worker.gpu import cudagraph_utils
 from vllm.v1.worker.gpu.cudagraph_utils import (
     BatchExecutionDescriptor,
@@ -27,12 +28,14 @@ class Runner:
 
     device = torch.device("cpu")
 
-    def __init__(self, mode: str, support: AttentionCGSupport) -> None:
+    def __init__(
+        self, mode: str, support: AttentionCGSupport, backend: str, sizes: list[int]
+    ) -> None:
         self.vllm_config = VllmConfig()
         self.vllm_config.scheduler_config.max_num_seqs = 64
         compilation = self.vllm_config.compilation_config
-        compilation.cudagraph_capture_sizes = list(SIZES)
-        compilation.max_cudagraph_capture_size = max(SIZES)
+        compilation.cudagraph_capture_sizes = list(sizes)
+        compilation.max_cudagraph_capture_size = max(sizes)
         self.cudagraph_manager = CudaGraphManager(
             self.vllm_config, self.device, CUDAGraphMode[mode], decode_query_len=1
         )
@@ -41,9 +44,8 @@ class Runner:
             get_cudagraph_support=lambda config, spec: support,
             get_varlen_cudagraph_max_query_len=lambda config, spec: None,
         )
-        backend = type("Backend", (), {})
         group = SimpleNamespace(
-            backend=backend,
+            backend=SimpleNamespace(get_name=lambda: backend, __name__=backend),
             kv_cache_spec=None,
             layer_names=["layer"],
             get_metadata_builder=lambda index: builder,
@@ -82,8 +84,10 @@ def _one_device(monkeypatch: pytest.MonkeyPatch) -> None:
 def make_runner(
     mode: str = "FULL_AND_PIECEWISE",
     support: AttentionCGSupport = AttentionCGSupport.ALWAYS,
+    backend: str = "FLASH_ATTN",
+    sizes: list[int] = SIZES,
 ) -> Runner:
-    return Runner(mode, support)
+    return Runner(mode, support, backend, sizes)
 
 
 def plans(runner: Runner) -> tuple[dict[Any, Any], dict[Any, Any]]:
@@ -154,3 +158,19 @@ def test_nothing_is_added_where_it_cannot_serve(
     before = plans(runner)
     runner.plan()
     assert plans(runner) == before
+
+
+def test_nothing_is_added_where_no_size_serves() -> None:
+    runner = make_runner(sizes=[1])
+    before = plans(runner)
+    runner.plan()
+    assert plans(runner) == before
+
+
+def test_triton_splits_keys_by_length() -> None:
+    """From 0.33 on; a graph would keep what it decided when it was captured."""
+    runner = make_runner(backend="TRITON_ATTN")
+    runner.plan()
+    splits = hasattr(triton_unified_attention, "MAX_3D_QUERY_LEN")
+    mode = runner.chosen([3, 1]).cg_mode
+    assert mode == (CUDAGraphMode.PIECEWISE if splits else CUDAGraphMode.FULL)

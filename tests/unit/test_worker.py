@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every worker does around vLLM's own, with a made-up worker of vLLM's."""
+"""What workers and runners do around vLLM's own, with made-up ones of vLLM's."""
 
 from __future__ import annotations
 
@@ -13,10 +13,16 @@ import pytest
 import torch
 from torch import nn
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.gpu.async_utils import AsyncOutput
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from adadecode_vllm.engine import adadecode as adadecode_module
 from adadecode_vllm.engine.adadecode import AdaDecode
-from adadecode_vllm.engine.outcomes import COUNTERS
+from adadecode_vllm.engine.draft_cycle import DraftCycle
+from adadecode_vllm.engine.outcomes import BY_COSTS, COUNTERS, UNUSED_DRAFTS
+from adadecode_vllm.engine.runner_v1 import AdaDecodeCPUModelRunner
+from adadecode_vllm.engine.runner_v2 import AdaDecodeModelRunner
 from adadecode_vllm.engine.worker import AdaDecodeWorker
 from adadecode_vllm.method.combined import Drafts
 from adadecode_vllm.method.ledger import Ledger, Window
@@ -42,15 +48,13 @@ class Scorer(nn.Module):
 class VllmWorker:
     """Discards weights in its sleep, as CUDA's does; other weights are in parts."""
 
-    def __init__(self, output: Any = None) -> None:
+    def __init__(self) -> None:
         self.lm_head = torch.arange(8.0).view(4, 2)
         # With what a worker uses of it, but no model.
         self.adadecode = AdaDecode.__new__(AdaDecode)
         self.adadecode.ledger = Ledger()
         self.adadecode.model = SimpleNamespace(scorer=Scorer(self.lm_head))  # type: ignore[assignment]
-        self.adadecode.counters = lambda: np.array([1.0, 2.0])  # type: ignore[method-assign]
         self.model_runner = SimpleNamespace(adadecode=self.adadecode)
-        self.output = output
         self.woken: list[Any] = []
         self.received: list[float] = []
         self.compile_or_warm_up: Any = None
@@ -75,9 +79,6 @@ class VllmWorker:
 
     def reset_weights(self) -> None:
         self.lm_head.zero_()
-
-    def sample_tokens(self, grammar_output: Any) -> Any:
-        return self.output
 
     @property
     def scorer(self) -> Any:
@@ -136,12 +137,16 @@ def test_answers_are_forgotten_where_they_are_remembered(
     class Remembering:
         forgotten = 0
 
+        def __init__(self, vocab_size: int) -> None:
+            assert vocab_size == 4
+
         def forget_answers(self) -> None:
             self.forgotten += 1
 
     monkeypatch.setattr(adadecode_module, "SuffixLookup", Remembering)
     worker = Worker()
     worker.adadecode._lookup = None
+    worker.adadecode._vocab_size = 4
     worker.adadecode._looks_in = "ngram"
     worker.adadecode_forget_answers()
     assert worker.adadecode._lookup is None
@@ -193,17 +198,55 @@ def test_the_scorer_follows_weights_that_are_reset() -> None:
     assert not worker.scorer.rows.any()
 
 
-def test_counters_travel_with_the_outcome() -> None:
-    plain = ModelRunnerOutput(req_ids=["a"], req_id_to_index={"a": 0})
-    assert Worker(plain).sample_tokens(None) is plain
-    assert getattr(plain, COUNTERS).tolist() == [1.0, 2.0]
-    inner = ModelRunnerOutput(req_ids=["a"], req_id_to_index={"a": 0})
-    Worker(SimpleNamespace(model_runner_output=inner)).sample_tokens(None)
-    assert getattr(inner, COUNTERS).tolist() == [1.0, 2.0]
+def sample_tokens(v2: bool, output: Any, unused: dict[str, int]) -> Any:
+    """What one of our runners makes of what vLLM's returned."""
+    adadecode: Any = SimpleNamespace(
+        counters=lambda: np.array([1.0, 2.0]),
+        settings=SimpleNamespace(by_costs=False),
+    )
+    proposer: Any = SimpleNamespace(
+        adadecode=adadecode,
+        cycle=DraftCycle(adadecode, max_model_len=64),
+        trim_grammar=lambda grammar_output: grammar_output,
+        unused_drafts=unused,
+        waited=False,
+    )
+    runner: Any
+    with pytest.MonkeyPatch.context() as patch:
+        for cls in (CPUModelRunner, GPUModelRunner):
+            patch.setattr(cls, "sample_tokens", lambda self, grammar_output: output)
+        if v2:
+            runner = AdaDecodeModelRunner.__new__(AdaDecodeModelRunner)
+            runner.speculator = proposer
+        else:
+            runner = AdaDecodeCPUModelRunner.__new__(AdaDecodeCPUModelRunner)
+            runner.drafter = proposer
+            runner._scheduled, runner._dropped = None, unused
+        return runner.sample_tokens(None)
+
+
+@pytest.mark.parametrize(
+    ("v2", "copied"), [(False, False), (True, False), (True, True)]
+)
+def test_the_scheduler_learns_from_the_runner(v2: bool, copied: bool) -> None:
+    """With Ray's first executor no worker takes part."""
+    outcome = ModelRunnerOutput(req_ids=["a"], req_id_to_index={"a": 0})
+    output: Any = outcome
+    if copied:
+        output = AsyncOutput.__new__(AsyncOutput)
+        output.model_runner_output = outcome
+    assert sample_tokens(v2, output, {}) is output
+    assert getattr(outcome, COUNTERS).tolist() == [1.0, 2.0]
+    assert getattr(outcome, BY_COSTS) is False
+    assert not hasattr(outcome, UNUSED_DRAFTS)
+    sample_tokens(v2, output, {"a": 3})
+    assert getattr(outcome, UNUSED_DRAFTS) == {"a": 3}
 
 
 @pytest.mark.parametrize("output", [None, EMPTY_MODEL_RUNNER_OUTPUT])
-def test_what_all_steps_share_carries_no_counters(output: Any) -> None:
-    """It would show old ones in a later step."""
-    assert Worker(output).sample_tokens(None) is output
-    assert not hasattr(EMPTY_MODEL_RUNNER_OUTPUT, COUNTERS)
+@pytest.mark.parametrize("v2", [False, True])
+def test_what_all_steps_share_says_nothing(v2: bool, output: Any) -> None:
+    """It would say the same in a later step."""
+    assert sample_tokens(v2, output, {"a": 3}) is output
+    for name in (COUNTERS, BY_COSTS, UNUSED_DRAFTS):
+        assert not hasattr(EMPTY_MODEL_RUNNER_OUTPUT, name)

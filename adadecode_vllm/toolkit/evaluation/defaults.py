@@ -99,7 +99,9 @@ def engine_with(
         heads.num_hidden_layers,
         threshold_policy(config, heads),
         ngram=config.ngram,
-        lookup=SuffixLookup() if in_trees else NgramLookup(max_length),
+        lookup=SuffixLookup(heads.vocab_size)
+        if in_trees
+        else NgramLookup(max_length, heads.vocab_size),
         by_costs=config.policy == "cost",
         requests=requests,
     )

@@ -24,7 +24,7 @@ from tests.harness import HEADS, MODEL
 
 
 def test_the_sums_of_the_design() -> None:
-    """docs/design.md: the demo with 128 sequences takes 0.19 MB + 1.18 MB."""
+    """docs/design.md: the demo with 128 sequences takes 0.20 MB + 1.18 MB."""
     model = replace(read_model(MODEL), dtype="float32")
     need = memory_needed(model, load_heads_config(HEADS), 0, 128)
     assert (need.heads, need.states) == (3 * 128**2 * 4, 2 * 128 * 9 * 128 * 4)

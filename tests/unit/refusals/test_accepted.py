@@ -48,7 +48,7 @@ def test_resolved_options_are_part_of_the_configuration(
             "threshold": 0.75,
             "max_early_predictions": 8,
             "gate": "probability",
-            "draft_vocabulary_size": 0,
+            "draft_vocabulary_size": None,
             "last_guess": True,
             "ngram": "chain",
             "lookup": "ngram",

@@ -17,6 +17,7 @@ from vllm.config.utils import replace
 from vllm.engine.arg_utils import EngineArgs
 
 from adadecode_vllm.config import AdaDecodeConfig
+from adadecode_vllm.engine import additional_config
 from adadecode_vllm.engine.additional_config import AdditionalConfig
 from tests.start_up import create
 
@@ -98,6 +99,10 @@ def test_a_kept_plan_of_the_memory_is_for_the_same_options(
     first, same = create(model, heads), create(model, heads)
     more = create(model, heads, {"max_early_predictions": 9})
     assert first.compute_hash() == same.compute_hash() != more.compute_hash()
+    # Another version may capture other graphs.
+    found = first.compute_hash()
+    monkeypatch.setattr(additional_config, "__version__", "another")
+    assert first.compute_hash() != found
 
 
 def test_another_cpus_vectors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,6 +99,20 @@ from tests.start_up import create, refusal
             "Remove --async-scheduling",
         ),
         pytest.param(
+            {"watermark_config": {"key": 1}},
+            "--watermark-config",
+            "early predictions are not sampled",
+            "Remove --watermark-config, or start without --plugin adadecode",
+            marks=pytest.mark.feature("watermarks", "refused"),
+        ),
+        pytest.param(
+            {"kv_offloading_size": 1.0},
+            "--kv-offloading-size 1.0",
+            "KV of layers that have not run yet",
+            "Remove --kv-offloading-size, or start without --plugin adadecode",
+            marks=pytest.mark.feature("KV connectors", "refused"),
+        ),
+        pytest.param(
             {"runner": "pooling"},
             "--runner pooling",
             "only text generation decodes tokens",
@@ -194,7 +208,7 @@ def test_suffix_trees_that_are_not_installed(
 @pytest.mark.feature(
     "ranks that schedule themselves (external launcher)",
     "refused",
-    "by costs; thresholds are the same on every rank",
+    "with the cost policy; thresholds work",
 )
 def test_ranks_with_clocks_of_their_own(
     model: Path, heads: Path, monkeypatch: pytest.MonkeyPatch

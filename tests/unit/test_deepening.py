@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether an unsure token runs on to the next exit, where costs decide."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from adadecode_vllm.method.deepening import Deepening
+
+
+def pays(
+    deepening: Deepening,
+    promise: float,
+    *,
+    survival: float = 1.0,
+    least: float = 0.1,
+    room: int = 8,
+    exit_index: int = 0,
+) -> bool:
+    (answer,) = deepening.pays(
+        exit_index,
+        np.array([promise]),
+        np.array([survival]),
+        np.array([least]),
+        np.array([room]),
+    )
+    return bool(answer)
+
+
+def on_easy_text() -> Deepening:
+    """After drafts that were nearly sure, so that much may follow a right one."""
+    deepening = Deepening([2, 4, 8])
+    for _ in range(100):
+        deepening.drafted(np.array([0.95, 0.95]))
+    return deepening
+
+
+@pytest.mark.parametrize(
+    ("promise", "changes", "answer"),
+    [
+        (0.5, {}, True),
+        # A token that is all but sure cannot win what the layers cost.
+        (0.99, {}, False),
+        (0.5, {"least": 0.6}, False),
+        # Nor one that others before it are likely to spoil.
+        (0.5, {"survival": 0.15}, False),
+        # Nothing may follow it.
+        (0.5, {"least": 0.3, "room": 1}, False),
+        (0.5, {"least": 0.3}, True),
+        # Where nothing pays now, something deeper still may.
+        (0.05, {}, True),
+        (0.05, {"least": 0.6}, False),
+        # Thresholds decide.
+        (0.5, {"least": math.nan}, False),
+    ],
+)
+def test_what_follows_and_what_it_costs_decide(
+    promise: float, changes: dict[str, float], answer: bool
+) -> None:
+    assert pays(on_easy_text(), promise, **changes) is answer  # type: ignore[arg-type]
+
+
+def test_it_matters_less_where_little_follows() -> None:
+    hard = Deepening([2, 4, 8])
+    for _ in range(100):
+        hard.drafted(np.array([0.2, 0.2]))
+    assert pays(on_easy_text(), 0.7, least=0.2)
+    assert not pays(hard, 0.7, least=0.2)
+
+
+def test_many_layers_to_the_next_exit_cost_more() -> None:
+    near, far = Deepening([2, 4]), Deepening([2, 24])
+    assert pays(near, 0.4)
+    assert not pays(far, 0.4)
+
+
+def test_what_the_next_exit_says_is_learnt_by_promise() -> None:
+    deepening = on_easy_text()
+    for _ in range(30):
+        deepening.ran_on(0, np.array([0.5]), np.array([0.5]))
+    assert not pays(deepening, 0.5)
+    # Of other promises and of other exits this says nothing.
+    assert pays(deepening, 0.3)
+    assert pays(deepening, 0.5, exit_index=1)
+    for _ in range(100):
+        deepening.ran_on(0, np.array([0.5]), np.array([0.95]))
+    assert pays(deepening, 0.5)
+
+
+@pytest.mark.parametrize(("least", "tokens"), [(0.1, 16), (0.9, 90)])
+def test_what_was_not_tried_for_long_is_tried_again(least: float, tokens: int) -> None:
+    deepening = on_easy_text()
+    promise = np.array([0.5])
+    for _ in range(100):
+        deepening.ran_on(0, promise, promise)
+    for _ in range(2):
+        for _ in range(tokens):
+            assert not pays(deepening, 0.5, least=least)
+            deepening.stayed(0, promise)
+        assert pays(deepening, 0.5, least=least)
+        assert not pays(deepening, 0.3, least=0.9)  # of a range that nothing was in
+        deepening.ran_on(0, promise, promise)
+
+
+def test_one_of_many_requests_is_enough_for_a_try() -> None:
+    deepening = on_easy_text()
+    promise = np.full(64, 0.5)
+    for _ in range(100):
+        deepening.ran_on(0, promise, promise)
+    deepening.stayed(0, promise)
+    answers = deepening.pays(
+        0, promise, np.ones(64), np.full(64, 0.1), np.full(64, 8, np.int64)
+    )
+    assert np.count_nonzero(answers) == 1
+
+
+def test_a_single_exit_has_nothing_to_decide() -> None:
+    deepening = Deepening([0])
+    deepening.drafted(np.array([0.5]))
+    deepening.drafted(np.zeros(0))
