@@ -94,6 +94,9 @@ class AdaDecode:
             self._find_lookup()
         self.timer: DeviceTimer | None = None
         self._drafts: dict[str, Drafts] = {}
+        # Of this step's verification; the last ones only, since drafting stops after a
+        # token that ends its request.
+        self._last_accepted: dict[str, int] = {}
         self._contradicted: set[str] = set()
 
     def bind(self, backend: Backend) -> None:
@@ -130,14 +133,22 @@ class AdaDecode:
         Args:
             step: Number of the current engine step.
             request_ids: R request ids.
-            requests: Their state. Those whose limit is 0 or whose newest token ends
-                them are left alone.
+            requests: Their state. Those whose limit is 0, or whose newest token or last
+                accepted draft ends them, are left alone.
 
         Returns:
             R lists of drafts, by exits and by lookup.
         """
         drafts: list[list[int]] = [[] for _ in request_ids]
-        drafting = requests.going_on()
+        drafting = np.array(
+            [
+                request
+                for request in requests.going_on().tolist()
+                if self._last_accepted.get(request_ids[request], -1)
+                not in requests.stop_token_ids[request]
+            ],
+            np.int64,
+        )
         if not len(drafting):
             return drafts
         if len(drafting) < len(request_ids):
@@ -197,10 +208,13 @@ class AdaDecode:
         """
         self.stats.request_steps += len(sampled)
         self.stats.generated_tokens += sum(sampled.values())
+        self._last_accepted.clear()
         for request_id, num_drafts in scheduled.items():
             drafts = self._drafts.pop(request_id, None)
             tokens = sampled.get(request_id, 0)
             if drafts is not None and tokens:
+                if tokens > 1:
+                    self._last_accepted[request_id] = drafts.token_ids[tokens - 2]
                 verified = drafts.exits[:num_drafts]
                 if drafts.expected is not None:
                     expected = drafts.expected[:num_drafts]

@@ -79,9 +79,7 @@ class Deepening:
         now = self._worth(survival * promise, least, room)
         then = self._worth(survival * deeper, least, room)
         cost = self._costs[exit_index] * least
-        due = self._passed[exit_index][bucket] >= np.maximum(
-            TRY_EVERY, cost / TRY_COST
-        )
+        due = self._passed[exit_index][bucket] >= np.maximum(TRY_EVERY, cost / TRY_COST)
         # One of a range is enough.
         first = np.zeros(len(bucket), bool)
         first[np.unique(bucket, return_index=True)[1]] = True
