@@ -31,6 +31,8 @@ DEAD = (
 
 LONG = {"temperature": 0, "max_tokens": 200}
 ENDLESS = {"ignore_eos": True}
+# Of each prompt so many that none is through before a process is killed.
+MANY = {"temperature": 1, "max_tokens": 200, "n": 8}
 
 
 @pytest.mark.parametrize(
@@ -86,7 +88,7 @@ def _kill_while_they_wait(
 
     def stream(prompt: str) -> None:
         chunks = server.client.completions.create(
-            model=MODEL, prompt=prompt, stream=True, **LONG, extra_body=ENDLESS
+            model=MODEL, prompt=prompt, stream=True, **MANY, extra_body=ENDLESS
         )
         next(iter(chunks))
         flowing.release()
@@ -95,7 +97,7 @@ def _kill_while_they_wait(
 
     def wait(prompt: str) -> None:
         with pytest.raises(InternalServerError, match=DEAD):
-            complete(server.client, prompt, **LONG, extra_body=ENDLESS)
+            complete(server.client, prompt, **MANY, extra_body=ENDLESS)
 
     with ThreadPoolExecutor(2 * len(prompts)) as pool:
         waiting = [pool.submit(wait, prompt) for prompt in prompts[:2]]
