@@ -52,20 +52,15 @@ def start_engine(
         "max_num_seqs": 16,
         "disable_log_stats": False,
     }
-    llm: Any = None
     with _modules_are_no_garbage():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", str(int(multiprocessing)))
+            llm = LLM(model, **{**defaults, **options})
         try:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setenv(
-                    "VLLM_ENABLE_V1_MULTIPROCESSING", str(int(multiprocessing))
-                )
-                llm = LLM(model, **{**defaults, **options})
             yield llm
         finally:
-            # One that did not start leaves its process groups behind all the same.
-            if llm is not None:
-                llm.llm_engine.engine_core.shutdown()
-            llm = None
+            llm.llm_engine.engine_core.shutdown()
+            del llm
             # An engine with prompt embeds adds a token to the tokenizer it shares.
             cached_get_tokenizer.cache_clear()
             cleanup_dist_env_and_memory()  # collects garbage
