@@ -148,13 +148,14 @@ class Drafter:
                 # The more probable of the two.
                 looked_up = by_costs & (candidates.promises[chosen] >= promise)
                 promise = np.where(looked_up, candidates.promises[chosen], promise)
-            runs_on = by_costs & self._runs_on(
+            # Both are False where thresholds decide.
+            runs_on = self._runs_on(
                 cycle, chosen, exit_index, own_promise, promise, by_costs
             )
             pays = cycle.paying(chosen, promise) & ~runs_on
             takes = np.where(by_costs, pays, takes)
             cycle.active[chosen[by_costs & ~pays & ~runs_on]] = False
-            self._deepening.drafted(promise[by_costs & pays & ~looked_up])
+            self._deepening.drafted(promise[pays & ~looked_up])
         if exit_index == len(self.stats.exit_layers) - 1:
             if candidates is not None:
                 # With thresholds, where the exits are not sure.
