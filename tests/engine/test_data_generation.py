@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import pytest
+import torch
 
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.toolkit.data import generate as generate_module
@@ -152,6 +153,7 @@ def test_what_vllm_refuses(
         make_data(options)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert not torch.distributed.is_initialized(), "the next engine would find it"
 
 
 @pytest.fixture(scope="module")

@@ -66,6 +66,19 @@ def test_agreement_among_few_tokens_is_told_as_such(
     assert among in (heads / "evaluation" / "report.html").read_text()
 
 
+def test_process_groups_of_others_stay(model: Path, data: Path, tmp_path: Path) -> None:
+    """As those of an engine in the same process, which would not start another."""
+    distributed = torch.distributed
+    distributed.init_process_group(
+        "gloo", store=distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        assert run("train", model, tmp_path / "heads", "--data", data, *TRAIN) == 0
+        assert distributed.is_initialized()
+    finally:
+        distributed.destroy_process_group()
+
+
 def test_train_then_eval_with_memory(
     model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

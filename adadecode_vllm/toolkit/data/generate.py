@@ -190,6 +190,7 @@ class Generator:
             with _in_this_process():
                 self._llm = LLM(spec.model, **options)
         except (OSError, RuntimeError, TypeError, ValueError) as error:
+            _end_process_groups()
             raise _refused(spec, error) from error
         self._params = SamplingParams(
             temperature=0, max_tokens=spec.max_new_tokens, detokenize=False
@@ -243,12 +244,17 @@ class Generator:
 
     def close(self) -> None:
         """Stop the engine and free its memory."""
-        from vllm.distributed import cleanup_dist_env_and_memory
-
         self._llm.llm_engine.engine_core.shutdown()
         del self._llm
         gc.collect()
-        cleanup_dist_env_and_memory()
+        _end_process_groups()
+
+
+def _end_process_groups() -> None:
+    """Leave nothing of vLLM's that the process's next engine would take for its own."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    cleanup_dist_env_and_memory()
 
 
 def generate(

@@ -156,6 +156,8 @@ def train_command(
             "adadecode train: accelerate is not installed; install the extra `train`, "
             "as in pip install 'adadecode-vllm[train]'"
         ) from error
+    from torch import distributed
+
     from adadecode_vllm.toolkit.states.teacher import Teacher, resolve_dtype
     from adadecode_vllm.toolkit.training.options import RunOptions
     from adadecode_vllm.toolkit.training.output import check_training_output
@@ -166,10 +168,13 @@ def train_command(
     # The others wait while the main process writes states, which may take hours.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
     with ExitStack() as stack:
+        # Groups that were there before belong to whoever began them, as an engine.
+        ours = not distributed.is_initialized()
         processes = Accelerator(kwargs_handlers=[patience])
         # A process that exits with open connections may be aborted by its own threads
         # that serve them, and the exit code that says what went wrong is lost.
-        stack.callback(processes.end_training)
+        if ours:
+            stack.callback(processes.end_training)
 
         def load() -> Teacher:
             # Before the minutes that loading the model takes.
