@@ -27,6 +27,8 @@ VARIANTS: Mapping[str, str] = {
     "exits": "AdaDecode with some of the exits, as in exits:2+8",
     "t-identity": "AdaDecode with the model's own LM head at the exits (T = I)",
     "heads": "AdaDecode with other heads, as in heads:DIRECTORY",
+    "defaults": "AdaDecode with other heads, at its defaults whatever the options say, "
+    "as in defaults:DIRECTORY",
     "draft-vocabulary": "AdaDecode whose gates look at the most frequent tokens only, "
     "as in draft-vocabulary:8192",
     "ngram-tail": "AdaDecode with n-gram drafts after its early predictions",
@@ -53,6 +55,7 @@ _VALUES = {
     "submit-all": "a layer",
     "exits": "layers",
     "heads": "a directory",
+    "defaults": "a directory",
     "draft-vocabulary": "a number of tokens",
     **dict.fromkeys(_SPECULATIVE, "a number of drafts"),
 }
@@ -159,7 +162,7 @@ def _value_fits(kind: str, value: str) -> bool:
         return value.isdecimal()
     if kind == "exits":
         return all(part.isdecimal() for part in value.split("+"))
-    if kind == "heads":
+    if kind in ("heads", "defaults"):
         return bool(value)
     if kind == "draft-vocabulary":
         return value.isdecimal()
@@ -242,6 +245,8 @@ def _adadecode(variant: Variant, settings: EngineSettings) -> dict[str, Any]:
 
     if variant.kind == "paper":
         return engine_args(settings.heads, **_PAPER)
+    if variant.kind == "defaults":
+        return engine_args(variant.value)
     options = dict(settings.adadecode)
     heads = settings.heads
     if variant.kind == "single-exit":

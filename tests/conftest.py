@@ -2,6 +2,7 @@
 """Settings that must be in place before torch or vLLM is imported."""
 
 import os
+import signal
 
 import pytest
 
@@ -16,6 +17,10 @@ CORES = sorted(os.sched_getaffinity(0))
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     core = CORES[int(worker.removeprefix("gw")) % len(CORES)]
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(core))
+# A shell starts what it runs in the background with interrupts ignored, and so would
+# every process that a test starts and interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from adadecode_vllm import engine_args
 from adadecode_vllm.errors import AdaDecodeError
 from benchmarks.options import make_parser, numbers, settings_from
 from benchmarks.study import STUDIES, study_parser
@@ -26,14 +27,15 @@ def test_variants_are_read_in_order() -> None:
         Variant("single-exit:4", "single-exit", "4"),
         Variant("ngram", "ngram"),
     ]
-    valued = {"submit-all", "exits", "heads", "draft-vocabulary"}
+    valued = {"submit-all", "exits", "heads", "defaults", "draft-vocabulary"}
     plain = [name for name in VARIANTS if name not in valued]
     assert [variant.kind for variant in parse_variants(",".join(plain))] == plain
-    text = "submit-all:4,exits:2+8,heads:some/dir,draft-vocabulary:64"
+    text = "submit-all:4,exits:2+8,heads:some/dir,defaults:dir,draft-vocabulary:64"
     assert [variant.value for variant in parse_variants(text)] == [
         "4",
         "2+8",
         "some/dir",
+        "dir",
         "64",
     ]
 
@@ -104,6 +106,12 @@ def test_the_papers_setting_does_not_depend_on_the_options() -> None:
     assert (found["threshold"], found["max_early_predictions"]) == (0.75, 5)
     assert found["last_guess"] is False
     assert not {"exit_layers", "gate"} & found.keys()
+
+
+def test_defaults_do_not_depend_on_the_options_either() -> None:
+    given = EngineSettings(MODEL, "other", threshold=0.5, adadecode={"ngram": "off"})
+    found = llm_arguments(Variant(f"defaults:{HEADS}", "defaults", HEADS), given)
+    assert found["additional_config"] == engine_args(HEADS)["additional_config"]
 
 
 def test_a_users_engine_arguments_come_last() -> None:
