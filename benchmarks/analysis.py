@@ -11,6 +11,8 @@ import numpy as np
 
 Run = dict[str, Any]
 
+_DRAFTED = ("draft_tokens", "accepted")
+
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, smallest and largest."""
@@ -133,6 +135,29 @@ def draft_step_overhead(run: Run) -> float | None:
     return (stats["drafting_seconds"] - measured[0]) / measured[1]
 
 
+def pooled(runs: Sequence[Run]) -> Run:
+    """One run of all texts, with what :func:`early_predictions` reads, summed."""
+    stats = runs[0]["stats"]
+    if stats is not None:
+        parts = [run["stats"] for run in runs]
+        stats = {"exit_layers": stats["exit_layers"]}
+        for name in ("generated_tokens", "contradicted_requests"):
+            stats[name] = sum(part[name] for part in parts)
+        for name in ("early_predictions", "accepted", "rejected"):
+            by_exit = zip(*(part[name] for part in parts), strict=True)
+            stats[name] = [sum(counts) for counts in by_exit]
+    counted = [run["speculation"] for run in runs if run["speculation"]]
+    return {
+        "token_ids": [ids for run in runs for ids in run["token_ids"]],
+        "speculation": {
+            name: sum(counts[name] for counts in counted) for name in _DRAFTED
+        }
+        if counted
+        else None,
+        "stats": stats,
+    }
+
+
 def percentiles(runs: Sequence[Run], key: str) -> dict[str, float | None]:
     """Median and 99th percentile over all requests of all runs, in milliseconds."""
     values = [1000 * v for run in runs for v in run[key] if v is not None]
@@ -158,14 +183,15 @@ def summarize(runs: Sequence[Run], baseline: Sequence[Run]) -> dict[str, Any]:
         for speed, other in zip(speeds, baseline, strict=True)
     ]
     parities = [run["parity"] for run in runs if run.get("parity")]
+    whole = pooled(runs)
     figures: dict[str, Any] = {
         "tokens_per_s": spread(speeds),
         "ratio": spread(ratios),
         "ttft_ms": percentiles(runs, "ttft_s"),
         "tpot_ms": percentiles(runs, "tpot_s"),
         "tokens_per_forward": statistics.median(map(tokens_per_forward, runs)),
-        "acceptance": drafted_acceptance(runs[0]),
-        "early_predictions": early_predictions(runs[0]),
+        "acceptance": drafted_acceptance(whole),
+        "early_predictions": early_predictions(whole),
         "time_split": time_split(runs[0]),
         "draft_step_overhead_us": None,
     }
@@ -178,7 +204,9 @@ def summarize(runs: Sequence[Run], baseline: Sequence[Run]) -> dict[str, Any]:
             for name in ("same", "ties", "different")
         }
     if "right" in runs[0]:
-        right = runs[0]["right"]
+        # Repeats of the same prompts count once.
+        by_prompts = {tuple(run["prompts"]): run["right"] for run in runs}
+        right = [answer for part in by_prompts.values() for answer in part]
         figures["right"] = {"right": sum(right), "answers": len(right)}
     predictions = [
         run["predicted_speedup"] for run in runs if "predicted_speedup" in run

@@ -30,9 +30,9 @@ from benchmarks.options import (
     workload_from,
 )
 from benchmarks.quality import make_grade
-from benchmarks.session import Case, Session
+from benchmarks.session import Session
 from benchmarks.tables import results_table
-from benchmarks.variants import Variant, parse_variants
+from benchmarks.variants import Case, Variant, parse_variants
 
 DEFAULT_VARIANTS = "baseline,adadecode,single-exit,t-identity,ngram"
 
@@ -57,7 +57,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="Let the load swing between the batch size and this many requests at a "
         "time, two rounds of requests each",
     )
+    parser.add_argument(
+        "--split-prompts",
+        action="store_true",
+        help="Every repeat takes its own part of the prompts: more texts in the same "
+        "time, and a spread over texts",
+    )
     args = parser.parse_args(arguments)
+    if args.split_prompts and args.rounds is not None:
+        raise AdaDecodeError(
+            "--split-prompts: --rounds chooses a run's prompts as well. Drop one."
+        )
     variants = parse_variants(args.variants)
     check_oscillation(args.oscillate_to, variants)
     settings = settings_from(args)
@@ -76,6 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ignore_eos=args.ignore_eos,
         rounds=args.rounds,
         oscillate_to=args.oscillate_to,
+        split_prompts=args.split_prompts,
         start_together=args.start_together,
         output=args.output_json,
         logs=args.engine_logs,

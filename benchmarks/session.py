@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
@@ -15,7 +14,7 @@ from typing import Any
 from adadecode_vllm.config import OF_THRESHOLDS, AdaDecodeConfig, parse_config
 from adadecode_vllm.errors import AdaDecodeError
 from benchmarks.analysis import summarize
-from benchmarks.parity import judge
+from benchmarks.parity import BaselineLogits, judge
 from benchmarks.process import VariantError, VariantProcess
 from benchmarks.quality import Grade
 from benchmarks.result_files import empty_results, write_results
@@ -23,6 +22,7 @@ from benchmarks.roofline import cost_model, predicted_speedup
 from benchmarks.tables import results_table
 from benchmarks.variants import (
     BASELINE,
+    Case,
     EngineSettings,
     Variant,
     llm_arguments,
@@ -32,34 +32,6 @@ from benchmarks.variants import (
 from benchmarks.workloads import Workload
 
 WARM_UP_TOKENS = 16
-_WORDS = {
-    "threshold": "threshold",
-    "max_early_predictions": "cap",
-    "synthetic_acceptance_rate": "acceptance",
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One row of a comparison.
-
-    Attributes:
-        variant: The variant's name.
-        batch_size: Requests at a time.
-        policy: Options that a running engine can change, where they differ from the
-            settings': ``threshold``, ``max_early_predictions``,
-            ``synthetic_acceptance_rate``.
-    """
-
-    variant: str
-    batch_size: int = 1
-    policy: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def label(self) -> str:
-        """The variant with what was changed, such as ``adadecode, threshold 0.5``."""
-        changes = [f"{_WORDS[name]} {value:g}" for name, value in self.policy.items()]
-        return ", ".join([self.variant, *changes])
 
 
 class Session:
@@ -82,6 +54,7 @@ class Session:
         ignore_eos: bool = False,
         rounds: int | None = None,
         oscillate_to: int | None = None,
+        split_prompts: bool = False,
         start_together: int = 1,
         output: Path | None = None,
         logs: Path | None = None,
@@ -99,6 +72,7 @@ class Session:
             rounds: Prompts of a run, as a multiple of the requests at a time; None for
                 all prompts, whatever their number at a time.
             oscillate_to: Requests at a time in every other phase of a run.
+            split_prompts: Every repeat takes its own part of the prompts, not all.
             start_together: Engines to start at a time.
             output: Result file.
             logs: Directory for the engines' logs; None to keep none.
@@ -120,6 +94,7 @@ class Session:
         self.ignore_eos = ignore_eos
         self.rounds = rounds
         self.oscillate_to = oscillate_to
+        self.split_prompts = split_prompts
         self.start_together = start_together
         self._output = output
         self._logs = logs
@@ -206,27 +181,33 @@ class Session:
     def _measure(self, batch_size: int, cases: list[Case], repeats: int) -> None:
         """Measure cases of one batch size with the variants that are loaded."""
         baseline = Case(BASELINE, batch_size)
-        base: list[dict[str, Any]] = []
-        logits = None
+        logits = BaselineLogits(
+            lambda prompts: self._generate(baseline, prompts, top_logits=True),
+            alone=batch_size == 1,
+        )
         for case in [baseline, *cases]:
             self._warm_up(case)
         for repeat in range(repeats):
-            base.append(self._run(baseline))
-            self._keep(baseline, base[-1], base[-1])
-            self._report(baseline, base[-1], repeat, repeats)
+            prompts = self._prompts(batch_size, repeat, repeats)
+            base = self._run(baseline, prompts)
+            self._keep(baseline, base, base)
+            self._report(baseline, base, repeat, repeats)
+            runs: list[tuple[Case, dict[str, Any]]] = []
             for case in cases:
                 if case.variant not in self._processes:
                     continue
                 try:
-                    run = self._run(case)
+                    runs.append((case, self._run(case, prompts)))
                 except VariantError as error:
                     self._drop(case.variant, "failed", str(error))
                     continue
-                if logits is None and self._allows_ties(base[-1], run):
-                    logits = self._logits(baseline)
-                run |= judge(base[-1], run, logits)
-                self._keep(case, run, base[-1])
-                self._report(case, run, repeat, repeats)
+                self._report(*runs[-1], repeat, repeats)
+            again = None
+            if self.settings.dtype != "float32":
+                again = logits.where_texts_part(prompts, base, [run for _, run in runs])
+            for case, run in runs:
+                run |= judge(base, run, again)
+                self._keep(case, run, base)
             self._save()
 
     def _keep(self, case: Case, run: dict[str, Any], base: dict[str, Any]) -> None:
@@ -293,24 +274,30 @@ class Session:
                 raise
             self._drop(case.variant, "failed", str(error))
 
-    def _run(self, case: Case) -> dict[str, Any]:
-        process = self._processes[case.variant]
+    def _run(self, case: Case, prompts: range) -> dict[str, Any]:
         if policy := self._policy(case):
-            process.configure(**policy)
+            self._processes[case.variant].configure(**policy)
         self._changed[case.variant] = frozenset(case.policy)
-        run = process.generate(
-            self._prompts(case),
+        run = self._generate(case, prompts)
+        run |= self._processes[case.variant].memory_mib()
+        run["prompts"] = [prompts.start, prompts.stop]
+        if self._grade is not None:
+            run["right"] = self._grade(run["token_ids"], prompts)
+        if run["stats"] is not None and case.batch_size == 1:
+            run["predicted_speedup"] = predicted_speedup(run["stats"], self._cost(case))
+        return run
+
+    def _generate(
+        self, case: Case, prompts: Sequence[int], **options: Any
+    ) -> dict[str, Any]:
+        return self._processes[case.variant].generate(
+            [self.workload.prompts[number] for number in prompts],
             batch_size=case.batch_size,
             output_tokens=self.workload.output_tokens,
             ignore_eos=self.ignore_eos,
             oscillate_to=self.oscillate_to,
+            **options,
         )
-        run |= process.memory_mib()
-        if self._grade is not None:
-            run["right"] = self._grade(run["token_ids"])
-        if run["stats"] is not None and case.batch_size == 1:
-            run["predicted_speedup"] = predicted_speedup(run["stats"], self._cost(case))
-        return run
 
     def _policy(self, case: Case) -> dict[str, Any]:
         """What to tell the engine: the case's changes, and back to what others changed.
@@ -326,11 +313,14 @@ class Session:
         own = self._config(case)
         return {**{name: getattr(own, name) for name in sorted(back)}, **case.policy}
 
-    def _prompts(self, case: Case) -> Sequence[Sequence[int]]:
-        prompts = self.workload.prompts
-        return (
-            prompts if self.rounds is None else prompts[: self.rounds * case.batch_size]
-        )
+    def _prompts(self, batch_size: int, repeat: int, repeats: int) -> range:
+        """Numbers of a run's prompts."""
+        count = len(self.workload.prompts)
+        if self.split_prompts:
+            return range(count * repeat // repeats, count * (repeat + 1) // repeats)
+        if self.rounds is not None:
+            count = min(count, self.rounds * batch_size)
+        return range(count)
 
     def _variant(self, case: Case) -> Variant:
         return next(
@@ -353,21 +343,6 @@ class Session:
             identity=self._variant(case).kind == "t-identity",
             draft_vocabulary=resolve_draft_vocabulary(config, heads),
             memory=heads.memory,
-        )
-
-    def _allows_ties(self, base: dict[str, Any], run: dict[str, Any]) -> bool:
-        return (
-            self.settings.dtype != "float32" and base["token_ids"] != run["token_ids"]
-        )
-
-    def _logits(self, baseline: Case) -> dict[str, Any]:
-        """The baseline once more, untimed, with the logits that tell ties."""
-        return self._processes[BASELINE].generate(
-            self._prompts(baseline),
-            batch_size=baseline.batch_size,
-            output_tokens=self.workload.output_tokens,
-            ignore_eos=self.ignore_eos,
-            top_logits=True,
         )
 
     def _report(

@@ -26,9 +26,9 @@ from benchmarks.options import (
     settings_from,
     workload_from,
 )
-from benchmarks.session import Case, Session
+from benchmarks.session import Session
 from benchmarks.tables import cycle_table, results_table, unverified_table
-from benchmarks.variants import BASELINE, EngineSettings, Variant, parse_variants
+from benchmarks.variants import BASELINE, Case, EngineSettings, Variant, parse_variants
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,11 @@ _SPECULATIVE = ("ngram", "suffix", "draft-model")
 _TRANSFORMERS = ("transformers", "transformers-early-exit")
 _WITHOUT_PLUGIN = (BASELINE, "installed", *_SPECULATIVE)
 _PAPER = {"threshold": 0.75, "max_early_predictions": 5, "last_guess": False}
+_WORDS = {
+    "threshold": "threshold",
+    "max_early_predictions": "cap",
+    "synthetic_acceptance_rate": "acceptance",
+}
 # What stands behind the colon, as a message names it.
 _VALUES = {
     "single-exit": "a layer",
@@ -84,6 +89,29 @@ class Variant:
     def uses_vllm(self) -> bool:
         """Whether the variant is a vLLM engine."""
         return self.kind not in _TRANSFORMERS
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of a comparison.
+
+    Attributes:
+        variant: The variant's name.
+        batch_size: Requests at a time.
+        policy: Options that a running engine can change, where they differ from the
+            settings': ``threshold``, ``max_early_predictions``,
+            ``synthetic_acceptance_rate``.
+    """
+
+    variant: str
+    batch_size: int = 1
+    policy: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """The variant with what was changed, such as ``adadecode, threshold 0.5``."""
+        changes = [f"{_WORDS[name]} {value:g}" for name, value in self.policy.items()]
+        return ", ".join([self.variant, *changes])
 
 
 @dataclass(frozen=True)

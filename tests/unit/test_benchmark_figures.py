@@ -189,6 +189,15 @@ def test_early_predictions_by_exit() -> None:
     assert early["acceptance"] is None
 
 
+def test_early_predictions_of_all_runs() -> None:
+    other = stats(early_predictions=[3, 0], accepted=[1, 0], rejected=[2, 0])
+    whole = analysis.pooled([run(1.0, stats=stats()), run(1.0, stats=other)])
+    early = analysis.early_predictions(whole)
+    assert early is not None
+    assert early["coverage"] == 9 / 24
+    assert early["by_exit"] == [[2, 10, 8 / 10], [4, 2, 0.5]]
+
+
 def test_the_parts_of_the_time_add_up() -> None:
     split = analysis.time_split(run(1.0, stats=stats()))
     assert split is not None
@@ -281,7 +290,7 @@ def test_the_table_names_every_variant() -> None:
 
 
 def test_the_table_says_how_many_answers_are_right() -> None:
-    right = {"right": [True, False, True]}
+    right = {"right": [True, False, True], "prompts": [0, 3]}
     cases = [case("baseline", [run(2.0)]), case("ngram", [run(1.0, **right)])]
     lines = results_table([results(cases=cases)]).splitlines()
     assert lines[0].endswith("| right answers |")

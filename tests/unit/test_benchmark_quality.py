@@ -105,14 +105,19 @@ def test_code_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_answers_are_graded_in_the_workloads_order(tmp_path: Path) -> None:
     tokenizer: Any = AutoTokenizer.from_pretrained(MODEL)
 
-    def grade(name: str, rows: list[dict[str, Any]], answers: list[str]) -> list[bool]:
+    def grade(
+        name: str, rows: list[dict[str, Any]], answers: list[str], first: int = 0
+    ) -> list[bool]:
         path = tmp_path / f"{name}_test.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
         workload = load_workload(name, MODEL, path=path, count=2, output_tokens=8)
-        return make_grade(workload, MODEL, path)(tokenizer(answers)["input_ids"])
+        numbers = range(first, first + len(answers))
+        ids = tokenizer(answers)["input_ids"]
+        return make_grade(workload, MODEL, path)(ids, numbers)
 
     rows = [{"question": f"{n}?", "answer": f"It is\n#### {n}"} for n in (1, 2)]
     assert grade("gsm8k", rows, ["I say 1", "I say 1"]) == [True, False]
+    assert grade("gsm8k", rows, ["I say 2"], first=1) == [True]
     body = PROBLEMS[1]["canonical_solution"]
     assert grade("humaneval", PROBLEMS, [body, body]) == [False, True]
 

@@ -11,8 +11,8 @@ from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.heads import load_heads_config
 from benchmarks import session as session_module
 from benchmarks.process import VariantError, log_reason
-from benchmarks.session import Case, Session
-from benchmarks.variants import EngineSettings, Variant, parse_variants
+from benchmarks.session import Session
+from benchmarks.variants import Case, EngineSettings, Variant, parse_variants
 from benchmarks.workloads import Workload
 from tests.harness import HEADS, MODEL
 from tests.throughput_benchmark import SETTINGS, stats
@@ -72,21 +72,20 @@ class FakeProcess:
             + (f" {threshold}" if threshold is not None else "")
             + (" logits" if logits else "")
         )
-        ids = [[1, 2, 3], [4]]
-        if self.variant.name == "ngram":
-            ids = [[1, 9, 3], [4]]
+        first = [1, 9, 3] if self.variant.name == "ngram" else [1, 2, 3]
+        ids = [first if prompt == [1, 2] else [4] for prompt in prompts]
         counted = self.variant.predicts_early
         answer = {
             "seconds": 2.0 if self.variant.name == "baseline" else 1.0,
             "token_ids": ids,
-            "ttft_s": [0.1, 0.1],
-            "tpot_s": [0.1, None],
+            "ttft_s": [0.1] * len(ids),
+            "tpot_s": [0.1 if len(text) > 1 else None for text in ids],
             "speculation": {"drafts": 0, "draft_tokens": 0, "accepted": 0},
             "stats": stats() if counted else None,
         }
         if logits:
             pair = [[2, 8.0], [9, 8.0]]
-            answer["top_logits"] = [[pair, pair, pair], [pair]]
+            answer["top_logits"] = [[pair] * len(text) for text in ids]
         return answer
 
 
@@ -149,6 +148,26 @@ def test_in_bfloat16_the_baseline_says_what_a_tie_is(fake: type[FakeProcess]) ->
     assert fake.log.count("baseline logits") == 1
     texts = results["cases"][1]["figures"]["texts"]
     assert texts == {"same": 2, "ties": 2, "different": 0}
+
+
+def test_only_texts_that_part_are_generated_again(fake: type[FakeProcess]) -> None:
+    measure("baseline,ngram", 1, dtype="bfloat16")
+    assert fake.prompts == [2, 2, 1]
+    measure("baseline,ngram", 1, [Case("ngram", 2)], dtype="bfloat16")
+    assert fake.prompts[3:] == [2, 2, 2], "beside others it is another job"
+
+
+def test_repeats_share_the_prompts(fake: type[FakeProcess]) -> None:
+    settings = EngineSettings(MODEL, HEADS, dtype="bfloat16")
+    with Session(
+        parse_variants("baseline,ngram"), settings, WORKLOAD, split_prompts=True
+    ) as session:
+        session.measure([Case("ngram")], 2)
+    assert fake.log[:5] == ["baseline", "ngram", "baseline logits", "baseline", "ngram"]
+    case = session.results["cases"][1]
+    assert [run["prompts"] for run in case["runs"]] == [[0, 1], [1, 2]]
+    assert [run["tokens"] for run in case["runs"]] == [3, 1]
+    assert case["figures"]["texts"] == {"same": 1, "ties": 1, "different": 0}
 
 
 def test_policies_are_rows_of_their_own(fake: type[FakeProcess]) -> None:
