@@ -10,8 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-# Versions before had no random part.
-_TEMPORARY = re.compile(r"(?P<name>.+)\.tmp-(?P<pid>\d+)(?:-[0-9a-f]{16})?")
+_TEMPORARY = re.compile(r"(?P<name>.+)\.tmp-(?P<pid>\d+)-[0-9a-f]{16}")
 
 
 @contextmanager

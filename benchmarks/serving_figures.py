@@ -99,8 +99,7 @@ def serving_table(results: Mapping[str, Any]) -> str:
 
 def _cells(case: Mapping[str, Any]) -> list[str]:
     figures = case["figures"]
-    # Files of before call all drafts early predictions.
-    drafts = figures.get("drafts", figures.get("early_predictions"))
+    drafts = figures["drafts"]
     return [
         Load(case["concurrency"], case["request_rate"]).label,
         case["label"],

@@ -198,9 +198,7 @@ class ExitScorer(nn.Module):
             whole = self._decoder.compute_logits(transformed)
             assert whole is not None, "logits are gathered on every rank"
             logits = whole
-        logits = logits.float()
-        top, token = logits.max(dim=-1)
+        confidence, token = logits.softmax(dim=-1, dtype=torch.float32).max(dim=-1)
         if self._vocabulary is not None:
-            token = self._vocabulary.token_ids[token]
-        confidence = torch.exp(top - torch.logsumexp(logits, dim=-1))
+            token = self._vocabulary.token_ids.index_select(0, token)
         return token, confidence, transformed

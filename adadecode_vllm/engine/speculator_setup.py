@@ -46,6 +46,9 @@ class SpeculatorSetup(BaseSpeculator):
 
     adadecode: AdaDecode
     cycle: DraftCycle
+    # Both exist after `bind`.
+    _runner: GPUModelRunner
+    _backend: Backend
 
     def __init__(
         self, vllm_config: VllmConfig, device: torch.device, max_model_len: int
@@ -63,7 +66,6 @@ class SpeculatorSetup(BaseSpeculator):
         assert config is not None, "start-up named this class for AdaDecode only"
         self.config = config
         self._max_model_len = max_model_len
-        self._runner: GPUModelRunner | None = None
         self._kinds: list[StepKind] = []
         self._piecewise = False
 
@@ -113,7 +115,6 @@ class SpeculatorSetup(BaseSpeculator):
     def capture(self) -> None:
         """Capture them; vLLM calls it after its own graphs."""
         runner = self._runner
-        assert runner is not None, "bound when the KV cache was initialized"
         model, states = self.adadecode.model, self.adadecode.states
         backend = self._backend
         if self._piecewise and all(map(has_compiled_submodule, model.segments)):

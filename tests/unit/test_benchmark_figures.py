@@ -317,10 +317,8 @@ def test_results_of_one_machine_stand_together(tmp_path: Path) -> None:
     assert len(read_results(paths)) == 2
 
 
-def test_files_with_the_names_of_before_are_read() -> None:
-    """What is kept of earlier measurements calls variants arms."""
+def test_what_was_measured_earlier_is_read() -> None:
     (found,) = read_results([ROOT / "benchmarks" / "results" / "study_exits.json"])
-    assert "arms" not in found
     assert next(iter(found["variants"])) == "baseline"
     first = found["cases"][0]
     assert first["variant"] == first["label"] == "baseline"

@@ -170,7 +170,8 @@ def test_a_foreign_shard_among_data_of_ours_is_never_replaced(
 def test_names_like_ours_are_left_alone(options: DataOptions) -> None:
     """An output directory that others use as well."""
     options.out.mkdir()
-    names = ("notes.tmp-old", "part-a.parquet", "x.tmp-99999999", "replacement")
+    temporary = f"x.tmp-99999999-{0:016}"
+    names = ("notes.tmp-old", "part-a.parquet", temporary, "replacement")
     for name in names[:-1]:
         (options.out / name).write_text("mine")
     (options.out / "replacement").mkdir()

@@ -156,8 +156,8 @@ def test_a_failed_write_leaves_nothing(
 
 
 def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
-    left = tmp_path / "part-00000.parquet.tmp-99999999"
-    other = tmp_path / f"part-00001.parquet.tmp-{os.getpid()}"
+    left = tmp_path / f"part-00000.parquet.tmp-99999999-{0:016}"
+    other = tmp_path / f"part-00001.parquet.tmp-{os.getpid()}-{0:016}"
     for path in (left, other):
         path.write_text("half")
     ShardWriter(tmp_path, INFO, 3)

@@ -123,11 +123,12 @@ def test_left_overs_are_ours_and_of_dead_processes(tmp_path: Path) -> None:
     keep = [
         f"a.tmp-{os.getpid()}-{'0' * 16}",  # somebody may still be writing
         "a.tmp-old",
-        f"notes.tmp-{dead}",
+        f"a.tmp-{dead}",
+        f"notes.tmp-{dead}-{'0' * 16}",
         f"a.old-{dead}-{'0' * 16}",
         "a",
     ]
-    for name in (*keep, f"a.tmp-{dead}", f"a.tmp-{dead}-{'0' * 16}"):
+    for name in (*keep, f"a.tmp-{dead}-{'0' * 16}"):
         (tmp_path / name).write_text("")
     remove_left_overs(tmp_path, re.compile("a"))
     assert sorted(content(tmp_path)) == sorted(keep)

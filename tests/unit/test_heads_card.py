@@ -275,10 +275,6 @@ def test_card_cuts_each_path_of_a_list() -> None:
     ("training", "among"),
     [
         ({}, None),
-        ({"settings": {"draft_vocabulary": None}}, None),
-        # As earlier versions recorded it: what was asked for.
-        ({"settings": {"draft_vocabulary": 9}}, 9),
-        ({"settings": {"draft_vocabulary": 4096}}, 20),
         ({"held_out": {"draft_vocabulary": 1234}}, 1234),
     ],
 )

@@ -220,7 +220,7 @@ def test_least_squares_are_a_start(
 
 
 def test_options_of_memory_mean_nothing_without_it() -> None:
-    """So that unfinished runs of before are continued."""
+    """So that they can change while an unfinished run is continued."""
     without = TrainSettings(**SETTINGS)
     assert without.digest() == TrainSettings(**SETTINGS, unroll=7).digest()
     digests = {

@@ -187,7 +187,7 @@ def _request(
                 k: v for k, v in options.engine.items() if k not in _MEMORY_OPTIONS
             },
         }
-    if options.trust_remote_code:  # data of earlier versions was made without
+    if options.trust_remote_code:
         arguments["trust-remote-code"] = True
     inputs = [{"name": p.name, "sha256": file_hash(p)} for p in files]
     content = [arguments, [file["sha256"] for file in inputs]]

@@ -166,7 +166,7 @@ def render_card(
         training=training,
         command=_command(training.get("argv")),
         held_out=held_out,
-        among=among(_compared_tokens(config, training)),
+        among=among(_compared_tokens(training)),
         settings=list(_flatten(listed)),
         **_figures(figures),
         **_FORMATS,
@@ -283,19 +283,10 @@ def _held_out(record: Any) -> list[tuple[str, float, list[float | None]]]:
     ]
 
 
-def _compared_tokens(
-    config: ExitHeadsConfig, training: Mapping[str, Any]
-) -> int | None:
+def _compared_tokens(training: Mapping[str, Any]) -> int | None:
     """Tokens that held-out agreement was compared among; None for all."""
-    record, settings = training.get("held_out"), training.get("settings")
-    compared: int | None = None
-    if isinstance(record, Mapping):
-        compared = record.get("draft_vocabulary")
-    if compared is None and isinstance(settings, Mapping):
-        # Earlier versions recorded only how many were asked for.
-        compared = settings.get("draft_vocabulary")
-        compared = compared and min(compared, config.draft_vocabulary or compared)
-    return compared
+    record = training.get("held_out")
+    return record.get("draft_vocabulary") if isinstance(record, Mapping) else None
 
 
 def _shares(values: Sequence[float | None]) -> str:

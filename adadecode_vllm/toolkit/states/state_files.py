@@ -10,10 +10,8 @@ so that whatever was finished stays.
 from __future__ import annotations
 
 import fcntl
-import json
 import math
 import os
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,10 +25,6 @@ from adadecode_vllm.files import atomic_write, locked, without_temporary, write_
 MANIFEST = "manifest.json"
 INDEX = "index.jsonl"
 STATES = "states.bin"
-# Earlier versions kept the states in several files.
-_EARLIER_STATES = re.compile(r"states-\d{5,}\.bin")
-_EARLIER_KEY = "shard_tokens"
-
 
 # Never through a link that somebody put there.
 _APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
@@ -89,24 +83,15 @@ def read_manifest(directory: Path) -> Manifest | None:
     """Read the manifest; None where there is none yet.
 
     Raises:
-        UnfitCacheError: If it cannot be read, or an earlier version wrote it.
+        UnfitCacheError: If it cannot be read.
     """
     path = directory / MANIFEST
     if not path.exists():
         return None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        earlier = isinstance(values, dict) and _EARLIER_KEY in values
-        manifest = None if earlier else Manifest.model_validate(values)
+        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise _unreadable(directory, MANIFEST, error) from error
-    if manifest is None:
-        raise UnfitCacheError(
-            f"--cache-dir {directory}: an earlier version wrote these states, in files "
-            "that this one does not read; delete the directory, or give another, to "
-            "compute them anew"
-        )
-    return manifest
 
 
 def read_index(directory: Path) -> tuple[dict[str, Entry], int]:
@@ -279,6 +264,4 @@ def _unreadable(directory: Path, name: str, error: ValueError) -> UnfitCacheErro
 
 
 def _is_ours(path: Path) -> bool:
-    name = without_temporary(path.name)
-    known = name in (MANIFEST, INDEX, STATES)
-    return known or _EARLIER_STATES.fullmatch(name) is not None
+    return without_temporary(path.name) in (MANIFEST, INDEX, STATES)

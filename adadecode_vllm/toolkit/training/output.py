@@ -33,7 +33,6 @@ _CONTENT = (
     RUN_FILE,
     FULL_HEADS_FILE,
     CHECKPOINT_FILE,
-    "checkpoint.tmp",  # of versions before
     CACHE_DIRECTORY,
     CURVES_DIRECTORY,
 )

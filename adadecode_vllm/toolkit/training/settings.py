@@ -95,11 +95,7 @@ class TrainSettings(BaseModel):
 
     def digest(self, *more: str) -> str:
         """Hash of the options and of what else decides the weights."""
-        # What earlier versions did not have and is as they did it is left out, so
-        # that their runs are continued.
-        unused = set() if self.memory else {"memory", "unroll"}
-        if self.start == "identity":
-            unused.add("start")
+        unused = set() if self.memory else {"unroll"}
         text = "\n".join((self.model_dump_json(exclude=unused), *more))
         return hashlib.sha256(text.encode()).hexdigest()
 
