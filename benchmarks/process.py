@@ -61,9 +61,6 @@ class VariantProcess:
         self.variant = variant
         level = "ERROR" if logs is None else "INFO"
         environment = {**os.environ, "VLLM_LOGGING_LEVEL": level}
-        # The CPU build of vLLM 0.32 cannot load its ahead-of-time artefacts again and
-        # would compile at every start. The compiled code is the same without them.
-        environment.setdefault("VLLM_USE_AOT_COMPILE", "0")
         if step_by_step:
             environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         if variant.kind == BASELINE:
