@@ -2,6 +2,8 @@
 """In which order variants run, and what is kept when something fails."""
 
 import json
+import os
+import subprocess
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,7 +12,7 @@ import pytest
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.heads import load_heads_config
 from benchmarks import session as session_module
-from benchmarks.process import VariantError, log_reason
+from benchmarks.process import VariantError, VariantProcess, log_reason
 from benchmarks.session import Session
 from benchmarks.variants import Case, EngineSettings, Variant, parse_variants
 from benchmarks.workloads import Workload
@@ -24,6 +26,26 @@ def test_a_log_is_cut_to_its_last_sentence() -> None:
     log = "a\nRuntimeError: Engine core failed\nb\nValueError: too long\nc\n"
     assert log_reason(log) == "ValueError: too long"
     assert log_reason("x\n" * 40).count("x") == 20
+
+
+@pytest.mark.parametrize("name", ["baseline", "adadecode"])
+def test_engines_run_in_the_users_environment(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """At vLLM's defaults, therefore: a variable that slows one engine slows a ratio."""
+    seen: dict[str, str] = {}
+
+    def popen(command: Any, env: dict[str, str], **_: Any) -> Any:
+        seen.update(env)
+        raise OSError("enough is known")
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    with pytest.raises(OSError, match="enough"):
+        VariantProcess(Variant(name, name), SETTINGS)
+    ours = {"VLLM_LOGGING_LEVEL": "ERROR"}
+    if name == "baseline":
+        ours["VLLM_PLUGINS"] = ""
+    assert seen == {**os.environ, **ours}
 
 
 class FakeProcess:
