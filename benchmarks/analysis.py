@@ -11,8 +11,6 @@ import numpy as np
 
 Run = dict[str, Any]
 
-_DRAFTED = ("draft_tokens", "accepted")
-
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, smallest and largest."""
@@ -150,10 +148,9 @@ def pooled(runs: Sequence[Run]) -> Run:
     return {
         "token_ids": [ids for run in runs for ids in run["token_ids"]],
         "speculation": {
-            name: sum(counts[name] for counts in counted) for name in _DRAFTED
-        }
-        if counted
-        else None,
+            name: sum(counts[name] for counts in counted)
+            for name in ("draft_tokens", "accepted")
+        },
         "stats": stats,
     }
 

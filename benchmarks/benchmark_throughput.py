@@ -73,6 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = settings_from(args)
     batch_sizes = batch_sizes_from(args)
     workload = workload_from(args, settings, max(batch_sizes))
+    if args.split_prompts and len(workload.prompts) < args.repeats:
+        raise AdaDecodeError(
+            f"--split-prompts: {len(workload.prompts)} prompts do not suffice for "
+            f"{args.repeats} repeats. Raise --num-prompts or lower --repeats."
+        )
     grade = (
         make_grade(workload, settings.model, args.dataset_path)
         if args.quality

@@ -89,6 +89,11 @@ def test_a_load_that_swings(tmp_path: Path) -> None:
         (["--batch-sizes", "64"], "--num-prompts"),
         (["--adadecode-config", '{"cap": 3}'], "unknown option 'cap'"),
         (["--oscillate-to", "0"], "--oscillate-to: 0 is below 1"),
+        (["--split-prompts", "--rounds", "2"], "--split-prompts: --rounds chooses"),
+        (
+            ["--split-prompts", "--num-prompts", "2", "--repeats", "3"],
+            "--split-prompts: 2 prompts do not suffice for 3 repeats",
+        ),
         (
             ["--oscillate-to", "1", "--variants", "baseline,transformers"],
             "transformers answers batch after batch",
