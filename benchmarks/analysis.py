@@ -108,7 +108,7 @@ def time_split(run: Run) -> dict[str, float] | None:
     if device := stats.get("device_seconds"):
         # Graphs hold segments and gates in one; the host does not wait for forwards.
         segments, gates = device.get("draft steps", [segments])[0], 0.0
-        prefetching = device.get("steps ahead", [0.0])[0]
+        prefetching = device.get("prefetched segments", [0.0])[0]
         verifying = prefetching + device.get("resumed forwards", [verifying])[0]
     return {
         "segments": segments,

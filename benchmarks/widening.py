@@ -43,7 +43,7 @@ from dataclasses import dataclass
 import torch
 from transformers import LlamaForCausalLM
 
-from adadecode_vllm.heads.module import is_identity
+from adadecode_vllm.heads.io import is_identity
 from benchmarks.widening_sizes import Sizes, copies_needed
 
 STD = 0.02

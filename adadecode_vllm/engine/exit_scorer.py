@@ -16,10 +16,10 @@ from vllm.distributed import (
     tensor_model_parallel_all_reduce,
 )
 
+from adadecode_vllm.engine.exit_heads import ExitHeads
+from adadecode_vllm.engine.packed_linear import PackedLinear
 from adadecode_vllm.engine.segments import Decoder
 from adadecode_vllm.errors import AdaDecodeError
-from adadecode_vllm.heads import ExitHeads
-from adadecode_vllm.heads.module import PackedLinear
 
 # A quantized LM head has none of these; float8 counts as floating point in torch.
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16)

@@ -95,5 +95,17 @@ def sum_samples(samples: Iterable[Sample]) -> Counted | None:
     return Counted(per_exit, totals, dict(dropped), options)
 
 
+def counted_here() -> Counted | None:
+    """The counters as this server's `/metrics` shows them; see `sum_samples`."""
+    # Imported here: `adadecode stats` reads another machine's samples without vLLM.
+    from vllm.v1.metrics.prometheus import get_prometheus_registry
+
+    return sum_samples(
+        (sample.name, sample.labels, sample.value)
+        for family in get_prometheus_registry().collect()
+        for sample in family.samples
+    )
+
+
 def _less(counted: dict[str, float], earlier: dict[str, float]) -> dict[str, float]:
     return {name: value - earlier.get(name, 0.0) for name, value in counted.items()}

@@ -370,7 +370,7 @@ class GraphedSteps:
         token_ids: np.ndarray,
     ) -> torch.Tensor:
         """Run a step of the next forward; see the protocol."""
-        with self._measure("steps ahead"):
+        with self._measure("prefetched segments"):
             self._resume(segment, subset, states, token_ids if segment == 0 else None)
         return self._buffers.normed[: len(states)]
 

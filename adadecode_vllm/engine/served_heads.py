@@ -11,13 +11,14 @@ from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
 
 from adadecode_vllm.config import AdaDecodeConfig
+from adadecode_vllm.engine.exit_heads import ExitHeads
 from adadecode_vllm.engine.exit_scorer import has_plain_rows
 from adadecode_vllm.engine.heads_fit import (
     fingerprint_mismatch,
     resolve_draft_vocabulary,
 )
 from adadecode_vllm.engine.segments import Decoder
-from adadecode_vllm.heads import ExitHeads, ExitHeadsConfig, Heads, check_fingerprint
+from adadecode_vllm.heads import ExitHeadsConfig, Heads, check_fingerprint
 
 logger = init_logger("vllm.adadecode")
 

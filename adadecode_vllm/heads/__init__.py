@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exit heads: their directory format, their module, and the check of the base model.
+"""Exit heads: their directory format, and the check of the base model.
 
 A heads directory holds `config.json` (`ExitHeadsConfig`) and `model.safetensors` with
 one tensor `exit_heads.{layer}.weight` of shape (d, d) per exit, perhaps as many
@@ -35,10 +35,8 @@ if TYPE_CHECKING:
     )
     from adadecode_vllm.heads.init import init_heads
     from adadecode_vllm.heads.io import HeadsTensors, load_tensors, save_heads
-    from adadecode_vllm.heads.module import ExitHeads
 
 __all__ = [
-    "ExitHeads",
     "ExitHeadsConfig",
     "Heads",
     "HeadsTensors",
@@ -62,7 +60,6 @@ _MODULE_OF = {
     "resolve_heads": "hub",
     "pin_heads": "hub",
     "from_pretrained": "hub",
-    "ExitHeads": "module",
     "ExitHeadsConfig": "config",
     "LMHeadRows": "fingerprint",
     "check_fingerprint": "fingerprint",

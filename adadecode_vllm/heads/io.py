@@ -109,6 +109,11 @@ def save_tensors(
         raise OSError(number, os.strerror(number), str(path)) from error
 
 
+def is_identity(weight: torch.Tensor) -> bool:
+    """Whether T, (d, d), is exactly the identity, which takes no product."""
+    return torch.equal(weight, torch.eye(len(weight)).to(weight))
+
+
 @dataclass(frozen=True)
 class HeadsTensors:
     """All that `model.safetensors` of a heads directory holds, on the CPU.

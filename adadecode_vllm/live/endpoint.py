@@ -15,13 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse, JSONResponse
-from vllm.platforms import current_platform
-from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from adadecode_vllm import __version__
 from adadecode_vllm.config import AdaDecodeConfig, engine_config
 from adadecode_vllm.engine.finished_requests import RECENT
-from adadecode_vllm.engine.metric_samples import Counted, sum_samples
+from adadecode_vllm.engine.metric_samples import counted_here
 from adadecode_vllm.live.figures import Lately, figures, request_figures
 
 if TYPE_CHECKING:
@@ -78,7 +76,7 @@ class LiveEndpoint:
         self._server = {
             "model": args.served_model_name or [args.model],
             "layers": model_config.get_total_num_hidden_layers(),
-            "device": "cuda" if current_platform.is_cuda() else "cpu",
+            "device": vllm_config.device_config.device_type,
             "api_servers": vllm_config.parallel_config._api_process_count,
             "engines": vllm_config.parallel_config.data_parallel_size,
         }
@@ -97,7 +95,7 @@ class LiveEndpoint:
                 '"enabled": false.'
             )
         with self._reading:
-            counted = _counted()
+            counted = counted_here()
             if counted is None:
                 return _refusal("This server was started with --disable-log-stats.")
             lately = self._lately.since(time.monotonic(), counted)
@@ -117,15 +115,6 @@ class LiveEndpoint:
             },
             headers={"Cache-Control": "no-store"},
         )
-
-
-def _counted() -> Counted | None:
-    """The counters as `/metrics` shows them."""
-    return sum_samples(
-        (sample.name, sample.labels, sample.value)
-        for family in get_prometheus_registry().collect()
-        for sample in family.samples
-    )
 
 
 def _refusal(sentence: str) -> JSONResponse:

@@ -55,6 +55,7 @@ class Deepening:
     def pays(
         self,
         exit_index: int,
+        own_promise: np.ndarray,
         promise: np.ndarray,
         survival: np.ndarray,
         least: np.ndarray,
@@ -64,7 +65,10 @@ class Deepening:
 
         Args:
             exit_index: The exit that has scored; not the last.
-            promise: (n,) how probably its tokens are accepted where those before are.
+            own_promise: (n,) how probably its tokens are accepted where those before
+                are.
+            promise: (n,) the same of what would be drafted now: its tokens, or those
+                of a lookup, which promise more.
             survival: (n,) how probably those before are.
             least: (n,) what a draft has to promise; NaN where thresholds decide.
             room: (n,) int64, drafts that may still be made, this one included.
@@ -72,10 +76,10 @@ class Deepening:
         Returns:
             (n,) bool; False where thresholds decide.
         """
-        bucket = _bucket(promise)
+        bucket = _bucket(own_promise)
         gain = self._gained[exit_index] + _PRIOR * self._usual
         gain /= self._tokens[exit_index] + _PRIOR
-        deeper = np.minimum(promise + gain[bucket], 1.0)
+        deeper = np.maximum(np.minimum(own_promise + gain[bucket], 1.0), promise)
         now = self._worth(survival * promise, least, room)
         then = self._worth(survival * deeper, least, room)
         cost = self._costs[exit_index] * least

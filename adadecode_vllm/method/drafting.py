@@ -207,7 +207,9 @@ class Drafter:
             )
         if exit_index == len(self.stats.exit_layers) - 1:
             return np.zeros(len(chosen), bool)
-        runs_on = self._deepening.pays(exit_index, promise, *cycle.prospects(chosen))
+        runs_on = self._deepening.pays(
+            exit_index, own_promise, promise, *cycle.prospects(chosen)
+        )
         self._deepening.stayed(exit_index, own_promise[by_costs & ~runs_on])
         cycle.promised[chosen] = own_promise
         return runs_on

@@ -22,9 +22,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from adadecode_vllm.engine.exit_heads import ExitHeads
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.heads import (
-    ExitHeads,
     load_heads_config,
     load_tensors,
     read_lm_head,

@@ -368,24 +368,23 @@ def test_bad_flags(options: DataOptions, flags: list[object], message: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("dtype", "is_cpu", "capability", "expected"),
+    ("dtype", "has_gpu", "capability", "expected"),
     [
-        ("auto", True, "AVX2", "float32"),
-        ("auto", True, "AVX512", "auto"),
-        ("auto", False, "AVX2", "auto"),
-        ("bfloat16", True, "AVX2", "bfloat16"),
+        ("auto", False, "AVX2", "float32"),
+        ("auto", False, "AVX512", "auto"),
+        ("auto", True, "AVX2", "auto"),
+        ("bfloat16", False, "AVX2", "bfloat16"),
     ],
 )
 def test_bfloat16_is_not_taken_where_it_is_slow(
     dtype: str,
-    is_cpu: bool,
+    has_gpu: bool,
     capability: str,
     expected: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import torch
-    from vllm.platforms import current_platform
 
-    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: is_cpu)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert dtype_here(dtype) == expected

@@ -15,6 +15,7 @@ def pays(
     deepening: Deepening,
     promise: float,
     *,
+    looked_up: float = 0.0,
     survival: float = 1.0,
     least: float = 0.1,
     room: int = 8,
@@ -23,6 +24,7 @@ def pays(
     (answer,) = deepening.pays(
         exit_index,
         np.array([promise]),
+        np.array([max(promise, looked_up)]),
         np.array([survival]),
         np.array([least]),
         np.array([room]),
@@ -61,6 +63,29 @@ def test_what_follows_and_what_it_costs_decide(
     promise: float, changes: dict[str, float], answer: bool
 ) -> None:
     assert pays(on_easy_text(), promise, **changes) is answer  # type: ignore[arg-type]
+
+
+def test_a_lookup_is_weighed_against_what_the_next_exit_says_of_its_own() -> None:
+    # The exit would be right half of the time, and the next one hardly more often than
+    # the lookup.
+    assert pays(on_easy_text(), 0.5, looked_up=0.6)
+    assert not pays(on_easy_text(), 0.5, looked_up=0.74)
+    # What is known of tokens of which exits promised as much says nothing here.
+    deepening = on_easy_text()
+    for _ in range(100):
+        deepening.ran_on(0, np.array([0.74]), np.array([0.99]))
+    assert pays(deepening, 0.74)
+    assert not pays(deepening, 0.5, looked_up=0.74)
+
+
+def test_a_try_is_due_by_what_the_exit_promises() -> None:
+    deepening = on_easy_text()
+    for _ in range(100):
+        deepening.ran_on(0, np.array([0.2]), np.array([0.2]))
+    for _ in range(16):
+        assert not pays(deepening, 0.2, looked_up=0.9)
+        deepening.stayed(0, np.array([0.2]))
+    assert pays(deepening, 0.2, looked_up=0.9)
 
 
 def test_it_matters_less_where_little_follows() -> None:
@@ -112,7 +137,7 @@ def test_one_of_many_requests_is_enough_for_a_try() -> None:
         deepening.ran_on(0, promise, promise)
     deepening.stayed(0, promise)
     answers = deepening.pays(
-        0, promise, np.ones(64), np.full(64, 0.1), np.full(64, 8, np.int64)
+        0, promise, promise, np.ones(64), np.full(64, 0.1), np.full(64, 8, np.int64)
     )
     assert np.count_nonzero(answers) == 1
 

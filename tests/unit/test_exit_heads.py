@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from adadecode_vllm.heads import ExitHeads
+from adadecode_vllm.engine.exit_heads import ExitHeads
 from tests.published_heads import D
 
 

@@ -14,11 +14,12 @@ from torch import nn
 from adadecode_vllm.config import AdaDecodeConfig, parse_config
 from adadecode_vllm.engine import exit_scorer as scorer_module
 from adadecode_vllm.engine import served_heads
+from adadecode_vllm.engine.exit_heads import ExitHeads
 from adadecode_vllm.engine.exit_scorer import DraftVocabulary, ExitScorer
 from adadecode_vllm.engine.heads_fit import resolve_draft_vocabulary
 from adadecode_vllm.engine.served_heads import load_served_heads
 from adadecode_vllm.errors import AdaDecodeError
-from adadecode_vllm.heads import ExitHeads, ExitHeadsConfig, save_heads
+from adadecode_vllm.heads import ExitHeadsConfig, save_heads
 from tests.tiny import FINGERPRINT
 
 SIZE, VOCAB = 8, 40

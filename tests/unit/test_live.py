@@ -165,6 +165,7 @@ def client(options: dict[str, Any] | None) -> TestClient:
             additional_config={} if options is None else {CONFIG_KEY: options},
             model_config=SimpleNamespace(get_total_num_hidden_layers=lambda: 16),
             parallel_config=SimpleNamespace(_api_process_count=2, data_parallel_size=1),
+            device_config=SimpleNamespace(device_type="cpu"),
         )
     )
     args: Any = SimpleNamespace(served_model_name=None, model="some/model")
@@ -227,7 +228,7 @@ def test_readings_are_compared_in_the_order_in_which_they_were_taken(
         if compared[-1] == 8.0:
             second_compared.set()
 
-    monkeypatch.setattr(endpoint, "_counted", take)
+    monkeypatch.setattr(endpoint, "counted_here", take)
     monkeypatch.setattr(Lately, "since", since)
     asking = client(OPTIONS)
     with ThreadPoolExecutor(2) as pool:

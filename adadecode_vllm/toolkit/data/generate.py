@@ -139,10 +139,10 @@ def dtype_here(dtype: str) -> str:
         The same, or `float32` in place of `auto` on such a CPU.
     """
     import torch
-    from vllm.platforms import current_platform
 
     slow = (
-        current_platform.is_cpu() and torch.backends.cpu.get_cpu_capability() == "AVX2"
+        not torch.cuda.is_available()
+        and torch.backends.cpu.get_cpu_capability() == "AVX2"
     )
     if dtype != "auto" or not slow:
         return dtype

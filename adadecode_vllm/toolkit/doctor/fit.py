@@ -155,7 +155,7 @@ def identity_exits(heads: Heads) -> list[int]:
         AdaDecodeError: The weights cannot be read, or hold NaN or infinity.
     """
     try:
-        from adadecode_vllm.heads.module import is_identity
+        from adadecode_vllm.heads.io import is_identity
     except ImportError:
         return []
     with heads_named("HEADS"):

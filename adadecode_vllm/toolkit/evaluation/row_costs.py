@@ -6,10 +6,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import torch
@@ -150,15 +149,11 @@ def _served(
     layer: nn.Linear, device: torch.device
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """A linear layer without bias, by the kernel that serves it."""
-    weight = layer.weight
-    if device.type != "cpu" or find_spec("vllm") is None:
-        return lambda inputs: nn.functional.linear(inputs, weight)
-    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+    if device.type == "cpu" and find_spec("vllm") is not None:
+        from adadecode_vllm.engine.packed_linear import PackedLinear
 
-    # Stands for a module, because vLLM would change its weights.
-    served: Any = SimpleNamespace(weight=weight, bias=None)
-    dispatch_cpu_unquantized_gemm(served, remove_weight=False)
-    return lambda inputs: served.cpu_linear(inputs, weight, None)
+        return PackedLinear(layer.weight.detach())
+    return partial(nn.functional.linear, weight=layer.weight)
 
 
 def _rounded(costs: Sequence[float]) -> tuple[float, ...]:

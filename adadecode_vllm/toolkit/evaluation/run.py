@@ -15,8 +15,7 @@ from adadecode_vllm.engine.settings import threshold_policy
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.heads.config import ExitHeadsConfig, load_heads_config
 from adadecode_vllm.heads.fingerprint import check_fingerprint
-from adadecode_vllm.heads.io import HeadsTensors, load_tensors
-from adadecode_vllm.heads.module import is_identity
+from adadecode_vllm.heads.io import HeadsTensors, is_identity, load_tensors
 from adadecode_vllm.toolkit.evaluation.answers import KEPT_ANSWERS, known_answers
 from adadecode_vllm.toolkit.evaluation.cost import CostModel
 from adadecode_vllm.toolkit.evaluation.counters import Counters

@@ -41,7 +41,7 @@ def examine(
     heads: HeadsTensors,
     source: StateSource,
     settings: TrainSettings,
-    max_early_predictions: int,
+    max_draft_tokens: int,
     advance: Callable[[int], None],
 ) -> Findings:
     """Calibrate heads, and find the options that suit them.
@@ -51,7 +51,7 @@ def examine(
         heads: See `calibrate`.
         source: States of held-out text.
         settings: Of the training.
-        max_early_predictions: The cap to recommend.
+        max_draft_tokens: The cap to recommend.
         advance: Called with how many further texts have been read.
 
     Returns:
@@ -66,7 +66,7 @@ def examine(
         source,
         calibration,
         drafts=settings.drafts,
-        max_early_predictions=max_early_predictions,
+        max_draft_tokens=max_draft_tokens,
     )
     return Findings(calibration, recommendation)
 

@@ -75,7 +75,7 @@ class ExitSets:
         *,
         drafts: int,
         draft_token_ids: torch.Tensor | None,
-        max_early_predictions: int,
+        max_draft_tokens: int,
     ) -> None:
         """Read the exits.
 
@@ -87,7 +87,7 @@ class ExitSets:
             drafts: Drafts of a cycle that heads with memory are asked for.
             draft_token_ids: (m,) int64, the tokens that gates will look at; None for
                 all.
-            max_early_predictions: The cap.
+            max_draft_tokens: The cap.
         """
         self._probes = _read_probes(
             source,
@@ -105,7 +105,7 @@ class ExitSets:
             draft_vocabulary=None if draft_token_ids is None else len(draft_token_ids),
         )
         self._num_layers = teacher.num_layers
-        self._max_early_predictions = max_early_predictions
+        self._max_draft_tokens = max_draft_tokens
 
     def rate(self, exits: Sequence[int], least: Mapping[int, float]) -> Choice:
         """Predict what a set of exits brings.
@@ -122,7 +122,7 @@ class ExitSets:
             [self._probes[layer].agreed for layer in exits],
             self._lengths,
             Counters(tuple(exits), self._num_layers),
-            self._max_early_predictions,
+            self._max_draft_tokens,
         )
         return Choice(
             tuple(exits),
@@ -188,7 +188,7 @@ def _walk(
     agreed: Sequence[np.ndarray],
     lengths: Sequence[int],
     counters: Counters,
-    max_early_predictions: int,
+    max_draft_tokens: int,
 ) -> Counters:
     """Play the cycles on the text as it stands, from (drafts, n) bool by exit.
 
@@ -209,7 +209,7 @@ def _walk(
         position, end = start, start + length
         while position < end:
             drafts, lowest, wrong = 0, 0, False
-            while drafts < max_early_predictions and position + drafts < end - 1:
+            while drafts < max_draft_tokens and position + drafts < end - 1:
                 front = position + drafts
                 draft = min(drafts, last)
                 exit_index = exits[draft, front]

@@ -35,7 +35,7 @@ def choose_exits(
     held_out: Sequence[Text],
     *,
     threshold: float,
-    max_early_predictions: int,
+    max_draft_tokens: int,
     drafts: int = 0,
     draft_token_ids: torch.Tensor | None = None,
     pass_tokens: int = 1024,
@@ -49,7 +49,7 @@ def choose_exits(
         training: Texts that the stand-in heads are fitted to.
         held_out: Texts that the sets are compared on.
         threshold: The gate's threshold, in [0, 1]; at 1 it never opens.
-        max_early_predictions: The cap.
+        max_draft_tokens: The cap.
         drafts: Drafts of a cycle that heads with memory are trained on; 0 for heads
             without memory.
         draft_token_ids: (m,) int64, the tokens that gates will look at; None for all.
@@ -87,7 +87,7 @@ def choose_exits(
         heads,
         drafts=max(1, drafts),
         draft_token_ids=draft_token_ids,
-        max_early_predictions=max_early_predictions,
+        max_draft_tokens=max_draft_tokens,
     )
     if 0 < threshold < 1:
         log_odds = math.log(threshold / (1 - threshold))

@@ -53,7 +53,7 @@ def recommend(
     calibration: Mapping[str, Mapping[str, float]],
     *,
     drafts: int,
-    max_early_predictions: int,
+    max_draft_tokens: int,
 ) -> Recommendation:
     """Choose among the trained exits.
 
@@ -67,7 +67,7 @@ def recommend(
         source: States of held-out text.
         calibration: By exit, `slope` and `intercept` of its acceptance.
         drafts: Drafts of a cycle that heads with memory are trained on.
-        max_early_predictions: The cap.
+        max_draft_tokens: The cap.
 
     Returns:
         The fastest, by the cost formula.
@@ -84,7 +84,7 @@ def recommend(
         heads,
         drafts=drafts,
         draft_token_ids=tensors.draft_token_ids,
-        max_early_predictions=max_early_predictions,
+        max_draft_tokens=max_draft_tokens,
     )
     gates = [_least(acceptance, calibration) for acceptance in ACCEPTANCES]
 
@@ -101,8 +101,8 @@ def recommend(
         choice = grown
     # The engine's defaults are left to the engine, whose next version may know better.
     options: dict[str, Any] = {"exit_layers": list(choice.exit_layers)}
-    if max_early_predictions != DEFAULT_CAP:
-        options["max_early_predictions"] = max_early_predictions
+    if max_draft_tokens != DEFAULT_CAP:
+        options["max_early_predictions"] = max_draft_tokens
     return Recommendation(options, choice)
 
 

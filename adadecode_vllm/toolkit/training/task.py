@@ -108,7 +108,7 @@ def read_task(
                 training,
                 held_out,
                 threshold=options.threshold,
-                max_early_predictions=options.max_early_predictions,
+                max_draft_tokens=options.max_early_predictions,
                 drafts=settings.unroll if settings.memory else 0,
                 draft_token_ids=draft_token_ids if shortened else None,
                 pass_tokens=settings.pass_tokens,
