@@ -6,6 +6,7 @@ Commands import what they need when they run: `--help` must not wait for torch.
 """
 
 import errno
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +14,7 @@ from typing import Annotated
 import typer
 
 from adadecode_vllm import __version__
-from adadecode_vllm.errors import AdaDecodeError
+from adadecode_vllm.errors import AdaDecodeError, first_line
 from adadecode_vllm.remote_code import TrustRemoteCode
 from adadecode_vllm.toolkit.data.command import data_command
 from adadecode_vllm.toolkit.doctor.command import doctor_command
@@ -22,10 +23,10 @@ from adadecode_vllm.toolkit.options import parse_layers
 from adadecode_vllm.toolkit.stats.command import stats_command
 from adadecode_vllm.toolkit.training.command import train_command
 
-#: What no command can know beforehand: no room, no right to write.
-_OF_THE_DISK = frozenset(
-    (errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.EPERM, errno.EROFS)
-)
+#: What no command can know beforehand: no right to read or to write,
+_OF_PERMISSION = frozenset((errno.EACCES, errno.EPERM, errno.EROFS))
+#: no room.
+_OF_THE_DISK = frozenset((errno.EDQUOT, errno.EFBIG, errno.ENOSPC))
 #: A path that cannot be one, or where something else is.
 _OF_THE_PATH = frozenset((errno.EEXIST, errno.ENAMETOOLONG, errno.ENOTDIR))
 
@@ -191,18 +192,36 @@ def main(argv: Sequence[str] | None = None) -> None:
         typer.echo(f"error: {error}", err=True)
         raise SystemExit(2) from None
     except OSError as error:
-        if error.errno in _OF_THE_DISK:
-            remedy = "make room, or correct the permissions"
+        if error.errno in _OF_PERMISSION:
+            what, remedy = "used", "correct the permissions"
+        elif error.errno in _OF_THE_DISK:
+            what, remedy = "written", "make room"
         elif error.errno in _OF_THE_PATH:
-            remedy = "give another path"
+            what, remedy = "written", "give another path"
         else:
             raise
         typer.echo(
-            f"error: {error.filename or 'a file'}: it cannot be written "
+            f"error: {error.filename or 'a file'}: it cannot be {what} "
             f"({error.strerror}); {remedy}",
             err=True,
         )
         raise SystemExit(2) from None
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        typer.echo(
+            f"error: the GPU's memory is too small ({first_line(error)}); end what "
+            "else uses it, or lower the command's numbers of tokens or answers at a "
+            "time",
+            err=True,
+        )
+        raise SystemExit(2) from None
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    # torch is there if it raised this; most commands do without.
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
 
 if __name__ == "__main__":

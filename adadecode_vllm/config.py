@@ -299,9 +299,8 @@ def _sentence(detail: Any) -> str:
     option = name.split(".")[0]
     if detail["type"] == "missing" and name == "heads":
         return (
-            "--adadecode-heads: no exit heads given. Name the directory with the "
-            "served model's heads; `adadecode init-heads MODEL DIR` makes untrained "
-            "ones."
+            "--adadecode-heads: no exit heads given. Name the served model's heads, or "
+            "make some with `adadecode data` and `adadecode train`."
         )
     reason = detail["msg"].removeprefix("Value error, ")
     field = AdaDecodeConfig.model_fields.get(option)

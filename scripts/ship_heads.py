@@ -14,7 +14,7 @@ for: ship only what was measured, and keep it to a few MB.
 
 import argparse
 import json
-import shutil
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ def main() -> None:
     parser.add_argument("name", nargs="?")
     arguments = parser.parse_args()
     name = arguments.name or arguments.model.rpartition("/")[2].lower()
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name):
+        parser.error(f"NAME {name!r}: give small letters, digits, dots and dashes")
     ship(arguments.heads, arguments.model, SHIPPED, name)
 
 
@@ -80,7 +82,8 @@ def ship(source: Path, model: str, registry: Path, name: str) -> None:
             training=record,
         )
         replace_card(new, render_card(written, None, training=record))
-        shutil.rmtree(directory, ignore_errors=True)
+        if directory.exists():
+            directory.rename(Path(work) / "replaced")
         new.rename(directory)
     entries = json.loads(registry.read_text())["heads"] if registry.is_file() else []
     entries = [entry for entry in entries if entry.get("directory") != name]

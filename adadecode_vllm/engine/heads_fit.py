@@ -122,5 +122,5 @@ def _wrong_heads(name: str, reason: str, base_model: str) -> AdaDecodeError:
     return AdaDecodeError(
         f"--adadecode-heads {name}: these heads do not fit: {reason} (they name "
         f"{base_model} as their model). Give the heads of the served model, or make "
-        "some with `adadecode init-heads`."
+        "some with `adadecode data` and `adadecode train`."
     )

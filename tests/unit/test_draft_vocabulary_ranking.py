@@ -25,6 +25,7 @@ from adadecode_vllm.toolkit.training.draft_vocabulary import (
     count_tokens,
     rank_tokens,
 )
+from adadecode_vllm.toolkit.training.output import alone
 from tests.command import run
 from tests.data_directory import write_rows
 from tests.harness import DEMO
@@ -225,6 +226,17 @@ def test_missing_heads_or_data_is_one_sentence(
     data = small_data(tmp_path / "data")
     assert run("draft-vocabulary", tmp_path / "none", "--data", data) == 2
     assert f"error: HEADS {tmp_path / 'none'}: " in capsys.readouterr().err
+
+
+def test_heads_that_are_being_trained_are_left_alone(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_rows(tmp_path / "d", [([], [5] * 9)], vocab_size=VOCAB_SIZE)
+    before = {path.name: path.read_bytes() for path in demo.iterdir()}
+    with alone(demo):
+        assert run("draft-vocabulary", demo, "--data", data) == 2
+    assert "`adadecode train` is writing there" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in demo.iterdir()} == before
 
 
 def test_the_shipped_heads_have_one() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,16 @@ def test_shipped_heads_are_those_of_the_example(
     assert registry.read_bytes() == SHIPPED.read_bytes()
     for path in (SHIPPED.parent / name).iterdir():
         assert path.read_bytes() == (tmp_path / name / path.name).read_bytes(), path
+
+
+@pytest.mark.parametrize("model", ["me/", ".."])
+def test_heads_are_shipped_beside_the_registry_only(
+    monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    ship_heads = importlib.import_module("ship_heads")
+    monkeypatch.setattr(sys, "argv", ["ship_heads", str(SOURCE), model])
+    before = sorted(SHIPPED.parent.rglob("*"))
+    with pytest.raises(SystemExit):
+        ship_heads.main()
+    assert sorted(SHIPPED.parent.rglob("*")) == before

@@ -37,7 +37,9 @@ def test_addresses(given: str, address: str) -> None:
     assert metrics_url(given) == address
 
 
-@pytest.mark.parametrize("given", ["", "file:///etc/passwd", "ftp://host", "http://"])
+@pytest.mark.parametrize(
+    "given", ["", "file:///etc/passwd", "ftp://host", "http://", "http://[::1:8000"]
+)
 def test_no_addresses(given: str) -> None:
     with pytest.raises(AdaDecodeError, match="not the address of a server"):
         metrics_url(given)

@@ -15,6 +15,7 @@ import torch
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.files import locked
 from adadecode_vllm.toolkit.states import cache as cache_module
+from adadecode_vllm.toolkit.states import state_files
 from adadecode_vllm.toolkit.states.teacher import Teacher
 from tests.data_directory import write_rows
 from tests.tiny import VOCAB_SIZE
@@ -194,16 +195,31 @@ def test_a_cache_of_other_exits_is_refused(
         train(teacher, data, tmp_path / "b", exit_layers=[3], cache_directory=cache)
 
 
-def test_a_half_written_cache_is_written_anew(
-    teacher: Teacher, data: Path, tmp_path: Path
+@pytest.mark.parametrize("name", ["states.bin", "index.jsonl"])
+def test_files_of_nobody_knows_whom_are_kept(
+    teacher: Teacher, data: Path, tmp_path: Path, name: str
 ) -> None:
-    half = tmp_path / "cache"
-    half.mkdir()
-    (half / "states.bin").write_bytes(b"\0" * 64)
-    train(teacher, data, tmp_path / "a", cache_directory=tmp_path / "cache")
-    train(teacher, data, tmp_path / "b")
-    a, b = weights_of(tmp_path / "a"), weights_of(tmp_path / "b")
-    assert all(torch.equal(a[layer], b[layer]) for layer in (1, 2))
+    """Their names alone do not make them a cache's."""
+    directory = tmp_path / "cache"
+    directory.mkdir()
+    (directory / name).write_text("mine")
+    with pytest.raises(AdaDecodeError, match=rf"it holds a file {re.escape(name)}, "):
+        train(teacher, data, tmp_path / "a", cache_directory=directory)
+    assert (directory / name).read_text() == "mine"
+
+
+def test_removing_a_cache_ends_with_its_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted before, it is still known as one."""
+    names = ["manifest.json", "states.bin", "index.jsonl", "manifest.json.tmp-1"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    removed = []
+    monkeypatch.setattr(Path, "unlink", lambda path: removed.append(path.name))
+    state_files.clear(tmp_path)
+    assert sorted(removed) == sorted(names)
+    assert removed[-1] == "manifest.json"
 
 
 def test_a_full_disk_is_told_before_writing(

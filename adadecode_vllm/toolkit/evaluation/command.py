@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -91,6 +92,8 @@ def eval_command(
         raise AdaDecodeError(
             f"--gate {gate}: unknown; choose probability or acceptance"
         )
+    if not math.isfinite(overhead):
+        raise AdaDecodeError(f"--overhead {overhead}: give a number of plain steps")
     rows = None if row_costs == "measured" else RowCosts.parse(row_costs)
     # What can be refused is refused before the model's minutes.
     output = output or heads / "evaluation"
@@ -137,6 +140,12 @@ def eval_command(
             chunk_tokens=chunk_tokens,
             meter=meter,
         )
+    with heads_named("HEADS"):
+        if load_heads_config(heads) != config:
+            raise AdaDecodeError(
+                f"HEADS {heads}: they were replaced while they were evaluated, so "
+                "nothing was written; evaluate them again"
+            )
     written = [write_evaluation(output, report)]
     if plots:
         written += write_report(output, report, history)

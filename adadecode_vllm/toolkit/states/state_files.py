@@ -159,13 +159,20 @@ def begin(directory: Path, manifest: Manifest) -> None:
     A cache that another run has made since this one looked is left as it is.
 
     Raises:
+        UnfitCacheError: If there are states, or an index, of nobody knows what.
         AdaDecodeError: If there are other files, or another run is at it right now.
     """
     directory.mkdir(parents=True, exist_ok=True)
     _refuse_strangers(directory)
     with locked(directory, _taken(directory)):
         if not (directory / MANIFEST).exists():
-            clear(directory)
+            # A cache begins with its manifest, and ends with it: see `clear`.
+            for name in (INDEX, STATES):
+                if (directory / name).exists():
+                    raise UnfitCacheError(
+                        f"--cache-dir {directory}: it holds a file {name}, and no "
+                        f"{MANIFEST} that says of what; give a directory of its own"
+                    )
             atomic_write(directory / MANIFEST, manifest.model_dump_json().encode())
 
 
@@ -176,7 +183,8 @@ def clear(directory: Path) -> None:
         AdaDecodeError: If there are other files.
     """
     _refuse_strangers(directory)
-    for path in directory.iterdir():
+    # The manifest last, without which nothing shows that the others are a cache's.
+    for path in sorted(directory.iterdir(), key=lambda path: path.name == MANIFEST):
         path.unlink()
 
 
@@ -258,8 +266,8 @@ def _refuse_strangers(directory: Path) -> None:
 
 def _unreadable(directory: Path, name: str, error: ValueError) -> UnfitCacheError:
     return UnfitCacheError(
-        f"--cache-dir {directory}: {name} cannot be read ({first_line(error)}); delete "
-        "the directory to compute it anew"
+        f"--cache-dir {directory}: {name} cannot be read ({first_line(error)}); give "
+        "another directory, or delete this cache to compute it anew"
     )
 
 

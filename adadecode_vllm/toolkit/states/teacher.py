@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from adadecode_vllm.engine.families import SUPPORTED_ARCHITECTURES
@@ -176,15 +177,22 @@ class Teacher:
                     use_safetensors=True,
                     trust_remote_code=trust_remote_code,
                 )
-        except AdaDecodeError:
+                model = model.to(device)
+        except (AdaDecodeError, torch.OutOfMemoryError):
             raise
-        except (ImportError, OSError, ValueError) as error:
+        except (
+            ImportError,
+            OSError,
+            RuntimeError,
+            ValueError,
+            SafetensorError,
+        ) as error:
             raise AdaDecodeError(
                 f"MODEL {name}: it cannot be loaded ({first_line(error)}); "
                 "give a directory or a Hugging Face name of a causal language model "
                 "with safetensors"
             ) from error
-        return cls(model.to(device), name, attention)
+        return cls(model, name, attention)
 
     @property
     def device(self) -> torch.device:

