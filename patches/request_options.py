@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``InputProcessor`` refuses bad per-request options, and no good ones.
+"""vLLM refuses bad per-request options, and no good ones.
 
 Symptom without it: requests with ``min_p`` or ``logit_bias`` are answered with HTTP
 400, all of them where the model's generation_config.json has a min_p, because vLLM does
-not verify drafts of such requests; here they get none. And a wrong
+not verify drafts of such requests; here they get none. Nor does vLLM 0.33 take a beam
+search with ``allowed_token_ids`` beside drafts. And a wrong
 ``adadecode_threshold`` in ``vllm_xargs`` would be met by the worker, in the middle of a
 batch, where the only ways out are to ignore it or to end the engine. vLLM validates
 ``extra_args`` through custom logits processors only.
 
-Upstream: ``_validate_params`` in
-https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/v1/engine/input_processor.py
+Upstream: ``InputProcessor._validate_params`` in
+https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/v1/engine/input_processor.py and
+``BeamSearchParams.configure_logprobs`` in
+https://github.com/vllm-project/vllm/blob/v0.33.0/vllm/sampling_params.py
 The change to propose there: let the speculative method validate a request's parameters,
 as logits processors do.
 
@@ -18,6 +21,7 @@ Can go when vLLM does. Requests of engines without AdaDecode are not looked at.
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -27,7 +31,7 @@ _MARK = "_adadecode_original"
 
 
 def install() -> None:
-    """Wrap ``InputProcessor._validate_params``; a second call does nothing.
+    """Wrap both; a second call does nothing.
 
     Raises:
         RuntimeError: If vLLM's class does not look as expected.
@@ -68,4 +72,25 @@ def install() -> None:
 
     setattr(_validate_params, _MARK, original)
     InputProcessor._validate_params = _validate_params
+    _install_for_beams()
     init_logger("vllm.adadecode").debug("InputProcessor validates adadecode_ options")
+
+
+def _install_for_beams() -> None:
+    from vllm.sampling_params import BeamSearchParams
+
+    original = vars(BeamSearchParams).get("configure_logprobs")
+    if original is None:  # vLLM 0.32, where beams take no list of tokens
+        return
+
+    @functools.wraps(original)
+    def configure_logprobs(self: Any, sampling_params: Any, config: Any) -> Any:
+        from adadecode_vllm.config import engine_config
+
+        if config.speculative_config is not None and engine_config(config):
+            # Such requests get no drafts, nor do those that share a step with them.
+            config = copy.copy(config)
+            config.speculative_config = None
+        return original(self, sampling_params, config)
+
+    BeamSearchParams.configure_logprobs = configure_logprobs

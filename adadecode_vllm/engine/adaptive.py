@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import inf
 from statistics import median
 
 logger = logging.getLogger("vllm.adadecode")
@@ -79,16 +80,22 @@ class _Rate:
         if len(self.first) < USUAL_STEPS:
             # The very first may be the one that was held up.
             self.first.append(seconds)
-            most = 3 * median(self.first)
+            longest = 3 * median(self.first)
             self.seconds = 0.0
             for earlier in self.first:
-                self.seconds = keep * self.seconds + min(earlier, most)
+                self.seconds = keep * self.seconds + min(earlier, longest)
         else:
-            most = 3 * self.seconds / self.steps
-            self.seconds = keep * self.seconds + min(seconds, most)
+            self.seconds = keep * self.seconds + min(seconds, self.longest)
         self.steps = keep * self.steps + 1
         self.tokens = keep * self.tokens + tokens
         self.requests = keep * self.requests + requests
+
+    @property
+    def longest(self) -> float:
+        """The most that a step is taken to last: what is above says nothing of it."""
+        if len(self.first) < USUAL_STEPS:
+            return 3 * median(self.first) if self.first else inf
+        return 3 * self.seconds / self.steps
 
     def at(self, requests: float, request_seconds: float) -> float:
         """Tokens per second of steps with another number of requests.
@@ -104,14 +111,6 @@ class _Rate:
         return self.tokens / self.steps * requests / usual / seconds
 
 
-def _usual(seconds: float, before: float, steps: float) -> float:
-    """A step's time, bounded by thrice the average of some steps before.
-
-    What something else held up says nothing of drafts.
-    """
-    return seconds if steps < USUAL_STEPS else min(seconds, 3 * before / steps)
-
-
 class _StepTimes:
     """What one more request, and one more draft, adds to a step with drafts.
 
@@ -122,10 +121,23 @@ class _StepTimes:
     def __init__(self) -> None:
         # Over steps, in plain floats: so few are slower in arrays.
         self._sums = [0.0] * 9
+        self._first: list[tuple[int, int, float]] = []
         self.request_seconds = self.draft_seconds = 0.0
 
     def add(self, requests: int, drafts: int, seconds: float) -> None:
-        seconds = _usual(seconds, self._sums[3], self._sums[0])
+        if len(self._first) < USUAL_STEPS:
+            # As for the rate: each within what is usual of all of them.
+            self._first.append((requests, drafts, seconds))
+            longest = 3 * median(seconds for _, _, seconds in self._first)
+            self._sums = [0.0] * 9
+            for *held, seconds in self._first:
+                self._sum_up(*held, min(seconds, longest))
+        else:
+            longest = 3 * self._sums[3] / self._sums[0]
+            self._sum_up(requests, drafts, min(seconds, longest))
+        self._solve()
+
+    def _sum_up(self, requests: int, drafts: int, seconds: float) -> None:
         terms = (
             1.0,
             requests,
@@ -141,6 +153,8 @@ class _StepTimes:
         self._sums = [
             keep * old + new for old, new in zip(self._sums, terms, strict=True)
         ]
+
+    def _solve(self) -> None:
         steps, r, d, s, rr, rd, dd, rs, ds = self._sums
         usual = USUAL_SPREAD * min(USUAL_COST, USUAL_PROMISE * steps / r) * s / steps
         rr += USUAL_SPREAD - r * r / steps
@@ -186,7 +200,7 @@ class _Size:
     ) -> Compared:
         """A step beside one without drafts, where the speed of these is known."""
         own = self.rates[drafted]
-        seconds = _usual(seconds, own.seconds, own.steps)
+        seconds = min(seconds, own.longest)
         if not drafted:
             return Compared(seconds, seconds)
         plain = self.rates[False].at(requests, self.times.request_seconds)

@@ -227,13 +227,13 @@ class AdaDecodeScheduler(Scheduler):
             blocks = tokens // self._smallest_block + requests
             return blocks * self._groups <= free
 
-        # Most caches hold several steps, whatever these consist of.
-        most = self.max_num_scheduled_tokens
-        if fits(most):
-            return True
+        # A prompt is admitted where there are blocks for all of it, though a step may
+        # compute a part only.
         head = self._next_admitted()
         admitted = 0 if head is None else _due_tokens(head)
-        return fits(min(most, self._due_tokens() + admitted))
+        # Most caches hold several steps, whatever these consist of.
+        most = self.max_num_scheduled_tokens
+        return fits(most + admitted) or fits(min(most, self._due_tokens()) + admitted)
 
     def _keep_to_own_blocks(self) -> None:
         """Take away the drafts that would need another block."""

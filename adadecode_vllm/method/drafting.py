@@ -132,6 +132,9 @@ class Drafter:
             confidence: (r,) float32, their probabilities.
         """
         own, admission = requests.thresholds, requests.admission
+        # Embeddings that a request brings may hold NaN, which must not stay in what is
+        # learnt over all requests.
+        confidence = np.nan_to_num(confidence)
         takes = self.policy.confident(
             exit_index, confidence, None if own is None else own[chosen, exit_index]
         )

@@ -116,6 +116,24 @@ def test_a_stall_at_first_is_no_reason_to_stop(held_up: int) -> None:
     assert steps.share(20) == 1.0
 
 
+@pytest.mark.parametrize("held_up", range(SETTLE_STEPS + 10))
+def test_a_stall_at_first_says_nothing_of_what_a_draft_costs(held_up: int) -> None:
+    random = Random(held_up)
+    drafts = 0
+
+    def step(number: int, drafted: bool) -> tuple[int, float]:
+        seconds = 1000.0 if number == held_up else 1.0 + 0.02 * drafts
+        return 4 if drafted else 2, seconds
+
+    steps = Steps(step)
+    for _ in range(30):
+        steps.drafts = drafts = random.randint(0, 5)
+        steps.run(1)
+    assert steps.adaptive.admission(REQUESTS) < 0.4
+    compared = steps.adaptive.take_compared()
+    assert compared is None or compared.seconds < 100
+
+
 def test_a_bad_beginning_is_soon_forgotten() -> None:
     """Drafts take three times as long as they bring for 30 steps, and pay then."""
 

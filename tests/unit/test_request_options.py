@@ -8,8 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import BeamSearchParams, SamplingParams
 from vllm.v1.engine.input_processor import InputProcessor
 
 from adadecode_vllm.config import parse_config
@@ -142,6 +142,31 @@ def test_the_front_door_lets_in_what_is_served_without_drafts(validate: Any) -> 
         assert validate(door, SimpleNamespace(), ()) == "vLLM's"
     assert ours.speculative_config is None
     assert other.speculative_config == "drafts"
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_beams_with_a_list_of_tokens_are_let_in_too(
+    monkeypatch: pytest.MonkeyPatch, ours: bool
+) -> None:
+    """As vLLM 0.33 asks before it takes them."""
+    monkeypatch.setattr(InputProcessor, "_validate_params", lambda *arguments: None)
+    asked = []
+
+    def configure_logprobs(self: Any, params: Any, config: Any) -> str:
+        asked.append(config.speculative_config)
+        return "vLLM's"
+
+    monkeypatch.setattr(
+        BeamSearchParams, "configure_logprobs", configure_logprobs, raising=False
+    )
+    patch.install()
+    patch.install()
+    config = front_door({"heads": "H"} if ours else None).vllm_config
+    config.speculative_config = "drafts"
+    beams: Any = BeamSearchParams(beam_width=2, max_tokens=2)
+    assert beams.configure_logprobs(None, config) == "vLLM's"
+    assert asked == [None if ours else "drafts"]
+    assert config.speculative_config == "drafts"
 
 
 def test_vllm_still_asks_for_the_speculative_method_there() -> None:

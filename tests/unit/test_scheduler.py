@@ -125,6 +125,28 @@ def test_the_blocks_for_a_sessions_next_turn_are_counted() -> None:
     assert not scheduler._has_blocks_for(16)
 
 
+def test_the_blocks_for_all_of_a_long_prompt_are_counted() -> None:
+    """vLLM admits it where they are free, though a step computes a part of it."""
+    free = 62 + 3  # of 1,000 tokens; of the running one's token, and one for each
+    scheduler = make_scheduler(
+        running=[request(40, 39)],
+        waiting=FCFSRequestQueue([request(1000)]),
+        kv_holding_waiting=FCFSRequestQueue([]),
+        num_waiting_for_streaming_input=0,
+        max_num_scheduled_tokens=BUDGET,
+        max_num_active_reqs=8,
+        _smallest_block=16,
+        _groups=1,
+        kv_cache_manager=SimpleNamespace(
+            block_pool=SimpleNamespace(get_num_free_blocks=lambda: free)
+        ),
+    )
+    assert scheduler._has_blocks_for(0)
+    assert not scheduler._has_blocks_for(16)
+    free = (1000 + BUDGET) // 16
+    assert scheduler._has_blocks_for(16)
+
+
 def test_drafts_that_were_not_verified_are_not_counted(
     counted: list[dict[str, int] | None],
 ) -> None:
