@@ -213,16 +213,18 @@ class AdaDecode:
             drafts = self._drafts.pop(request_id, None)
             tokens = sampled.get(request_id, 0)
             if drafts is not None and tokens:
-                if tokens > 1:
-                    self._last_accepted[request_id] = drafts.token_ids[tokens - 2]
                 verified = drafts.exits[:num_drafts]
+                # vLLM's warm-up verifies placeholders that nothing was drafted for.
+                accepted = min(tokens - 1, len(verified))
+                if accepted:
+                    self._last_accepted[request_id] = drafts.token_ids[accepted - 1]
                 if drafts.expected is not None:
                     expected = drafts.expected[:num_drafts]
                     self.record.record_acceptance(
-                        request_id, verified, expected, tokens - 1
+                        request_id, verified, expected, accepted
                     )
-                self.stats.record_acceptance(verified, tokens - 1)
-                contradicted = tokens <= len(verified) and verified[tokens - 1] >= 0
+                self.stats.record_acceptance(verified, accepted)
+                contradicted = accepted < len(verified) and verified[accepted] >= 0
                 if contradicted and request_id not in self._contradicted:
                     self._contradicted.add(request_id)
                     self.stats.contradicted_requests += 1

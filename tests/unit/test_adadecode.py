@@ -65,6 +65,18 @@ def test_what_an_accepted_draft_ended_drafts_no_more(adadecode: Any) -> None:
     assert draft(adadecode, frozenset({STOP})) == ["b", "c", "d"]
 
 
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_more_may_be_accepted_than_was_drafted(adadecode: Any, drafts: int) -> None:
+    """vLLM warms up with placeholders, with which a model may agree."""
+    own = adadecode._drafts["a"]
+    adadecode._drafts["a"] = own._replace(
+        token_ids=own.token_ids[:drafts], exits=own.exits[:drafts], expected=None
+    )
+    adadecode.record_acceptance({"a": 9}, {"a": 8})
+    assert adadecode.stats.accepted.sum() == drafts
+    assert draft(adadecode, frozenset({STOP})) == ["a", "b", "c", "d"][drafts > 0 :]
+
+
 def test_of_the_step_before_nothing_is_left(adadecode: Any) -> None:
     adadecode.record_acceptance({"a": 3}, {"a": 2})
     adadecode.record_acceptance(dict.fromkeys("abcd", 1), {})

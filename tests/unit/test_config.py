@@ -160,7 +160,7 @@ def test_missing_heads() -> None:
     for options in ({}, {"threshold": 0.5}):
         message = refusal(options)
         assert message.startswith("--adadecode-heads: no exit heads given. Name the ")
-        assert "adadecode init-heads" in message
+        assert "`adadecode data` and `adadecode train`" in message
 
 
 @pytest.mark.parametrize("options", [None, 5, "heads", ["heads"], True])

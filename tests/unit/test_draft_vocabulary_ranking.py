@@ -231,7 +231,7 @@ def test_missing_heads_or_data_is_one_sentence(
 def test_heads_that_are_being_trained_are_left_alone(
     demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = write_rows(tmp_path / "d", [([], [5] * 9)], vocab_size=VOCAB_SIZE)
+    data = write_rows(tmp_path / "d", [([], [5] * 9)], vocab_size=1024)
     before = {path.name: path.read_bytes() for path in demo.iterdir()}
     with alone(demo):
         assert run("draft-vocabulary", demo, "--data", data) == 2

@@ -97,7 +97,7 @@ def test_what_cannot_be_read_is_told_before_anything_is_written(
         (("--gate", "acceptance"), "error: --gate acceptance: the heads are not cal"),
         (("--output", "{}/file/new"), "error: --output {0}/file/new: {0}/file is a fi"),
         (("--max-length", "-5"), "--max-length"),
-        (("--overhead", "nan"), "error: --overhead nan: give a number"),
+        (("--overhead", "inf"), "error: --overhead inf: give a number"),
     ],
 )
 def test_mistakes_are_told_before_the_model_is_loaded(

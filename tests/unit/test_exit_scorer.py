@@ -86,7 +86,7 @@ def test_it_follows_an_lm_head_with_other_weights(
     monkeypatch.setattr(scorer_module, "_COPIED_ROWS", copied)
     if not packed:  # as on a GPU
         monkeypatch.setattr(
-            "vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm",
+            "adadecode_vllm.engine.packed_linear.dispatch_cpu_unquantized_gemm",
             lambda layer, remove_weight: None,
         )
     parts = decoder()

@@ -212,7 +212,7 @@ def test_removing_a_cache_ends_with_its_manifest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Interrupted before, it is still known as one."""
-    names = ["manifest.json", "states.bin", "index.jsonl", "manifest.json.tmp-1"]
+    names = ["manifest.json", "states.bin", "index.jsonl", f"states.bin.tmp-1-{0:016x}"]
     for name in names:
         (tmp_path / name).write_bytes(b"")
     removed = []

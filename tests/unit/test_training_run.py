@@ -135,7 +135,7 @@ def test_the_exits_that_pay_are_recommended(
         Known({**states, NUM_LAYERS: final}),
         calibration,
         drafts=1,
-        max_early_predictions=4,
+        max_draft_tokens=4,
     )
     assert found.options["exit_layers"] == expected
     assert found.choice.speedup > 1

@@ -379,7 +379,7 @@ def test_few_answers_keep_what_was_computed_off_them(
 def test_a_gate_at_one_never_opens(teacher: Teacher, data: Path) -> None:
     texts = load_texts([data], teacher, None)
     for choice in choose_exits(
-        teacher, texts, texts, threshold=1.0, max_early_predictions=4
+        teacher, texts, texts, threshold=1.0, max_draft_tokens=4
     ):
         assert (choice.coverage, choice.tokens_per_forward) == (0, 1)
 
@@ -393,7 +393,7 @@ def test_exits_are_chosen_for_heads_with_memory(teacher: Teacher, data: Path) ->
             texts,
             texts,
             threshold=0.0,
-            max_early_predictions=4,
+            max_draft_tokens=4,
             drafts=drafts,
         )
         return {choice.exit_layers: choice.acceptance for choice in choices}
