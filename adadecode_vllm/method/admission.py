@@ -25,7 +25,7 @@ MOST_MATCHES = len(_LOOKED_UP_RIGHT)
 
 _TRUST = (0.2, 1.25)
 
-_SCORING_COST = 0.4
+SCORING_COST = 0.4
 """What the exits' scoring takes of the time that verifying a draft adds to a step."""
 
 _SCORINGS_BEFORE = 8
@@ -146,7 +146,7 @@ class _Record:
         """Whether the exits shall score in this cycle."""
         if np.isnan(self.least) or self.scorings < _DECIDED or self.is_due(self.passed):
             return True
-        return self.gain > _SCORING_COST * self.least * self.scorings
+        return self.gain > SCORING_COST * self.least * self.scorings
 
 
 class AcceptanceRecord:

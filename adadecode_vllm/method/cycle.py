@@ -223,6 +223,7 @@ class Cycle:
         exits: np.ndarray,
         expected: np.ndarray | None,
         promise: np.ndarray | None,
+        least_ratio: float = 1.0,
     ) -> None:
         """Append drafts.
 
@@ -233,6 +234,8 @@ class Cycle:
             expected: (r,) see :class:`Window`; None where nobody asks.
             promise: (r,) how probably it is accepted where those before it are, with
                 what is known of the request; None as well.
+            least_ratio: How many times what a draft must promise it has to be probable
+                that all drafts are right, where costs decide, for a request to go on.
         """
         length = self._length[chosen]
         self._token_ids[chosen, length] = token_ids
@@ -248,8 +251,9 @@ class Cycle:
         self._length[chosen] = length
         goes_on = self.active[chosen] & (length < self._limit[chosen])
         if admission is not None:
-            # Whatever an exit said, no further draft would pay.
-            goes_on &= ~(self._survival[chosen] <= admission.least[chosen])
+            # Whatever an exit said, no further draft would pay its time.
+            least = least_ratio * admission.least[chosen]
+            goes_on &= ~(self._survival[chosen] <= least)
         stops = self._requests.stop_token_ids
         for index, (request, token) in enumerate(
             zip(chosen.tolist(), token_ids.tolist(), strict=True)

@@ -14,6 +14,7 @@ from adadecode_vllm.method.executor import SegmentExecutor, StepRunner, TokenSub
 from adadecode_vllm.method.ledger import Window
 from adadecode_vllm.method.lookup import Candidates
 from adadecode_vllm.method.policy import ThresholdPolicy
+from adadecode_vllm.method.scoring import Scoring
 from adadecode_vllm.method.states import Finished, PendingStates
 from adadecode_vllm.method.stats import Stats
 
@@ -48,6 +49,7 @@ class Drafter:
         self.policy = policy
         self.stats = stats
         self._deepening = Deepening(stats.exit_layers)
+        self._scoring = Scoring()
         self._random = np.random.default_rng(0)
         self._drafted: tuple[Cycle, bool] | None = None
 
@@ -156,6 +158,7 @@ class Drafter:
                 cycle, chosen, exit_index, own_promise, promise, by_costs
             )
             pays = cycle.paying(chosen, promise) & ~runs_on
+            self._scoring.said(own_promise[by_costs & ~runs_on])
             takes = np.where(by_costs, pays, takes)
             cycle.active[chosen[by_costs & ~pays & ~runs_on]] = False
             self._deepening.drafted(promise[pays & ~looked_up])
@@ -179,6 +182,7 @@ class Drafter:
             exits[takes],
             None if expected is None else expected[takes],
             None if promise is None else promise[takes],
+            self._scoring.least_ratio,
         )
 
     def _runs_on(

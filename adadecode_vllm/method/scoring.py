@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How sure a request's drafts must be for another one to be worth asking an exit for.
+
+An exit takes its time whatever it says. The less probable it is that the drafts so far
+are right, the more it would have to promise for a further one to pay, and the less
+often it does.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from adadecode_vllm.method.admission import SCORING_COST
+
+_BUCKETS = 8
+"""Ranges of what exits promise that are told apart."""
+
+_PRIOR = 16.0
+"""Tokens that all ranges alike weigh as much as."""
+
+_MEMORY = 256.0
+"""Tokens that are remembered."""
+
+_RATIOS = 1.0 + 0.25 * np.arange(29)
+"""What is tried for `Scoring.least_ratio`."""
+
+
+class Scoring:
+    """What exits said of tokens behind other drafts, over all requests."""
+
+    def __init__(self) -> None:
+        """Begin with every promise alike."""
+        self._said = np.full(_BUCKETS, _PRIOR / _BUCKETS)
+        middle = (np.arange(_BUCKETS) + 0.5) / _BUCKETS
+        # By ratio and range, what a draft brings beyond what it must.
+        self._brings = (_RATIOS[:, None] * middle - 1.0).clip(0.0)
+        self._least_ratio: float | None = None
+
+    def said(self, promise: np.ndarray) -> None:
+        """Note what exits promised of some tokens, (n,)."""
+        if not len(promise):
+            return
+        bucket = (promise * _BUCKETS).astype(np.int64).clip(0, _BUCKETS - 1)
+        self._said *= max(1.0 - len(promise) / _MEMORY, 0.0)
+        self._said += np.bincount(bucket, minlength=_BUCKETS)
+        self._least_ratio = None
+
+    @property
+    def least_ratio(self) -> float:
+        """Of the probability that all drafts are right to what a draft must promise.
+
+        Up to here, what an exit says of a further draft brings less, on average, than
+        the time that it takes.
+        """
+        if self._least_ratio is None:
+            brings = self._brings @ self._said / self._said.sum()
+            self._least_ratio = float(_RATIOS[brings < SCORING_COST].max(initial=1.0))
+        return self._least_ratio
