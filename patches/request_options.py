@@ -77,9 +77,10 @@ def install() -> None:
 
 
 def _install_for_beams() -> None:
-    from vllm.sampling_params import BeamSearchParams
+    from vllm import sampling_params as module
 
-    original = vars(BeamSearchParams).get("configure_logprobs")
+    beams: Any = module.BeamSearchParams
+    original = vars(beams).get("configure_logprobs")
     if original is None:  # vLLM 0.32, where beams take no list of tokens
         return
 
@@ -93,4 +94,4 @@ def _install_for_beams() -> None:
             config.speculative_config = None
         return original(self, sampling_params, config)
 
-    BeamSearchParams.configure_logprobs = configure_logprobs
+    beams.configure_logprobs = configure_logprobs

@@ -130,8 +130,8 @@ class _StepTimes:
             self._first.append((requests, drafts, seconds))
             longest = 3 * median(seconds for _, _, seconds in self._first)
             self._sums = [0.0] * 9
-            for *held, seconds in self._first:
-                self._sum_up(*held, min(seconds, longest))
+            for requests, drafts, seconds in self._first:
+                self._sum_up(requests, drafts, min(seconds, longest))
         else:
             longest = 3 * self._sums[3] / self._sums[0]
             self._sum_up(requests, drafts, min(seconds, longest))
