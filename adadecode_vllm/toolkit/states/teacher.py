@@ -18,6 +18,7 @@ from adadecode_vllm.toolkit.states.attention import packed_attention
 
 #: Most tokens of several texts that run as one, under a mask of tokens x tokens.
 MASKED_TOKENS = 8192
+_UNFIT = (ImportError, OSError, RuntimeError, ValueError, SafetensorError)
 
 DTYPES = {
     "float32": torch.float32,
@@ -180,13 +181,7 @@ class Teacher:
                 model = model.to(device)
         except (AdaDecodeError, torch.OutOfMemoryError):
             raise
-        except (
-            ImportError,
-            OSError,
-            RuntimeError,
-            ValueError,
-            SafetensorError,
-        ) as error:
+        except _UNFIT as error:
             raise AdaDecodeError(
                 f"MODEL {name}: it cannot be loaded ({first_line(error)}); "
                 "give a directory or a Hugging Face name of a causal language model "
