@@ -81,7 +81,8 @@ def _install_for_beams() -> None:
 
     beams: Any = module.BeamSearchParams
     original = vars(beams).get("configure_logprobs")
-    if original is None:  # vLLM 0.32, where beams take no list of tokens
+    # vLLM 0.32 has none: its beams take no list of tokens.
+    if original is None or hasattr(original, _MARK):
         return
 
     @functools.wraps(original)
@@ -94,4 +95,5 @@ def _install_for_beams() -> None:
             config.speculative_config = None
         return original(self, sampling_params, config)
 
+    setattr(configure_logprobs, _MARK, original)
     beams.configure_logprobs = configure_logprobs

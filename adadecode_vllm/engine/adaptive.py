@@ -14,7 +14,6 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import inf
 from statistics import median
 
 logger = logging.getLogger("vllm.adadecode")
@@ -80,10 +79,9 @@ class _Rate:
         if len(self.first) < USUAL_STEPS:
             # The very first may be the one that was held up.
             self.first.append(seconds)
-            longest = 3 * median(self.first)
             self.seconds = 0.0
-            for earlier in self.first:
-                self.seconds = keep * self.seconds + min(earlier, longest)
+            for earlier in _bounded(self.first):
+                self.seconds = keep * self.seconds + earlier
         else:
             self.seconds = keep * self.seconds + min(seconds, self.longest)
         self.steps = keep * self.steps + 1
@@ -94,7 +92,7 @@ class _Rate:
     def longest(self) -> float:
         """The most that a step is taken to last: what is above says nothing of it."""
         if len(self.first) < USUAL_STEPS:
-            return 3 * median(self.first) if self.first else inf
+            return 3 * median(self.first)
         return 3 * self.seconds / self.steps
 
     def at(self, requests: float, request_seconds: float) -> float:
@@ -111,6 +109,12 @@ class _Rate:
         return self.tokens / self.steps * requests / usual / seconds
 
 
+def _bounded(seconds: list[float]) -> list[float]:
+    """Times of the first steps, each at most thrice what is usual of them."""
+    longest = 3 * median(seconds)
+    return [min(own, longest) for own in seconds]
+
+
 class _StepTimes:
     """What one more request, and one more draft, adds to a step with drafts.
 
@@ -121,17 +125,18 @@ class _StepTimes:
     def __init__(self) -> None:
         # Over steps, in plain floats: so few are slower in arrays.
         self._sums = [0.0] * 9
-        self._first: list[tuple[int, int, float]] = []
+        # Of the first steps: requests and drafts, and seconds.
+        self._held: list[tuple[int, int]] = []
+        self._first: list[float] = []
         self.request_seconds = self.draft_seconds = 0.0
 
     def add(self, requests: int, drafts: int, seconds: float) -> None:
         if len(self._first) < USUAL_STEPS:
-            # As for the rate: each within what is usual of all of them.
-            self._first.append((requests, drafts, seconds))
-            longest = 3 * median(seconds for _, _, seconds in self._first)
+            self._held.append((requests, drafts))
+            self._first.append(seconds)
             self._sums = [0.0] * 9
-            for requests, drafts, seconds in self._first:
-                self._sum_up(requests, drafts, min(seconds, longest))
+            for held, own in zip(self._held, _bounded(self._first), strict=True):
+                self._sum_up(*held, own)
         else:
             longest = 3 * self._sums[3] / self._sums[0]
             self._sum_up(requests, drafts, min(seconds, longest))

@@ -14,8 +14,11 @@ import numpy as np
 
 from adadecode_vllm.method.admission import TRY_COST, TRY_EVERY
 
-_BUCKETS = 8
+BUCKETS = 8
 """Ranges of what an exit promised that are told apart."""
+
+MIDDLES = (np.arange(BUCKETS) + 0.5) / BUCKETS
+"""(BUCKETS,) what is promised in the middle of each."""
 
 _PRIOR = 2.0
 """Tokens that what is taken for usual weighs as much as."""
@@ -43,9 +46,8 @@ class Deepening:
         layers = np.array(exit_layers, np.float64)
         # In drafts by the first exit.
         self._costs = (np.diff(layers) + _GATE_LAYERS) / (layers[0] + _GATE_LAYERS)
-        middle = (np.arange(_BUCKETS) + 0.5) / _BUCKETS
-        self._usual = (1.0 + middle) / 2.0 - middle
-        shape = (max(len(layers) - 1, 0), _BUCKETS)
+        self._usual = (1.0 + MIDDLES) / 2.0 - MIDDLES
+        shape = (max(len(layers) - 1, 0), BUCKETS)
         self._tokens = np.zeros(shape)
         self._gained = np.zeros(shape)
         self._passed = np.zeros(shape)
@@ -76,7 +78,7 @@ class Deepening:
         Returns:
             (n,) bool; False where thresholds decide.
         """
-        bucket = _bucket(own_promise)
+        bucket = bucket_of(own_promise)
         gain = self._gained[exit_index] + _PRIOR * self._usual
         gain /= self._tokens[exit_index] + _PRIOR
         deeper = np.maximum(np.minimum(own_promise + gain[bucket], 1.0), promise)
@@ -113,18 +115,18 @@ class Deepening:
             promise: (n,) what that had promised.
             deeper: (n,) what the next one promises.
         """
-        bucket = _bucket(promise)
-        noted = np.bincount(bucket, minlength=_BUCKETS)
+        bucket = bucket_of(promise)
+        noted = np.bincount(bucket, minlength=BUCKETS)
         keep = (1.0 - noted / _MEMORY).clip(0.0)
         self._tokens[exit_index] = keep * self._tokens[exit_index] + noted
         self._gained[exit_index] = keep * self._gained[exit_index] + np.bincount(
-            bucket, deeper - promise, _BUCKETS
+            bucket, deeper - promise, BUCKETS
         )
         self._passed[exit_index, bucket] = 0.0
 
     def stayed(self, exit_index: int, promise: np.ndarray) -> None:
         """Note tokens that did not run on; (n,) what their exit promised."""
-        self._passed[exit_index] += np.bincount(_bucket(promise), minlength=_BUCKETS)
+        self._passed[exit_index] += np.bincount(bucket_of(promise), minlength=BUCKETS)
 
     def drafted(self, promise: np.ndarray) -> None:
         """Note drafts that exits made; (n,) what these promised."""
@@ -133,5 +135,6 @@ class Deepening:
         self._promised = keep * self._promised + float(promise.sum())
 
 
-def _bucket(promise: np.ndarray) -> np.ndarray:
-    return (promise * _BUCKETS).astype(np.int64).clip(0, _BUCKETS - 1)
+def bucket_of(promise: np.ndarray) -> np.ndarray:
+    """The ranges, (n,) int64, of what exits promised, (n,)."""
+    return (promise * BUCKETS).astype(np.int64).clip(0, BUCKETS - 1)

@@ -11,9 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from adadecode_vllm.method.admission import SCORING_COST
-
-_BUCKETS = 8
-"""Ranges of what exits promise that are told apart."""
+from adadecode_vllm.method.deepening import BUCKETS, MIDDLES, bucket_of
 
 _PRIOR = 16.0
 """Tokens that all ranges alike weigh as much as."""
@@ -24,25 +22,24 @@ _MEMORY = 256.0
 _RATIOS = 1.0 + 0.25 * np.arange(29)
 """What is tried for `Scoring.least_ratio`."""
 
+_BRINGS = (_RATIOS[:, None] * MIDDLES - 1.0).clip(0.0)
+"""By ratio and range, what a draft brings beyond what it must."""
+
 
 class Scoring:
     """What exits said of tokens behind other drafts, over all requests."""
 
     def __init__(self) -> None:
         """Begin with every promise alike."""
-        self._said = np.full(_BUCKETS, _PRIOR / _BUCKETS)
-        middle = (np.arange(_BUCKETS) + 0.5) / _BUCKETS
-        # By ratio and range, what a draft brings beyond what it must.
-        self._brings = (_RATIOS[:, None] * middle - 1.0).clip(0.0)
+        self._said = np.full(BUCKETS, _PRIOR / BUCKETS)
         self._least_ratio: float | None = None
 
     def said(self, promise: np.ndarray) -> None:
         """Note what exits promised of some tokens, (n,)."""
         if not len(promise):
             return
-        bucket = (promise * _BUCKETS).astype(np.int64).clip(0, _BUCKETS - 1)
         self._said *= max(1.0 - len(promise) / _MEMORY, 0.0)
-        self._said += np.bincount(bucket, minlength=_BUCKETS)
+        self._said += np.bincount(bucket_of(promise), minlength=BUCKETS)
         self._least_ratio = None
 
     @property
@@ -53,6 +50,6 @@ class Scoring:
         the time that it takes.
         """
         if self._least_ratio is None:
-            brings = self._brings @ self._said / self._said.sum()
+            brings = _BRINGS @ self._said / self._said.sum()
             self._least_ratio = float(_RATIOS[brings < SCORING_COST].max(initial=1.0))
         return self._least_ratio

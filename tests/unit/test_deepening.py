@@ -4,18 +4,12 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 
-from adadecode_vllm.method.admission import Admission
-from adadecode_vllm.method.cycle import DraftRequests
 from adadecode_vllm.method.deepening import Deepening
-from adadecode_vllm.method.drafting import Drafter
-from adadecode_vllm.method.policy import ThresholdPolicy
-from adadecode_vllm.method.stats import Stats
+from tests.made_up_exits import make_drafter, make_requests
 
 
 def pays(
@@ -157,34 +151,9 @@ def test_a_single_exit_has_nothing_to_decide() -> None:
 
 def test_a_probability_that_is_none_leaves_what_is_learnt() -> None:
     """Of embeddings with NaN, which a request may bring."""
-    confidence = np.array([0.5, math.nan], np.float32)
-
-    def score(segment: int, subset: Any, *_: Any) -> tuple[np.ndarray, np.ndarray]:
-        return np.full(len(subset.rows), 7), confidence[subset.rows]
-
-    drafter = Drafter(
-        executor=SimpleNamespace(  # type: ignore[arg-type]
-            num_segments=3, exits_at_embedding=0, steps=SimpleNamespace(draft=score)
-        ),
-        states=SimpleNamespace(window=4, memory=None),  # type: ignore[arg-type]
-        policy=ThresholdPolicy([0.5, 0.5], 3),
-        stats=Stats([1, 2], 4),
-    )
-    zeros = np.zeros(2, np.int64)
-    requests = DraftRequests(
-        rows=np.arange(2),
-        token_ids=zeros,
-        positions=zeros,
-        limits=zeros + 3,
-        stop_token_ids=[(), ()],
-        admission=Admission(
-            least=np.full(2, 0.1),
-            trust=np.ones(2),
-            lookup=np.ones((2, 8)),
-            use_exits=np.ones(2, bool),
-            due=np.zeros(2, bool),
-        ),
-    )
+    said = np.array([0.5, math.nan])
+    drafter = make_drafter([1, 2], 3, lambda rows: said[rows])
+    requests = make_requests(2, 3, least=0.1)
     for _ in range(50):
         window = drafter.draft(requests)
         assert window.length[0] > 1

@@ -103,20 +103,27 @@ def test_drafts_leave_room_for_who_is_admitted_next(
     assert scheduler._spare_tokens() == BUDGET - RUNNING
 
 
-def test_the_blocks_for_a_sessions_next_turn_are_counted() -> None:
-    """Eight blocks: enough for it, and not for drafts of all as well."""
-    scheduler = make_scheduler(
+def with_free_blocks(free: int, **parts: Any) -> Any:
+    """Of 16 tokens, with one request that runs."""
+    pool = SimpleNamespace(get_num_free_blocks=lambda: free)
+    return make_scheduler(
         running=[request(40, 39)],
-        waiting=FCFSRequestQueue(),
-        kv_holding_waiting=FCFSRequestQueue([request(140, 60, paused=True)]),
-        num_waiting_for_streaming_input=1,
         max_num_scheduled_tokens=BUDGET,
         max_num_active_reqs=8,
         _smallest_block=16,
         _groups=1,
-        kv_cache_manager=SimpleNamespace(
-            block_pool=SimpleNamespace(get_num_free_blocks=lambda: 8)
-        ),
+        kv_cache_manager=SimpleNamespace(block_pool=pool),
+        **parts,
+    )
+
+
+def test_the_blocks_for_a_sessions_next_turn_are_counted() -> None:
+    """Eight blocks: enough for it, and not for drafts of all as well."""
+    scheduler = with_free_blocks(
+        8,
+        waiting=FCFSRequestQueue(),
+        kv_holding_waiting=FCFSRequestQueue([request(140, 60, paused=True)]),
+        num_waiting_for_streaming_input=1,
     )
     assert scheduler._has_blocks_for(16)
     scheduler.kv_holding_waiting = FCFSRequestQueue([request(140, 60)])
@@ -127,24 +134,16 @@ def test_the_blocks_for_a_sessions_next_turn_are_counted() -> None:
 
 def test_the_blocks_for_all_of_a_long_prompt_are_counted() -> None:
     """vLLM admits it where they are free, though a step computes a part of it."""
-    free = 62 + 3  # of 1,000 tokens; of the running one's token, and one for each
-    scheduler = make_scheduler(
-        running=[request(40, 39)],
-        waiting=FCFSRequestQueue([request(1000)]),
-        kv_holding_waiting=FCFSRequestQueue([]),
-        num_waiting_for_streaming_input=0,
-        max_num_scheduled_tokens=BUDGET,
-        max_num_active_reqs=8,
-        _smallest_block=16,
-        _groups=1,
-        kv_cache_manager=SimpleNamespace(
-            block_pool=SimpleNamespace(get_num_free_blocks=lambda: free)
-        ),
-    )
+    parts = {
+        "waiting": FCFSRequestQueue([request(1000)]),
+        "kv_holding_waiting": FCFSRequestQueue([]),
+        "num_waiting_for_streaming_input": 0,
+    }
+    # Of 1,000 tokens; of the running one's token, and one for each.
+    scheduler = with_free_blocks(62 + 3, **parts)
     assert scheduler._has_blocks_for(0)
     assert not scheduler._has_blocks_for(16)
-    free = (1000 + BUDGET) // 16
-    assert scheduler._has_blocks_for(16)
+    assert with_free_blocks((1000 + BUDGET) // 16, **parts)._has_blocks_for(16)
 
 
 def test_drafts_that_were_not_verified_are_not_counted(

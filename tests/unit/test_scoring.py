@@ -3,18 +3,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import numpy as np
 import pytest
 
-from adadecode_vllm.method.admission import SCORING_COST, Admission
-from adadecode_vllm.method.cycle import DraftRequests
-from adadecode_vllm.method.drafting import Drafter
-from adadecode_vllm.method.policy import ThresholdPolicy
+from adadecode_vllm.method.admission import SCORING_COST
 from adadecode_vllm.method.scoring import Scoring
-from adadecode_vllm.method.stats import Stats
+from tests.made_up_exits import make_drafter, make_requests
 
 
 def after(promise: float, tokens: int = 500) -> float:
@@ -66,36 +60,12 @@ def test_a_drafter_asks_no_exit_whose_answer_would_not_pay(
     """Where a draft must promise 0.05."""
     asked = []
 
-    def score(segment: int, subset: Any, *_: Any) -> tuple[np.ndarray, np.ndarray]:
-        asked.append(len(subset.rows))
-        return np.full(len(subset.rows), 7), np.full(
-            len(subset.rows), promise, np.float32
-        )
+    def confidence(rows: np.ndarray) -> list[float]:
+        asked.append(len(rows))
+        return [promise] * len(rows)
 
-    drafter = Drafter(
-        executor=SimpleNamespace(  # type: ignore[arg-type]
-            num_segments=1, exits_at_embedding=1, steps=SimpleNamespace(draft=score)
-        ),
-        states=SimpleNamespace(window=9, memory=None),  # type: ignore[arg-type]
-        policy=ThresholdPolicy([0.5], 8),
-        stats=Stats([0], 4),
-    )
-    zeros = np.zeros(1, np.int64)
-    requests = DraftRequests(
-        rows=zeros,
-        token_ids=zeros,
-        positions=zeros,
-        limits=zeros + 8,
-        stop_token_ids=[()],
-        admission=Admission(
-            least=np.array([0.05]),
-            trust=np.ones(1),
-            lookup=np.ones((1, 8)),
-            use_exits=np.ones(1, bool),
-            due=np.zeros(1, bool),
-        ),
-    )
-
+    drafter = make_drafter([0], 8, confidence)
+    requests = make_requests(1, 8, least=0.05)
     for _ in range(100):
         asked.clear()
         window = drafter.draft(requests)
