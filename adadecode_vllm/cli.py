@@ -6,6 +6,7 @@ Commands import what they need when they run: `--help` must not wait for torch.
 """
 
 import errno
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -184,8 +185,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: Arguments without the program's name; None for the process's own.
 
     Raises:
-        SystemExit: Always; 2 after a user's mistake.
+        SystemExit: Always; 2 after a user's mistake. One of several processes that
+            torchrun or accelerate started ends here instead, with the same code.
     """
+    try:
+        _run(argv)
+    except SystemExit as leaving:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            _end_process(leaving)
+        raise
+
+
+def _end_process(leaving: SystemExit) -> None:
+    """End without the interpreter's last steps.
+
+    During these torch's threads, which served other processes, may abort this one, and
+    the exit code that says how it went is lost.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(leaving.code if isinstance(leaving.code, int) else 1)
+
+
+def _run(argv: Sequence[str] | None) -> None:
     try:
         app(args=None if argv is None else list(argv), prog_name="adadecode")
     except AdaDecodeError as error:

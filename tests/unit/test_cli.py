@@ -220,6 +220,28 @@ def test_as_a_program(program: list[str] | None) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(("argv", "code"), [("--version", 0), ("eval", 2)])
+def test_one_of_several_processes_is_not_aborted_as_it_ends(
+    argv: str, code: int
+) -> None:
+    """The exit code tells torchrun, which would end the others."""
+    program = f"""
+import atexit, os
+from adadecode_vllm.cli import main
+atexit.register(os.abort)
+main([{argv!r}])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "WORLD_SIZE": "2"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code
+    assert done.stdout + done.stderr
+
+
 def raising(error: Exception) -> Callable[[], None]:
     def command() -> None:
         raise error

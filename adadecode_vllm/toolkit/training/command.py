@@ -171,8 +171,6 @@ def train_command(
         # Groups that were there before belong to whoever began them, as an engine.
         ours = not distributed.is_initialized()
         processes = Accelerator(kwargs_handlers=[patience])
-        # A process that exits with open connections may be aborted by its own threads
-        # that serve them, and the exit code that says what went wrong is lost.
         if ours:
             stack.callback(processes.end_training)
 
