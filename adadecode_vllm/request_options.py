@@ -99,7 +99,7 @@ def parse_request_options(
     options = {
         name.removeprefix(PREFIX): value
         for name, value in (extra_args or {}).items()
-        if name.startswith(PREFIX)
+        if isinstance(name, str) and name.startswith(PREFIX)
     }
     if not options:
         return ENGINES

@@ -122,7 +122,8 @@ def _wrap_create(original: Any) -> Any:
 
             # This process, one of several API servers perhaps, takes requests in and
             # shows metrics.
-            request_options.install()
+            usage = kwargs.get("usage_context", args[0] if args else None)
+            request_options.install(streams=usage != "LLM_CLASS")
             stat_loggers.install()
             compat.check_vllm_version()
             refusals.check_arguments(self)

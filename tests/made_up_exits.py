@@ -60,6 +60,7 @@ def make_requests(size: int, cap: int, least: float) -> DraftRequests:
             trust=np.ones(size),
             lookup=np.ones((size, 8)),
             use_exits=np.ones(size, bool),
+            exits_due=np.zeros(size, bool),
             due=np.zeros(size, bool),
         ),
     )

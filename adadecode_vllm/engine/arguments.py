@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -137,7 +137,7 @@ def merge_into_additional_config(
 
 def lacks_heads(args: EngineArgs) -> bool:
     """Whether AdaDecode is asked for and no heads are named."""
-    options = (args.additional_config or {}).get(CONFIG_KEY)
+    options = _given_options(args)
     return isinstance(options, dict) and "heads" not in options
 
 
@@ -153,7 +153,13 @@ def requested_config(args: EngineArgs) -> AdaDecodeConfig | None:
     Raises:
         AdaDecodeError: If an option is wrong.
     """
-    return enabled_config((args.additional_config or {}).get(CONFIG_KEY))
+    return enabled_config(_given_options(args))
+
+
+def _given_options(args: EngineArgs) -> Any:
+    additional = args.additional_config
+    # vLLM also takes an object of a platform's own there.
+    return additional.get(CONFIG_KEY) if isinstance(additional, Mapping) else None
 
 
 @contextmanager

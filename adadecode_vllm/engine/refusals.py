@@ -102,13 +102,18 @@ def _check_experts(args: EngineArgs) -> None:
             "it has not been tested with steps that run a part of the layers",
             "Use --tensor-parallel-size, which splits every expert",
         )
-    if args.enable_return_routed_experts:
-        raise _refusal(
-            "--enable-return-routed-experts",
-            "a token's experts are collected in one forward, and pending tokens pass "
-            "their layers in several",
-            "Remove --enable-return-routed-experts",
-        )
+    # The second is what vLLM reads; it copies the first there, and never back.
+    for flag, given in (
+        ("--enable-return-routed-experts", args.enable_return_routed_experts),
+        ("--aux-output-config", args.aux_output_config.enable_return_routed_experts),
+    ):
+        if given:
+            raise _refusal(
+                flag,
+                "a token's experts are collected in one forward, and pending tokens "
+                "pass their layers in several",
+                f"Remove {flag}",
+            )
 
 
 def _check_runner(args: EngineArgs) -> None:
@@ -165,6 +170,7 @@ def check_engine(
             f"{current_platform.device_name}",
             "Start without --plugin adadecode on this machine",
         )
+    _check_speculator(vllm_config)
     _check_model(vllm_config.model_config)
     _check_features(vllm_config)
     _check_mixture_of_experts(vllm_config)
@@ -202,6 +208,19 @@ def check_engine(
     vllm_config.additional_config = AdditionalConfig(
         {**additional_config, CONFIG_KEY: resolved.model_dump(mode="json")}
     )
+
+
+def _check_speculator(vllm_config: VllmConfig) -> None:
+    """MODEL may be a speculator's checkpoint, which names its model and its method."""
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.method != "custom_class":
+        raise _refusal(
+            f"--model {speculative.model}",
+            f"it is a checkpoint of the speculative method {speculative.method}, and "
+            "vLLM runs one at a time",
+            f"Name the model itself, {vllm_config.model_config.model}, or start "
+            "without --plugin adadecode",
+        )
 
 
 def _check_model(model: ModelConfig) -> None:
@@ -270,6 +289,15 @@ def _check_features(vllm_config: VllmConfig) -> None:
             "--ec-transfer-config",
             "an encoder cache belongs to a multimodal model, and those are not served",
             "Remove it, or start without --plugin adadecode",
+        )
+    offload = vllm_config.offload_config
+    groups = offload.prefetch.offload_group_size
+    if groups and offload.offload_backend in ("auto", "prefetch"):
+        raise _refusal(
+            f"--offload-group-size {groups}",
+            "each layer loads the weights of one behind it, and early predictions run "
+            "a part of the layers again",
+            "Remove it, or use --cpu-offload-gb, which loads a layer's own",
         )
     if vllm_config.cache_config.kv_sharing_fast_prefill:
         raise _refusal(

@@ -65,6 +65,7 @@ class Settings:
         self._max_draft_tokens = config.max_early_predictions
         self._options: dict[str, RequestOptions] = {}
         self._plain: set[str] = set()
+        self._all_plain = False
         self._apply(config)
 
     def _apply(self, config: AdaDecodeConfig) -> None:
@@ -137,7 +138,13 @@ class Settings:
 
     def forbid_drafts(self, request_ids: Collection[str]) -> bool:
         """Whether a step with these requests has to do without any draft."""
-        return bool(self._plain) and not self._plain.isdisjoint(request_ids)
+        return self._all_plain or (
+            bool(self._plain) and not self._plain.isdisjoint(request_ids)
+        )
+
+    def forbid_all_drafts(self) -> None:
+        """Let every step do without drafts, whatever its requests ask for."""
+        self._all_plain = True
 
     def options(self, request_ids: Sequence[str]) -> list[RequestOptions] | None:
         """What requests ask for.

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from vllm.config import CUDAGraphMode
 from vllm.distributed.parallel_state import graph_capture
+from vllm.logger import init_logger
 from vllm.v1.worker.gpu.cudagraph_utils import has_compiled_submodule
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
@@ -34,6 +35,8 @@ from adadecode_vllm.engine.vllm_executor import Backend
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+logger = init_logger("vllm.adadecode")
 
 
 class SpeculatorSetup(BaseSpeculator):
@@ -91,6 +94,12 @@ class SpeculatorSetup(BaseSpeculator):
         self._backend = Backend(AttentionBatcher(groups, self.device))
         self.adadecode.bind(self._backend)
         self._runner = runner
+        if has_custom_logits_processors(runner):
+            self.adadecode.settings.forbid_all_drafts()
+            logger.warning_once(
+                "adadecode: nothing is drafted, because custom logits processors are "
+                "loaded, and drafts would change what they see in Model Runner V2"
+            )
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """Plan the CUDA graphs of draft steps and of the segments' pieces.
@@ -155,6 +164,19 @@ class SpeculatorSetup(BaseSpeculator):
 
     def _graphs(self, kind: StepKind) -> SegmentGraphs:
         return getattr(self, kind.name)
+
+
+def has_custom_logits_processors(runner: GPUModelRunner) -> bool:
+    """Whether a model runner has logits processors that are not vLLM's own.
+
+    vLLM gives them a row for every draft. One that takes rows for requests, or reads
+    verified tokens only, would change texts, those of other requests included.
+
+    Args:
+        runner: The model runner, with its model loaded.
+    """
+    processors = [] if runner.sampler is None else runner.sampler.logits_processors
+    return any(not type(own).__module__.startswith("vllm.") for own in processors)
 
 
 def _kv_group(runner: GPUModelRunner, index: int) -> KVGroup:

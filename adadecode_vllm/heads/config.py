@@ -278,6 +278,8 @@ def exit_layers_problem(layers: list[int], num_hidden_layers: int) -> str | None
     """
     if not layers:
         return "is empty"
+    if num_hidden_layers < 2:
+        return "has no use: the model has one layer, and nothing can be left out"
     last = num_hidden_layers - 1
     if outside := [layer for layer in layers if not 0 <= layer <= last]:
         return (

@@ -5,6 +5,7 @@ Heads are downloaded from strangers. Hence only safetensors are opened, never pi
 and no link may lead out of the directory. Nothing here imports torch.
 """
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,19 @@ def heads_error(directory: Path, reason: str, remedy: str) -> AdaDecodeError:
         The error, to be raised by the caller.
     """
     return AdaDecodeError(f"{_FLAG} {directory}: {reason}; {remedy}")
+
+
+def weights_digest(directory: Path) -> str:
+    """SHA-256 of the weights' file, in hexadecimal digits.
+
+    Args:
+        directory: A heads directory.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    with (directory / WEIGHTS_FILE).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -111,7 +111,8 @@ def _dimensions(
         return config.hidden_size, config.vocab_size, config.num_hidden_layers
     except AdaDecodeError:
         raise
-    except (AttributeError, ImportError, OSError, ValueError) as error:
+    # Not narrower: what a configuration's own checks raise derives from nothing else.
+    except Exception as error:
         raise AdaDecodeError(
             f"MODEL {model}: its configuration is not that of a language model "
             f"({first_line(error)}); give a Llama-like model in the Hugging Face layout"

@@ -54,6 +54,8 @@ class Admission:
         lookup: (R, M) float64, the probability that a draft by n-gram lookup is right
             where those before it are, by how many tokens before it match, from 1 on.
         use_exits: (R,) bool, whether scoring with the exits has paid lately, or is due.
+        exits_due: (R,) bool, whether a draft by the exits is due though they are not
+            trusted that far: what is never verified is never found to be right.
         due: (R,) bool, whether a draft by lookup is due though it promises too little:
             what is never tried is never found out.
     """
@@ -62,6 +64,7 @@ class Admission:
     trust: np.ndarray
     lookup: np.ndarray
     use_exits: np.ndarray
+    exits_due: np.ndarray
     due: np.ndarray
 
     def select(self, requests: np.ndarray) -> Admission:
@@ -71,6 +74,7 @@ class Admission:
             self.trust[requests],
             self.lookup[requests],
             self.use_exits[requests],
+            self.exits_due[requests],
             self.due[requests],
         )
 
@@ -119,7 +123,8 @@ class _Record:
         scorings: Cycles in which the exits scored, the older the less.
         gain: Tokens that this brought, less those of the time that drafts took.
         passed: Cycles since the exits scored.
-        not_looked_up: Cycles since drafts by lookup were verified.
+        not_drafted: Cycles since the exits drafted.
+        not_looked_up: Cycles since the lookup drafted.
     """
 
     expected: float = 0.0
@@ -130,6 +135,7 @@ class _Record:
     scorings: float = 0.0
     gain: float = 0.0
     passed: int = 0
+    not_drafted: int = 0
     not_looked_up: int = 0
 
     def is_due(self, cycles: int) -> bool:
@@ -170,14 +176,17 @@ class AcceptanceRecord:
         trust = np.ones(len(request_ids))
         lookup_trust = np.ones(len(request_ids))
         use_exits = np.ones(len(request_ids), bool)
+        exits_due = np.zeros(len(request_ids), bool)
         due = np.zeros(len(request_ids), bool)
         for index, request_id in enumerate(request_ids):
             record = self._records.get(request_id)
             if record is not None:
                 record.least = least[index]
                 record.passed += 1
+                record.not_drafted += 1
                 record.not_looked_up += 1
                 use_exits[index] = record.uses_exits
+                exits_due[index] = record.is_due(record.not_drafted)
                 due[index] = record.is_due(record.not_looked_up)
                 trust[index] = (record.right + _PRIOR_DRAFTS) / (
                     record.expected + _PRIOR_DRAFTS
@@ -187,7 +196,12 @@ class AcceptanceRecord:
                 )
         lookup = lookup_trust.clip(*_TRUST)[:, None] * known
         return Admission(
-            least, trust.clip(*_TRUST), lookup.clip(0.01, 0.99), use_exits, due
+            least,
+            trust.clip(*_TRUST),
+            lookup.clip(0.01, 0.99),
+            use_exits,
+            exits_due,
+            due,
         )
 
     def record_scoring(self, request_id: str, least: float) -> None:
@@ -230,8 +244,12 @@ class AcceptanceRecord:
         record.right += early_right
         if not np.isnan(record.least):
             record.gain += early_right - record.least * np.count_nonzero(exits >= 0)
-        if not early.all():
+        # A try counts whether it was compared or not: it took its time.
+        if (exits >= 0).any():
+            record.not_drafted = 0
+        if (exits < 0).any():
             record.not_looked_up = 0
+        if not early.all():
             matches = (-exits[:compared][~early]).clip(1, MOST_MATCHES) - 1
             found = right[~early]
             known = self._looked_up_right / self._looked_up

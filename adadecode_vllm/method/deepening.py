@@ -86,9 +86,10 @@ class Deepening:
         then = self._worth(survival * deeper, least, room)
         cost = self._costs[exit_index] * least
         due = self._passed[exit_index][bucket] >= np.maximum(TRY_EVERY, cost / TRY_COST)
-        # One of a range is enough.
+        # One of a range is enough, among those that costs decide for.
         first = np.zeros(len(bucket), bool)
-        first[np.unique(bucket, return_index=True)[1]] = True
+        ranges = np.where(np.isnan(least), -1, bucket)
+        first[np.unique(ranges, return_index=True)[1]] = True
         return (then - cost > np.maximum(now, 0.0)) | (due & first)
 
     def _worth(

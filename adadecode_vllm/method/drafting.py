@@ -157,7 +157,12 @@ class Drafter:
             runs_on = self._runs_on(
                 cycle, chosen, exit_index, own_promise, promise, by_costs
             )
-            pays = cycle.paying(chosen, promise) & ~runs_on
+            pays = cycle.paying(chosen, promise)
+            # Behind such a draft the request's own record counts again.
+            tried = admission.exits_due[chosen] & cycle.paying(chosen, expected) & ~pays
+            looked_up &= ~tried
+            promise = np.where(tried, own_promise, promise)
+            pays = (pays | tried) & ~runs_on
             self._scoring.said(own_promise[by_costs & ~runs_on])
             takes = np.where(by_costs, pays, takes)
             cycle.active[chosen[by_costs & ~pays & ~runs_on]] = False

@@ -86,7 +86,7 @@ FIRST: dict[str, Any] = {"temperature": 1, "top_k": 1}
             marks=pytest.mark.feature(
                 "custom logits processors",
                 "supported",
-                "without drafts for the requests that they concern",
+                "without drafts for the requests that they concern; on CUDA for all",
             ),
         ),
         pytest.param(

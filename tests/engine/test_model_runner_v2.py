@@ -298,6 +298,21 @@ def test_structured_output(engine: EngineProcess, some: Case) -> None:
     assert mixed == some[1]
 
 
+@pytest.mark.feature(
+    "custom logits processors",
+    "supported",
+    "without drafts for the requests that they concern; on CUDA for all",
+)
+def test_custom_logits_processors(some: Case) -> None:
+    processors = {"logits_processors": ["tests.interpreted.processors:Alternating"]}
+    with start_engine(**processors) as llm:
+        expected = llm.generate(some[0])
+    assert expected != some[1]
+    with start_engine(**adadecode_options(threshold=0.0), **processors) as llm:
+        assert llm.generate(some[0]) == expected
+        assert sum(llm.stats()["early_predictions"]) == 0
+
+
 @ASYNC
 @pytest.mark.feature("chunked prefill", "supported")
 @pytest.mark.feature("preemption", "supported")

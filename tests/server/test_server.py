@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from openai import BadRequestError, OpenAI
@@ -164,6 +165,21 @@ def test_options_of_a_request(
     assert caught.value.status_code == 400
     assert "adadecode_threshold = 1.5 is refused" in str(caught.value)
     assert server.metric(accepted) > before
+
+
+@pytest.mark.feature("options of a request", "supported")
+def test_bad_options_of_a_streamed_request(server: Server) -> None:
+    """The answer is HTTP 400, and not a stream with an error in it."""
+    bad = {"vllm_xargs": {"adadecode_threshold": 1.5}}
+    asked: Any = {"model": MODEL, "stream": True, "extra_body": bad}
+    message = [{"role": "user", "content": "Tom has 3 apples."}]
+    client, refused = server.client, r"adadecode_threshold = 1\.5 is refused"
+    with pytest.raises(BadRequestError, match=refused):
+        client.completions.create(prompt="Tom", **asked)
+    with pytest.raises(BadRequestError, match=refused):
+        client.chat.completions.create(messages=message, **asked)
+    with pytest.raises(BadRequestError, match=refused):
+        client.responses.create(input="Tom", **asked)
 
 
 @pytest.mark.feature("request abort", "supported")

@@ -4,12 +4,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from adadecode_vllm.method.admission import MOST_MATCHES, AcceptanceRecord, Admission
+from adadecode_vllm.method.admission import (
+    MOST_MATCHES,
+    TRY_COST,
+    TRY_EVERY,
+    AcceptanceRecord,
+    Admission,
+)
 from adadecode_vllm.method.policy import ThresholdPolicy
+from tests.made_up_exits import make_drafter, make_requests
 
 
 def admission(
@@ -18,7 +26,12 @@ def admission(
     known = np.full((1, MOST_MATCHES), lookup[-1])
     known[0, : len(lookup)] = lookup
     return Admission(
-        np.array([least]), np.ones(1), known, np.ones(1, bool), np.array([due])
+        least=np.array([least]),
+        trust=np.ones(1),
+        lookup=known,
+        use_exits=np.ones(1, bool),
+        exits_due=np.zeros(1, bool),
+        due=np.array([due]),
     )
 
 
@@ -135,6 +148,51 @@ def test_a_request_whose_text_changes_uses_the_exits_again() -> None:
         scored.append(scores)
     assert sum(scored[100:200]) < 10
     assert all(scored[-100:])
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_exits_that_are_no_longer_trusted_are_tried(right: bool) -> None:
+    """Alone, a draft of theirs would never promise enough to be verified."""
+    record = AcceptanceRecord()
+    early = np.zeros(1, np.int8)
+    for _ in range(11):
+        record.record_acceptance("a", early, np.ones(1), 0)
+    drafter = make_drafter([0], 4, lambda rows: [0.99] * len(rows))
+    requests = make_requests(1, 4, 0.4)
+    drafted = []
+    for _ in range(2000):
+        admission = record.admission(["a"], np.array([0.4]))
+        if admission.use_exits[0]:
+            record.record_scoring("a", 0.4)
+        window = drafter.draft(replace(requests, admission=admission))
+        exits, expected = window.exits[0, 1:], window.expected
+        assert expected is not None
+        drafts = int(window.length[0]) - 1
+        drafted.append(drafts)
+        if drafts:
+            record.record_acceptance(
+                "a", exits[:drafts], expected[0, 1 : 1 + drafts], drafts * right
+            )
+    tries = drafted[:120] if right else drafted
+    assert 0 < sum(tries) <= len(tries) * TRY_COST / 0.4
+    assert max(tries) == 1
+    if right:
+        assert min(drafted[-50:]) == 4
+
+
+def test_a_try_that_is_not_compared_counts() -> None:
+    """It would be made again in every cycle."""
+    record = AcceptanceRecord()
+    first_wrong = [(-1, 0), (0, -1)]
+    for exits in first_wrong:
+        record.record_acceptance("a", np.array(exits, np.int8), np.ones(2), 0)
+        found = record.admission(["a"], np.array([0.1]))
+        assert not found.exits_due[0]
+        assert not found.due[0]
+        for _ in range(TRY_EVERY):
+            found = record.admission(["a"], np.array([0.1]))
+        assert found.exits_due[0]
+        assert found.due[0]
 
 
 def test_acceptance_is_what_the_exit_was_calibrated_to() -> None:

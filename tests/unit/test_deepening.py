@@ -131,6 +131,18 @@ def test_what_was_not_tried_for_long_is_tried_again(least: float, tokens: int) -
         deepening.ran_on(0, promise, promise)
 
 
+def test_a_request_with_a_threshold_takes_nobodys_try() -> None:
+    deepening = on_easy_text()
+    for _ in range(100):
+        deepening.ran_on(0, np.full(1, 0.5), np.full(1, 0.5))
+    deepening.stayed(0, np.full(64, 0.5))
+    both, ones = np.full(2, 0.5), np.ones(2)
+    answers = deepening.pays(
+        0, both, both, ones, np.array([math.nan, 0.1]), np.full(2, 8)
+    )
+    assert answers.tolist() == [False, True]
+
+
 def test_one_of_many_requests_is_enough_for_a_try() -> None:
     deepening = on_easy_text()
     promise = np.full(64, 0.5)

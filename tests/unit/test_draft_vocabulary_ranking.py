@@ -135,6 +135,9 @@ def test_the_command_ranks_the_tokens_of_data(
         "the first 50% of the ranking, 2 tokens: 70.0% of the text\n"
         "the first 100% of the ranking, 4 tokens: 100.0% of the text\n"
         f"Wrote a draft vocabulary of 4 tokens to {demo}\n"
+        "What is known of the exits' probabilities was measured among other tokens "
+        "than the 4 that gates now see; `adadecode train --draft-vocabulary` measures "
+        "it anew\n"
     )
     after = load_heads_config(demo)
     assert after == config.model_copy(update={"draft_vocabulary": 4})

@@ -30,7 +30,7 @@ def parse(**options: Any) -> RequestOptions:
     )
 
 
-@pytest.mark.parametrize("extra_args", [None, {}, {"other": 1, "ada": 2}])
+@pytest.mark.parametrize("extra_args", [None, {}, {"other": 1, "ada": 2}, {1: "x"}])
 def test_requests_that_ask_for_nothing(extra_args: Any) -> None:
     assert parse_request_options(extra_args, CONFIG) is ENGINES
 

@@ -90,6 +90,12 @@ def make_data(options: DataOptions, progress: Progress | None = None) -> Dataset
         from adadecode_vllm.toolkit.data.generate import check_options
 
         check_options(options.engine)
+    for path in options.inputs:
+        if path.is_dir() and options.out.resolve().is_relative_to(path.resolve()):
+            raise AdaDecodeError(
+                f"--input {path}: OUT, {options.out}, lies in it and would be read "
+                "when the run is continued; give another OUT"
+            )
     files = input_files(selection, options.inputs)
     model = load_model(options.model, trust_remote_code=options.trust_remote_code)
     chat = use_chat_template(model, options.chat, selection.task, options.finished)

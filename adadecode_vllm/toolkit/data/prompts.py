@@ -65,7 +65,6 @@ def load_model(name: str, *, trust_remote_code: bool = False) -> TargetModel:
         AdaDecodeError: One of them cannot be read, it is no language model, or it needs
             code that may not run.
     """
-    from huggingface_hub.errors import HfHubHTTPError
     from transformers import AutoConfig, AutoTokenizer
 
     try:
@@ -80,8 +79,9 @@ def load_model(name: str, *, trust_remote_code: bool = False) -> TargetModel:
         vocab_size = int(text_config.vocab_size)
     except AdaDecodeError:
         raise
-    # OSError: no such model; ValueError: unknown architecture or tokenizer class.
-    except (HfHubHTTPError, OSError, ValueError, AttributeError, ImportError) as error:
+    # Not narrower: neither the errors of a configuration's own checks nor those of the
+    # HTTP client derive from anything else.
+    except Exception as error:
         raise AdaDecodeError(
             f"--model {name}: its configuration or tokenizer cannot be read "
             f"({first_line(error)}); give a language model in the Hugging Face layout, "
@@ -240,6 +240,7 @@ def _render(
             tokenize=True,
             return_dict=False,
             date_string=date.strftime("%d %b %Y"),
+            strftime_now=date.strftime,
         )
     # A template is a program of the model's maker; jinja2's errors are no ValueErrors.
     except Exception as error:

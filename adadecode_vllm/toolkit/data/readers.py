@@ -54,7 +54,7 @@ class Record:
                 f"{type(value).__name__} instead of text; correct the record, or give "
                 "the right --task or --field"
             )
-        return value
+        return self._whole(field, value)
 
     def texts(self, field: str) -> list[str]:
         """Return a field that must be a list of texts; errors as `text`."""
@@ -64,7 +64,7 @@ class Record:
                 f"--input {self.place}: the field {field!r} is not a list of texts; "
                 "correct the record, or give the right --task"
             )
-        return value
+        return [self._whole(field, text) for text in value]
 
     def integer(self, field: str) -> int:
         """Return a field that must be an integer; errors as `text`."""
@@ -75,6 +75,17 @@ class Record:
                 "the record, or give the right --task"
             )
         return value
+
+    def _whole(self, field: str, text: str) -> str:
+        """JSON allows half of a character that takes two code units."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise AdaDecodeError(
+                f"--input {self.place}: the field {field!r} has half a character, "
+                f"{text[error.start]!a}; correct the record"
+            ) from None
+        return text
 
     def _get(self, field: str) -> Any:
         if field in self.values:

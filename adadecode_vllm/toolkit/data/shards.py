@@ -181,10 +181,10 @@ def read_rows(
         AdaDecodeError: As `load_dataset_info`, or rows are damaged, missing or double.
     """
     directory = Path(directory)
-    load_dataset_info(directory, flag)
+    request = str(load_dataset_info(directory, flag).sources.get("request", ""))
     expected = 0
     for path in _shards(directory, flag):
-        for row in _read_shard(path, directory, flag):
+        for row in _read_shard(path, directory, flag, request):
             if row.row_id != expected:
                 raise data_error(
                     directory,
@@ -272,7 +272,7 @@ class ShardWriter:
 
         def counted() -> Iterator[DataRow]:
             for path in self._paths():
-                for row in _read_shard(path, self.directory, "OUT"):
+                for row in _read_shard(path, self.directory, "OUT", self._request):
                     tokens["prompt"] += len(row.prompt_ids)
                     tokens["response"] += len(row.response_ids)
                     yield row
@@ -336,9 +336,20 @@ def _open(path: Path, directory: Path, flag: str) -> Any:
     return file
 
 
-def _read_shard(path: Path, directory: Path, flag: str) -> Iterator[DataRow]:
-    """Yield the rows of one shard."""
+def _read_shard(
+    path: Path, directory: Path, flag: str, request: str
+) -> Iterator[DataRow]:
+    """Yield the rows of one shard of a request."""
     with _open(path, directory, flag) as file:
+        found = (file.schema_arrow.metadata or {}).get(_REQUEST_KEY, b"")
+        if found.decode(errors="replace") != request:
+            raise data_error(
+                directory,
+                f"{path.name} belongs to other data, which perhaps took the place of "
+                "these while they were read",
+                f"give the same command again, or {_AGAIN}",
+                flag,
+            )
         try:
             batches = list(file.iter_batches())
         except (OSError, pa.ArrowException) as error:

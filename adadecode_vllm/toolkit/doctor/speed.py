@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.heads import Heads
-from adadecode_vllm.heads.files import CARD_FILE
+from adadecode_vllm.heads.files import CARD_FILE, weights_digest
 from adadecode_vllm.toolkit.doctor.finding import Finding
 from adadecode_vllm.toolkit.evaluation.output import EVALUATION_FILE
 from adadecode_vllm.toolkit.publishing.card import predicted_best
@@ -148,12 +148,12 @@ def _by_default(heads: Heads, defaults: Defaults) -> Finding:
 
 
 def _evaluation(heads: Heads) -> Evaluation | None:
-    """What was written of these heads, and of all of their exits."""
+    """What was written of these heads, not of those that they replaced."""
     path = heads.directory / _EVALUATION
     with suppress(OSError, ValueError, RecursionError, AdaDecodeError):
         evaluation = parse_evaluation(json.loads(path.read_text(encoding="utf-8")))
-        layers = [exit_.layer for exit_ in evaluation.exits]
-        return evaluation if layers == heads.config.exit_layers else None
+        same = evaluation.weights == weights_digest(heads.directory)
+        return evaluation if same else None
     return None
 
 

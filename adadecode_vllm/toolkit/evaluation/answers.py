@@ -13,6 +13,9 @@ from adadecode_vllm.toolkit.states.teacher import KeyValues, Teacher
 from adadecode_vllm.toolkit.states.texts import Text
 
 # What heads with memory gave for the last drafts: more than one cycle needs.
+_ROWS = 512
+"""Positions whose logits are in memory at a time."""
+
 _KEPT_OUTPUTS = 256
 
 KEPT_ANSWERS = 8
@@ -69,8 +72,13 @@ def known_answers(
             end = start + len(text.token_ids)
             here = {layer: streams[layer][start + text.first : end] for layer in layers}
             start = end
-            final, _ = read_exit(here[teacher.num_layers], None, teacher.lm_head)
-            own = final.argmax(-1).tolist()
+            own = [
+                token
+                for part in here[teacher.num_layers].split(_ROWS)
+                for token in read_exit(part, None, teacher.lm_head)[0]
+                .argmax(-1)
+                .tolist()
+            ]
             same = 0
             while same < len(text.answer) and own[same] == text.answer[same]:
                 same += 1
@@ -272,9 +280,12 @@ class KnownScores:
 
     def _read(self, outputs: torch.Tensor) -> list[Scored]:
         """Top tokens and their probabilities, by row."""
-        logits, log_odds = read_exit(outputs, None, self._lm_head)
-        tokens = logits.argmax(-1).cpu()
-        if self._token_ids is not None:
-            tokens = self._token_ids[tokens]
-        probabilities = log_odds.double().sigmoid().float()
-        return list(zip(tokens.tolist(), probabilities.tolist(), strict=True))
+        scored: list[Scored] = []
+        for part in outputs.split(_ROWS):
+            logits, log_odds = read_exit(part, None, self._lm_head)
+            tokens = logits.argmax(-1).cpu()
+            if self._token_ids is not None:
+                tokens = self._token_ids[tokens]
+            probabilities = log_odds.double().sigmoid().float()
+            scored += zip(tokens.tolist(), probabilities.tolist(), strict=True)
+        return scored

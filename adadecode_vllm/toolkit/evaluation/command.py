@@ -78,7 +78,7 @@ def eval_command(
     import yaml
 
     from adadecode_vllm.heads import load_heads_config
-    from adadecode_vllm.heads.files import heads_named
+    from adadecode_vllm.heads.files import heads_named, weights_digest
     from adadecode_vllm.toolkit.evaluation.output import (
         check_evaluation_output,
         write_evaluation,
@@ -141,7 +141,8 @@ def eval_command(
             meter=meter,
         )
     with heads_named("HEADS"):
-        if load_heads_config(heads) != config:
+        weights = weights_digest(heads)
+        if load_heads_config(heads) != config or weights != report["weights"]:
             raise AdaDecodeError(
                 f"HEADS {heads}: they were replaced while they were evaluated, so "
                 "nothing was written; evaluate them again"
@@ -149,8 +150,8 @@ def eval_command(
     written = [write_evaluation(output, report)]
     if plots:
         written += write_report(output, report, history)
-    written.append(write_card(heads, config, training=training, evaluation=report))
     _print(report)
+    written.append(write_card(heads, config, training=training, evaluation=report))
     typer.echo(f"Wrote {', '.join(str(path) for path in written)}")
 
 

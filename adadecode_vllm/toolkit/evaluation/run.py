@@ -14,6 +14,7 @@ from adadecode_vllm.config import parse_config
 from adadecode_vllm.engine.settings import threshold_policy
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.heads.config import ExitHeadsConfig, load_heads_config
+from adadecode_vllm.heads.files import weights_digest
 from adadecode_vllm.heads.fingerprint import check_fingerprint
 from adadecode_vllm.heads.io import HeadsTensors, is_identity, load_tensors
 from adadecode_vllm.toolkit.evaluation.answers import KEPT_ANSWERS, known_answers
@@ -174,6 +175,7 @@ def evaluate_heads(
     report: dict[str, Any] = {
         "model": teacher.name,
         "heads": str(directory),
+        "weights": weights_digest(directory),
         "data": ", ".join(map(str, data)),
         "tokens": used_tokens(texts),
         "num_layers": teacher.num_layers,

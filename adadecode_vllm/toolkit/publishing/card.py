@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from adadecode_vllm.files import atomic_write, free_name
 from adadecode_vllm.heads.config import ExitHeadsConfig
@@ -62,7 +62,21 @@ _PREDICTION = re.compile(
     r"([\d.]+) and at most (\d+) early predictions",
     re.MULTILINE,
 )
-_HEADS_ARGUMENT = re.compile(r"(--adadecode-heads )('[^']*'|\S+)")
+# A word as `shlex.quote` writes it, apostrophes included.
+_HEADS_ARGUMENT = re.compile(r"""(--adadecode-heads )((?:'[^']*'|"'")+|\S+)""")
+_TRAINING = re.compile(r"^## Training\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+
+
+class Told(NamedTuple):
+    """What a card says of a training whose record is not there.
+
+    Attributes:
+        section: The text below its heading.
+        metadata: The licence and the datasets.
+    """
+
+    section: str
+    metadata: Mapping[str, Any]
 
 
 def write_card(
@@ -81,7 +95,8 @@ def write_card(
         training: What made the heads, such as `run.yaml`, nested as deep as it likes:
             `license` and `datasets` go into the card's metadata, `argv` is shown as a
             command, `held_out` (loss and agreement by exit) and the rest as tables.
-            None if it is not known.
+            None if it is not known; what a card that was written here says of it
+            stays.
         evaluation: `evaluation.json`, decoded. None for a card without figures.
         repo_id: The repository on the Hub to name in the serve command; None for the
             directory.
@@ -94,7 +109,10 @@ def write_card(
         OSError: The file cannot be written.
     """
     heads = repo_id or str(directory)
-    text = render_card(config, heads, training=training, evaluation=evaluation)
+    told = None if training is not None else _told(Path(directory) / CARD_FILE)
+    text = render_card(
+        config, heads, training=training, evaluation=evaluation, told=told
+    )
     return replace_card(directory, text)
 
 
@@ -127,6 +145,7 @@ def render_card(
     *,
     training: Mapping[str, Any] | None = None,
     evaluation: Mapping[str, Any] | None = None,
+    told: Told | None = None,
 ) -> str:
     """Render a model card.
 
@@ -137,6 +156,7 @@ def render_card(
             them with it.
         training: See `write_card`.
         evaluation: See `write_card`.
+        told: What is said of the training in place of a record of it.
 
     Returns:
         Markdown with YAML metadata. Absolute paths in the training are cut to their
@@ -156,7 +176,7 @@ def render_card(
     *others, last = (str(layer) for layer in config.exit_layers)
     recommended = config.recommended if heads is not None else None
     card = ModelCard.from_template(
-        _metadata(config, training),
+        _metadata(config, training if told is None else told.metadata),
         template_path=str(_TEMPLATE),
         config=config,
         heads=heads,
@@ -164,6 +184,7 @@ def render_card(
         exits=f"{', '.join(others)} or {last}" if others else last,
         draft_vocabulary=_draft_vocabulary(config),
         training=training,
+        told=told and told.section,
         command=_command(training.get("argv")),
         held_out=held_out,
         among=among(_compared_tokens(training)),
@@ -229,6 +250,21 @@ def predicted_best(card: str) -> Best | None:
     if (match := _PREDICTION.search(card)) is None:
         return None
     return Best(speedup=float(match[1]), threshold=float(match[2]), cap=int(match[3]))
+
+
+def _told(path: Path) -> Told | None:
+    """What a card says of the training; None without one that was written here."""
+    from huggingface_hub import ModelCard
+
+    if not is_as_written(path):
+        return None
+    card = ModelCard(path.read_text(encoding="utf-8"))
+    if (match := _TRAINING.search(card.text)) is None:
+        return None
+    # The comment at the end belongs to the whole.
+    section = re.sub(r"<!--.*?-->", "", match[1]).strip()
+    data = card.data.to_dict()
+    return Told(section, {name: data.get(name) for name in ("license", "datasets")})
 
 
 def _metadata(config: ExitHeadsConfig, training: Mapping[str, Any]) -> ModelCardData:

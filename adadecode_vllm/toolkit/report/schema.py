@@ -226,6 +226,7 @@ class Evaluation(_Record):
     Attributes:
         model: Name or path of the base model.
         heads: Name or path of the heads.
+        weights: SHA-256 of their weights' file; None where it is not known.
         data: Name or path of the held-out text.
         tokens: Tokens of it.
         num_layers: Decoder layers of the model.
@@ -239,6 +240,7 @@ class Evaluation(_Record):
 
     model: str
     heads: str
+    weights: str | None = None
     data: str
     tokens: int
     num_layers: int

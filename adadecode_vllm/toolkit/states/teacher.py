@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from adadecode_vllm.engine.families import SUPPORTED_ARCHITECTURES
@@ -18,7 +17,6 @@ from adadecode_vllm.toolkit.states.attention import packed_attention
 
 #: Most tokens of several texts that run as one, under a mask of tokens x tokens.
 MASKED_TOKENS = 8192
-_UNFIT = (ImportError, OSError, RuntimeError, ValueError, SafetensorError)
 
 DTYPES = {
     "float32": torch.float32,
@@ -181,7 +179,9 @@ class Teacher:
                 model = model.to(device)
         except (AdaDecodeError, torch.OutOfMemoryError):
             raise
-        except _UNFIT as error:
+        # Not narrower: neither the errors of a configuration's own checks nor those of
+        # the HTTP client derive from anything else.
+        except Exception as error:
             raise AdaDecodeError(
                 f"MODEL {name}: it cannot be loaded ({first_line(error)}); "
                 "give a directory or a Hugging Face name of a causal language model "

@@ -76,8 +76,8 @@ def train_command(
     draft_vocabulary: Annotated[
         int | None,
         typer.Option(
-            help="Train on, and let gates look at, only so many of the most frequent "
-            "tokens; by default train on all."
+            help="Train on so many of the most frequent tokens only, by default on "
+            "all; up to half of all, gates look at no others either."
         ),
     ] = None,
     memory: Annotated[
@@ -130,6 +130,7 @@ def train_command(
 
     layers = None if exit_layers == "auto" else parse_layers(exit_layers)
     stored_dtype = parse_heads_dtype("--heads-dtype", heads_dtype)
+    _check_cache(cache_dir, output)
     _check_policy(threshold=threshold, max_early_predictions=max_early_predictions)
     settings = _settings(
         preset,
@@ -198,6 +199,15 @@ def train_command(
             )
         if processes.is_main_process:
             _summarize(record, output)
+
+
+def _check_cache(cache_dir: Path | None, output: Path) -> None:
+    """What is in OUT is replaced or removed when training ends."""
+    if cache_dir and cache_dir.resolve().is_relative_to(output.resolve()):
+        raise AdaDecodeError(
+            f"--cache-dir {cache_dir}: it lies in OUT, {output}, where nothing is kept "
+            "for later runs; give a directory outside"
+        )
 
 
 def _check_policy(**options: Any) -> None:

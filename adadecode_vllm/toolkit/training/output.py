@@ -49,6 +49,7 @@ def check_training_output(output: Path, *, overwrite: bool) -> None:
         AdaDecodeError: It holds heads that may not be replaced, or other files.
     """
     runs = (RUN_DIRECTORY, _NEW, _OLD)
+    overwrite = overwrite or _is_ending(output)
     check_output(output, "OUT", overwrite=overwrite, ours=runs)
     for run in runs:
         directory = output / run
@@ -186,6 +187,15 @@ def finish(output: Path, directory: Path) -> None:
 def _is_of_a_run(name: str) -> bool:
     """Whether a training writes files of a name, or safetensors while it saves one."""
     return name.startswith(".tmp") or without_temporary(name) in _CONTENT
+
+
+def _is_ending(output: Path) -> bool:
+    """Whether a run has written what it made, its heads perhaps, and is not tidied up.
+
+    It worked in ``OUT/run``, so there were no heads before it.
+    """
+    run = output / RUN_DIRECTORY
+    return (run / RUN_FILE).exists() and (run / CHECKPOINT_FILE).exists()
 
 
 def _is_finished(output: Path) -> bool:

@@ -59,7 +59,7 @@ class TrainSettings(BaseModel):
     warmup: UnitInterval = 0.03
     held_out: UnitInterval = 0.05
     patience: Annotated[int, Field(ge=0)] = 0
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     max_length: PositiveInt | None = None
     draft_vocabulary: Annotated[int | None, Field(ge=2)] = None
     memory: bool = False

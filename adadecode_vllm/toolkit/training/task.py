@@ -132,5 +132,5 @@ def read_task(
         exit_layers=layers,
         weights_key=weights_key,
         data_key=data_key,
-        key=settings.digest(weights_key, data_key, repr(layers)),
+        key=settings.digest(weights_key, data_key, repr(layers), str(teacher.dtype)),
     )

@@ -9,7 +9,13 @@ from typing import Any
 
 import pytest
 
-from adadecode_vllm.heads import init_heads
+from adadecode_vllm.heads import (
+    init_heads,
+    load_heads_config,
+    load_tensors,
+    save_heads,
+)
+from adadecode_vllm.heads.files import weights_digest
 from adadecode_vllm.toolkit.doctor.examine import examine
 from adadecode_vllm.toolkit.doctor.finding import Finding
 from adadecode_vllm.toolkit.evaluation.output import write_evaluation
@@ -29,6 +35,7 @@ def evaluate(heads: Path, **best: Any) -> None:
         {**exit_, "layer": layer}
         for exit_, layer in zip(evaluation["exits"], (1, 3), strict=False)
     ]
+    evaluation["weights"] = weights_digest(heads)
     evaluation["best"] = {"threshold": 0.6, "cap": 4, "speedup": 1.5} | best
     write_evaluation(heads / "evaluation", evaluation)
 
@@ -68,11 +75,12 @@ def test_the_defaults_are_told_where_nothing_is_faster(heads: Path) -> None:
     assert "the engine's defaults reach 1.00x" in finding.text
 
 
-def test_the_evaluation_of_other_exits_says_nothing(heads: Path) -> None:
+def test_the_evaluation_of_former_heads_says_nothing(heads: Path) -> None:
+    """The directory's report stays where heads are trained anew."""
     evaluate(heads)
-    damaged = json.loads((heads / "evaluation/evaluation.json").read_text())
-    damaged["exits"][0]["layer"] = 2
-    (heads / "evaluation/evaluation.json").write_text(json.dumps(damaged))
+    config = load_heads_config(heads)
+    weights = load_tensors(heads, config).weights
+    save_heads(heads, {layer: 2 * weight for layer, weight in weights.items()}, config)
     assert speed(heads).text == "Unknown: these heads were not evaluated."
 
 

@@ -8,7 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from vllm.config import CompilationMode, ECTransferConfig, KVTransferConfig
+from vllm.config import (
+    CompilationMode,
+    ECTransferConfig,
+    KVTransferConfig,
+    OffloadConfig,
+)
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
@@ -61,6 +66,12 @@ from tests.start_up import create, refusal
             "--enable-return-routed-experts",
             "pending tokens pass their layers in several",
             "Remove --enable-return-routed-experts",
+        ),
+        (
+            {"aux_output_config": {"enable_return_routed_experts": True}},
+            "--aux-output-config",
+            "pending tokens pass their layers in several",
+            "Remove --aux-output-config",
         ),
         (
             {"spec_method": "ngram", "spec_tokens": 2},
@@ -118,6 +129,12 @@ from tests.start_up import create, refusal
             "only text generation decodes tokens",
             "Start without --plugin adadecode",
             marks=pytest.mark.feature("pooling models", "refused"),
+        ),
+        (
+            {"offload_group_size": 2},
+            "--offload-group-size 2",
+            "each layer loads the weights of one behind it",
+            "Remove it, or use --cpu-offload-gb",
         ),
         (
             {"model_impl": "transformers"},
@@ -188,6 +205,7 @@ def test_tensor_parallelism_is_for_both_executors(
         kv_transfer_config=None,
         ec_transfer_config=None,
         cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
+        offload_config=OffloadConfig(),
     )
     refusals._check_features(config)
 
@@ -290,6 +308,21 @@ def test_encoder_cache_connectors(model: Path, heads: Path) -> None:
     assert message.startswith(
         "--ec-transfer-config: not with AdaDecode, because an encoder cache belongs to "
         "a multimodal model"
+    )
+
+
+def test_checkpoints_of_speculators() -> None:
+    """vLLM takes their method in place of ours, and MODEL is then their model."""
+    config: Any = SimpleNamespace(
+        speculative_config=SimpleNamespace(method="eagle3", model="some/speculator"),
+        model_config=SimpleNamespace(model="some/model"),
+    )
+    with pytest.raises(AdaDecodeError) as caught:
+        refusals._check_speculator(config)
+    assert str(caught.value) == (
+        "--model some/speculator: not with AdaDecode, because it is a checkpoint of "
+        "the speculative method eagle3, and vLLM runs one at a time. Name the model "
+        "itself, some/model, or start without --plugin adadecode."
     )
 
 
