@@ -119,10 +119,7 @@ def draft_vocabulary_command(
     ] = None,
 ) -> None:
     """Give heads the most frequent tokens of a text as their draft vocabulary."""
-    from adadecode_vllm.heads.config import (
-        default_draft_vocabulary,
-        load_heads_config,
-    )
+    from adadecode_vllm.heads.config import load_heads_config
     from adadecode_vllm.heads.files import heads_named
     from adadecode_vllm.toolkit.training.draft_vocabulary import (
         add_draft_vocabulary,
@@ -133,6 +130,7 @@ def draft_vocabulary_command(
         before = load_heads_config(heads)
         counts = data_counts(heads, data)
         ranking = add_draft_vocabulary(heads, counts, size)
+        sees = load_heads_config(heads).default_draft_vocabulary
     total = int(counts.sum())
     typer.echo(f"{total:,} tokens of text, {int(counts.count_nonzero()):,} distinct")
     for share in (25, 50, 100):
@@ -143,7 +141,6 @@ def draft_vocabulary_command(
             "the text"
         )
     typer.echo(f"Wrote a draft vocabulary of {len(ranking):,} tokens to {heads}")
-    sees = default_draft_vocabulary(len(ranking), before.vocab_size)
     if before.calibration and sees != before.default_draft_vocabulary:
         typer.echo(
             "What is known of the exits' probabilities was measured among other tokens "

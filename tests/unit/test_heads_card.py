@@ -15,10 +15,10 @@ from adadecode_vllm.heads import load_heads_config, load_tensors
 from adadecode_vllm.heads.hub import is_hub_id
 from adadecode_vllm.toolkit.publishing.card import (
     name_repository,
-    predicted_best,
     render_card,
     write_card,
 )
+from adadecode_vllm.toolkit.publishing.card_reading import predicted_best
 from adadecode_vllm.toolkit.publishing.save import (
     make_speculators_config,
     save_pretrained,
@@ -168,9 +168,23 @@ def test_card_of_registered_heads_names_the_model_only() -> None:
 
 def test_card_names_a_repository_in_both_commands() -> None:
     config = make_config(recommended=RECOMMENDED)
-    for heads in ("heads", "my heads"):
+    for heads in ("heads", "my heads", "o'brien's heads"):
         card = name_repository(render_card(config, heads), "ann/heads")
         assert card == render_card(config, "ann/heads")
+
+
+def test_a_later_evaluation_keeps_what_the_card_says_of_the_training(
+    tmp_path: Path,
+) -> None:
+    """Heads of the Hub come without the record of their training."""
+    config, evaluation = make_config(), make_evaluation()
+    first = write_card(tmp_path, config, training=TRAINING).read_text()
+    second = write_card(tmp_path, config, evaluation=evaluation).read_text()
+    recorded = render_card(
+        config, str(tmp_path), training=TRAINING, evaluation=evaluation
+    )
+    assert second == recorded != first
+    assert write_card(tmp_path, config, evaluation=evaluation).read_text() == recorded
 
 
 def test_serve_command_survives_any_path() -> None:

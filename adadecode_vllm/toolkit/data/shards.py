@@ -102,9 +102,14 @@ def shard_request(path: Path) -> str | None:
     """
     try:
         with pq.ParquetFile(path) as file:
-            found = (file.schema_arrow.metadata or {}).get(_REQUEST_KEY, b"")
+            return _request_of(file)
     except (OSError, pa.ArrowException):
         return None
+
+
+def _request_of(file: Any) -> str:
+    """What the footer of an open Parquet file says; empty where it says nothing."""
+    found = (file.schema_arrow.metadata or {}).get(_REQUEST_KEY, b"")
     return found.decode(errors="replace")
 
 
@@ -341,8 +346,7 @@ def _read_shard(
 ) -> Iterator[DataRow]:
     """Yield the rows of one shard of a request."""
     with _open(path, directory, flag) as file:
-        found = (file.schema_arrow.metadata or {}).get(_REQUEST_KEY, b"")
-        if found.decode(errors="replace") != request:
+        if _request_of(file) != request:
             raise data_error(
                 directory,
                 f"{path.name} belongs to other data, which perhaps took the place of "

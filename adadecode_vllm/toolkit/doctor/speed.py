@@ -14,7 +14,7 @@ from adadecode_vllm.heads import Heads
 from adadecode_vllm.heads.files import CARD_FILE, weights_digest
 from adadecode_vllm.toolkit.doctor.finding import Finding
 from adadecode_vllm.toolkit.evaluation.output import EVALUATION_FILE
-from adadecode_vllm.toolkit.publishing.card import predicted_best
+from adadecode_vllm.toolkit.publishing.card_reading import predicted_best
 from adadecode_vllm.toolkit.report import parse_evaluation, parse_history
 from adadecode_vllm.toolkit.report.defaults import expected_by_default
 from adadecode_vllm.toolkit.report.schema import (

@@ -12,10 +12,9 @@ from adadecode_vllm.toolkit.evaluation.measure import read_exit
 from adadecode_vllm.toolkit.states.teacher import KeyValues, Teacher
 from adadecode_vllm.toolkit.states.texts import Text
 
-# What heads with memory gave for the last drafts: more than one cycle needs.
+# Positions whose logits are in memory at a time.
 _ROWS = 512
-"""Positions whose logits are in memory at a time."""
-
+# What heads with memory gave for the last drafts: more than one cycle needs.
 _KEPT_OUTPUTS = 256
 
 KEPT_ANSWERS = 8
@@ -72,13 +71,10 @@ def known_answers(
             end = start + len(text.token_ids)
             here = {layer: streams[layer][start + text.first : end] for layer in layers}
             start = end
-            own = [
-                token
-                for part in here[teacher.num_layers].split(_ROWS)
-                for token in read_exit(part, None, teacher.lm_head)[0]
-                .argmax(-1)
-                .tolist()
-            ]
+            own: list[int] = []
+            for part in here[teacher.num_layers].split(_ROWS):
+                logits, _ = read_exit(part, None, teacher.lm_head)
+                own += logits.argmax(-1).tolist()
             same = 0
             while same < len(text.answer) and own[same] == text.answer[same]:
                 same += 1

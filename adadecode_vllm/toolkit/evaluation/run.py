@@ -142,6 +142,8 @@ def evaluate_heads(
     Raises:
         AdaDecodeError: If something of the user's cannot be used.
     """
+    # Of what is loaded next; the caller can tell later whether it was replaced.
+    digest = weights_digest(directory)
     config, tensors = load_heads_for(teacher, directory)
     weights, memory = tensors.weights, tensors.memory
     texts = load_texts(data, teacher, max_length)
@@ -175,7 +177,7 @@ def evaluate_heads(
     report: dict[str, Any] = {
         "model": teacher.name,
         "heads": str(directory),
-        "weights": weights_digest(directory),
+        "weights": digest,
         "data": ", ".join(map(str, data)),
         "tokens": used_tokens(texts),
         "num_layers": teacher.num_layers,

@@ -11,16 +11,16 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 from adadecode_vllm.files import atomic_write, free_name
 from adadecode_vllm.heads.config import ExitHeadsConfig
 from adadecode_vllm.heads.files import CARD_FILE
 from adadecode_vllm.heads.hub import LIBRARY, is_hub_id
+from adadecode_vllm.toolkit.publishing.card_reading import Told, told_training
 from adadecode_vllm.toolkit.publishing.signed import change_signed, is_as_written, sign
 from adadecode_vllm.toolkit.report.defaults import defaults_in_words
 from adadecode_vllm.toolkit.report.schema import (
-    Best,
     Evaluation,
     ExitFigures,
     ThresholdRow,
@@ -57,26 +57,8 @@ _TAGS: Final = ["adadecode", "vllm", "speculative-decoding", "early-exit"]
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~-])/(?:[^\s/]+/)+([^\s/]*)")
 _VOCABULARY_ROW = re.compile(r"^\| Vocabulary \|.*$", re.MULTILINE)
 _DRAFT_VOCABULARY_ROW = re.compile(r"^\| Draft vocabulary \|.*\n", re.MULTILINE)
-_PREDICTION = re.compile(
-    r"^Predicted, not measured: ([\d.]+)x over plain decoding\s+with threshold "
-    r"([\d.]+) and at most (\d+) early predictions",
-    re.MULTILINE,
-)
 # A word as `shlex.quote` writes it, apostrophes included.
 _HEADS_ARGUMENT = re.compile(r"""(--adadecode-heads )((?:'[^']*'|"'")+|\S+)""")
-_TRAINING = re.compile(r"^## Training\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
-
-
-class Told(NamedTuple):
-    """What a card says of a training whose record is not there.
-
-    Attributes:
-        section: The text below its heading.
-        metadata: The licence and the datasets.
-    """
-
-    section: str
-    metadata: Mapping[str, Any]
 
 
 def write_card(
@@ -109,7 +91,7 @@ def write_card(
         OSError: The file cannot be written.
     """
     heads = repo_id or str(directory)
-    told = None if training is not None else _told(Path(directory) / CARD_FILE)
+    told = None if training is not None else told_training(Path(directory) / CARD_FILE)
     text = render_card(
         config, heads, training=training, evaluation=evaluation, told=told
     )
@@ -236,35 +218,6 @@ def name_draft_vocabulary(card: str, config: ExitHeadsConfig) -> str:
             count=1,
         ),
     )
-
-
-def predicted_best(card: str) -> Best | None:
-    """Read the predicted speedup off a card, all that published heads tell of it.
-
-    Args:
-        card: The card's text.
-
-    Returns:
-        The fastest setting and its speedup; None where the card predicts nothing.
-    """
-    if (match := _PREDICTION.search(card)) is None:
-        return None
-    return Best(speedup=float(match[1]), threshold=float(match[2]), cap=int(match[3]))
-
-
-def _told(path: Path) -> Told | None:
-    """What a card says of the training; None without one that was written here."""
-    from huggingface_hub import ModelCard
-
-    if not is_as_written(path):
-        return None
-    card = ModelCard(path.read_text(encoding="utf-8"))
-    if (match := _TRAINING.search(card.text)) is None:
-        return None
-    # The comment at the end belongs to the whole.
-    section = re.sub(r"<!--.*?-->", "", match[1]).strip()
-    data = card.data.to_dict()
-    return Told(section, {name: data.get(name) for name in ("license", "datasets")})
 
 
 def _metadata(config: ExitHeadsConfig, training: Mapping[str, Any]) -> ModelCardData:

@@ -36,18 +36,23 @@ def change_signed(text: str, change: Callable[[str], str]) -> str:
     return change(text) if unsigned is None else sign(change(unsigned))
 
 
-def is_as_written(path: Path) -> bool:
-    """Whether a file holds what `sign` returned, to the letter.
+def read_as_written(path: Path) -> str | None:
+    """The text that a file was signed with; None where it was changed since.
 
     Args:
-        path: A file. A link may be to anybody's, and is not.
+        path: A file. A link may be to anybody's, and is not read.
     """
     if path.is_symlink():
-        return False
+        return None
     try:
-        return _unsigned(path.read_bytes().decode()) is not None
+        return _unsigned(path.read_bytes().decode())
     except (OSError, UnicodeDecodeError):
-        return False
+        return None
+
+
+def is_as_written(path: Path) -> bool:
+    """Whether a file holds what `sign` returned, to the letter."""
+    return read_as_written(path) is not None
 
 
 def _unsigned(text: str) -> str | None:

@@ -19,7 +19,8 @@ from adadecode_vllm.heads.files import weights_digest
 from adadecode_vllm.toolkit.doctor.examine import examine
 from adadecode_vllm.toolkit.doctor.finding import Finding
 from adadecode_vllm.toolkit.evaluation.output import write_evaluation
-from adadecode_vllm.toolkit.publishing.card import predicted_best, render_card
+from adadecode_vllm.toolkit.publishing.card import render_card
+from adadecode_vllm.toolkit.publishing.card_reading import predicted_best
 from tests.evaluations import make_evaluation
 from tests.findings import by_check, damage
 from tests.published_heads import make_config
