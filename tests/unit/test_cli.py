@@ -170,6 +170,12 @@ def damage_config(directory: Path, **values: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+def test_a_model_of_one_layer(tmp_path: Path) -> None:
+    save_tiny_llama(tmp_path / "model", num_hidden_layers=1)
+    with pytest.raises(AdaDecodeError, match="--exit-layers has no use: the model has"):
+        init_heads(str(tmp_path / "model"), tmp_path / "heads", [0])
+
+
 def test_not_a_language_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
     with pytest.raises(AdaDecodeError, match="is not that of a language model"):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from adadecode_vllm.toolkit.data.command import data_command
 from adadecode_vllm.toolkit.data.generate import EngineSpec, Shards, dtype_here
 from adadecode_vllm.toolkit.data.make import make_data
 from adadecode_vllm.toolkit.data.options import DataOptions
+from adadecode_vllm.toolkit.data.prompts import load_model, tokenize
 from adadecode_vllm.toolkit.data.shards import (
     load_dataset_info,
     read_rows,
     rows_fingerprint,
 )
-from adadecode_vllm.toolkit.data.tasks import Selection
+from adadecode_vllm.toolkit.data.tasks import Example, Selection
 from tests.fake_answers import fail_after, fake_answers
 from tests.harness import MODEL
 
@@ -79,6 +81,16 @@ def test_chat(options: DataOptions) -> None:
     row = next(read_rows(options.out))
     expected = "<s>Problem: Ann has 0 apples. \nSteps:\n"
     assert tokenizer.decode(row.prompt_ids) == expected
+
+
+@pytest.mark.parametrize("shown", ["date_string", "strftime_now('%d %b %Y')"])
+def test_a_template_is_told_the_day_of_the_first_run(shown: str) -> None:
+    model = load_model(MODEL)
+    model.tokenizer.chat_template = f"{{{{ {shown} }}}}: {{{{ messages[0].content }}}}"
+    date = datetime(2021, 3, 4, tzinfo=UTC)
+    example = Example("text", "", "How many?")
+    (found,) = tokenize([example], model, chat=True, finished=False, date=date)
+    assert model.tokenizer.decode(found.ids) == "04 Mar 2021: How many?"
 
 
 def test_finished(options: DataOptions, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,6 +322,13 @@ def test_a_refusal_leaves_old_data(options: DataOptions) -> None:
 def test_limits(options: DataOptions, change: dict[str, Any], message: str) -> None:
     assert message in refusal(replace(options, **change))
     assert not options.out.exists()
+
+
+def test_out_is_not_among_what_is_read(options: DataOptions) -> None:
+    inputs = options.inputs[0].parent
+    within = replace(options, inputs=[inputs], out=inputs / "made" / "out")
+    assert f"--input {inputs}: OUT, {within.out}, lies in it" in refusal(within)
+    assert not within.out.exists()
 
 
 def test_out_is_a_file(options: DataOptions) -> None:

@@ -216,6 +216,11 @@ def test_bad_selections(selection: Selection, message: str) -> None:
         ("a.jsonl", b'{"body": "x", "b": 1}\n', "fields are b, body; give"),
         ("a.jsonl", b'{"text": null}\n', "the field 'text' is NoneType instead"),
         ("a.jsonl", b'{"text": " "}\n', "no record has any text"),
+        (
+            "a.jsonl",
+            rb'{"text": "a \ud83d"}',
+            r"'text' has half a character, '\ud83d';",
+        ),
         ("a.jsonl.gz", b"not gzip", "a.jsonl.gz: not a whole gzip file"),
         (
             "a.jsonl.gz",

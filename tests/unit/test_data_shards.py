@@ -265,3 +265,14 @@ def test_a_damaged_column(data: Path) -> None:
     load_dataset_info(data)  # reads footers only
     with pytest.raises(AdaDecodeError, match=r"part-00000\.parquet is damaged \("):
         list(read_rows(data))
+
+
+def test_shards_that_others_replaced_while_they_were_read(data: Path) -> None:
+    rows = read_rows(data)
+    assert next(rows).row_id == 0
+    path = data / "part-00001.parquet"
+    table = pq.read_table(path)
+    metadata = {**table.schema.metadata, b"adadecode.request": b"another"}
+    pq.write_table(table.replace_schema_metadata(metadata), path)
+    with pytest.raises(AdaDecodeError, match=r"part-00001\.parquet belongs to other"):
+        list(rows)

@@ -119,6 +119,8 @@ def test_train_then_eval_with_memory(
             ("--head", "full", "--draft-vocabulary", "9"),
             "--draft-vocabulary 9: value error, full-size heads have the whole",
         ),
+        (("--seed", "-1"), "--seed -1: input should be greater than or equal to 0"),
+        (("--seed", str(2**32)), f"--seed {2**32}: input should be less than {2**32}"),
         (("--unroll", "0"), "--unroll 0: input should be greater than 0"),
         (("--threshold", "1.5"), "--threshold 1.5: input should be less than or"),
         (("--threshold", "-0.1"), "--threshold -0.1: input should be greater than or"),
@@ -154,6 +156,17 @@ def test_mistakes_are_one_sentence(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith(f"error: {message}")
     assert not (tmp_path / "h" / "config.json").exists()
+
+
+def test_a_cache_within_out_is_refused(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "h"
+    cache = tmp_path / "h" / "states"
+    options = ("--data", data, "--cache-dir", cache)
+    assert run("train", model, output, *options) == 2
+    assert f"--cache-dir {cache}: it lies in OUT, {output}," in capsys.readouterr().err
+    assert not output.exists()
 
 
 def test_missing_data_is_one_sentence(

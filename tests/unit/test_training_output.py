@@ -214,6 +214,40 @@ def test_the_end_may_be_interrupted_anywhere(
     ]
 
 
+@pytest.mark.parametrize(
+    "last", ["run.yaml", "model.safetensors", "config.json", "README.md"]
+)
+def test_the_end_of_a_first_run_may_be_interrupted(
+    teacher: Teacher,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    last: str,
+) -> None:
+    """The same command ends it, although heads may be there by then."""
+
+    def interrupt(move: Callable[..., Any]) -> Callable[..., Any]:
+        def moved(source: Path, target: Path) -> None:
+            move(source, target)
+            if Path(target).name == last:
+                raise Killed
+
+        return moved
+
+    with monkeypatch.context() as patch:
+        for name in ("rename", "replace"):
+            patch.setattr(os, name, interrupt(getattr(os, name)))
+        with pytest.raises(Killed):
+            train(teacher, data, tmp_path)
+    assert train(teacher, data, tmp_path).steps == []
+    load_tensors(tmp_path, load_heads_config(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == [
+        *("README.md", "config.json", "model.safetensors", "run")
+    ]
+    with pytest.raises(AdaDecodeError, match=r"OUT .*already holds heads"):
+        train(teacher, data, tmp_path)
+
+
 def test_two_runs_do_not_write_to_one_directory(
     teacher: Teacher, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
