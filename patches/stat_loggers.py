@@ -10,7 +10,9 @@ logger of ``vllm.stat_logger_plugins`` would see no more than that, is not loade
 
 ``ec_connector_stats`` is a free dictionary that goes all the way. It belongs to
 encoder-cache connectors, which serve multimodal models; AdaDecode refuses both. Its
-readers are replaced by ones that know our key and leave everything else to vLLM's.
+readers are replaced by ones that know our key and leave everything else to vLLM's. The
+one for Prometheus takes the kinds of metrics from the logger that makes it: vLLM's
+logger for Ray has its own, but no reader of these statistics.
 
 Upstream: ``SchedulerStats`` and ``LoggingStatLogger.__init__`` in
 https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/v1/metrics/loggers.py
@@ -21,7 +23,14 @@ Can go when vLLM has such a field.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from adadecode_vllm.compat import SUPPORTED_NAMES
+
+if TYPE_CHECKING:
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+    from adadecode_vllm.engine.metric_loggers import AdaDecodeProm
 
 
 def install() -> None:
@@ -36,19 +45,26 @@ def install() -> None:
     from adadecode_vllm.engine.metric_loggers import AdaDecodeLogging, AdaDecodeProm
 
     prometheus = loggers.PrometheusStatLogger
-    ours = (AdaDecodeLogging, AdaDecodeProm)
+    vllms = (AdaDecodeLogging.__base__, AdaDecodeProm.__base__)
     found = (
         getattr(loggers, "ECConnectorLogging", None),
         vars(prometheus).get("_ec_connector_cls"),
     )
-    if found == ours:
+    if found == (AdaDecodeLogging, _make_reader):
         return
-    if found != tuple(cls.__base__ for cls in ours):
+    if found != vllms:
         raise RuntimeError(
             "adadecode: vllm.v1.metrics.loggers does not read ec_connector_stats as "
             f"in vLLM {SUPPORTED_NAMES}, for which this plugin was written. Install "
             "one of them."
         )
     loggers.ECConnectorLogging = AdaDecodeLogging  # type: ignore[misc]
-    prometheus._ec_connector_cls = AdaDecodeProm
+    prometheus._ec_connector_cls = _make_reader  # type: ignore[assignment]
     init_logger("vllm.adadecode").debug("vLLM's metrics show adadecode's counters")
+
+
+def _make_reader(stat_logger: PrometheusStatLogger, *args: Any) -> AdaDecodeProm:
+    """As vLLM calls the class that stands there, but bound to the logger."""
+    from adadecode_vllm.engine.metric_loggers import AdaDecodeProm
+
+    return AdaDecodeProm(*args, stat_logger=stat_logger)

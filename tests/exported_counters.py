@@ -30,7 +30,7 @@ def make_readers() -> Iterator[Callable[..., AdaDecodeProm]]:
 
     def make(options: dict[str, Any] | None, engines: int = 1) -> AdaDecodeProm:
         values: dict[int, list[object]] = {i: ["m", str(i)] for i in range(engines)}
-        return AdaDecodeProm(_config(options), ["model_name", "engine"], values)
+        return AdaDecodeProm(engine_with(options), ["model_name", "engine"], values)
 
     unregister_vllm_metrics()
     yield make
@@ -38,6 +38,7 @@ def make_readers() -> Iterator[Callable[..., AdaDecodeProm]]:
     assert PREFIX not in exported()
 
 
-def _config(options: dict[str, Any] | None) -> Any:
+def engine_with(options: dict[str, Any] | None) -> Any:
+    """As much of an engine's configuration as the readers look at."""
     additional_config = {} if options is None else {CONFIG_KEY: options}
     return SimpleNamespace(additional_config=additional_config, ec_transfer_config=None)

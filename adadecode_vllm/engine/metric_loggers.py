@@ -30,6 +30,7 @@ from adadecode_vllm.method.stats import REPORTED, REPORTED_PER_EXIT
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
 
 logger = init_logger("vllm.adadecode")
 
@@ -44,6 +45,7 @@ class AdaDecodeProm(ECConnectorProm):
         vllm_config: VllmConfig,
         labelnames: list[str],
         per_engine_labelvalues: dict[int, list[object]],
+        stat_logger: PrometheusStatLogger | None = None,
     ) -> None:
         """Register the metrics; see vLLM.
 
@@ -51,7 +53,12 @@ class AdaDecodeProm(ECConnectorProm):
             vllm_config: The engine's configuration.
             labelnames: vLLM's labels.
             per_engine_labelvalues: Their values, by engine.
+            stat_logger: The logger that reads them; Ray's has metrics of its own kinds.
         """
+        if stat_logger is not None:
+            self._gauge_cls = stat_logger._gauge_cls
+            self._counter_cls = stat_logger._counter_cls
+            self._histogram_cls = stat_logger._histogram_cls
         super().__init__(vllm_config, labelnames, per_engine_labelvalues)
         # By engine and key of a step's statistics, in their order.
         self._counters: dict[int, dict[str, list[Counter]]] = {}

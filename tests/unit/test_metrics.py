@@ -6,7 +6,9 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -45,7 +47,7 @@ from adadecode_vllm.method.ledger import REASONS
 from adadecode_vllm.method.stats import REPORTED, REPORTED_PER_EXIT, Stats
 from adadecode_vllm.patches import stat_loggers
 from adadecode_vllm.toolkit.stats.snapshot import parse
-from tests.exported_counters import EXITS, OPTIONS, exported
+from tests.exported_counters import EXITS, OPTIONS, engine_with, exported
 
 ROOT = Path(__file__).parents[2]
 NUMBERS = 2 * len(REPORTED_PER_EXIT) + len(REPORTED) + len(REASONS)
@@ -214,10 +216,42 @@ def test_the_patch(monkeypatch: pytest.MonkeyPatch) -> None:
     stat_loggers.install()
     stat_loggers.install()
     assert loggers.ECConnectorLogging is AdaDecodeLogging
-    assert logger._ec_connector_cls is AdaDecodeProm
     monkeypatch.setattr(loggers, "ECConnectorLogging", object)
     with pytest.raises(RuntimeError, match="ec_connector_stats as in vLLM"):
         stat_loggers.install()
+
+
+def test_metrics_are_of_the_loggers_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with vLLM's logger for Ray, whose metrics are not Prometheus's."""
+    monkeypatch.setattr(loggers, "ECConnectorLogging", ECConnectorLogging)
+    kept = loggers.PrometheusStatLogger
+    monkeypatch.setattr(kept, "_ec_connector_cls", ECConnectorProm)
+    stat_loggers.install()
+    counted: Counter[tuple[str, ...]] = Counter()
+
+    class Metric:
+        def __init__(self, name: str, text: str, labelnames: list[str], **_: Any):
+            self.name = name
+
+        def labels(self, *values: str) -> Any:
+            add = partial(counted.update, [(self.name, *values)])
+            return SimpleNamespace(inc=lambda _: add(), set=lambda _: add())
+
+    class Logger(kept):
+        _counter_cls = _gauge_cls = Metric  # type: ignore[assignment]
+
+        def __init__(self) -> None:
+            pass  # the other metrics
+
+    reader = Logger()._ec_connector_cls(
+        engine_with(OPTIONS), ["model_name", "engine"], {0: ["m", "0"]}
+    )
+    assert type(reader) is AdaDecodeProm
+    reader.observe({CONFIG_KEY: [1.0] * NUMBERS}, 0)
+    accepted = PREFIX + PER_EXIT["accepted"][0]
+    assert [counted[accepted, "m", "0", str(layer)] for layer in EXITS] == [1, 1]
+    assert sum(name == PREFIX + CONFIG_INFO[0] for name, *_ in counted) == 1
+    assert PREFIX not in exported()
 
 
 def test_vllm_still_has_no_field_for_a_methods_statistics() -> None:
