@@ -23,11 +23,12 @@ Can go when vLLM has such a field.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from adadecode_vllm.compat import SUPPORTED_NAMES
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.v1.metrics.loggers import PrometheusStatLogger
 
     from adadecode_vllm.engine.metric_loggers import AdaDecodeProm
@@ -63,8 +64,13 @@ def install() -> None:
     init_logger("vllm.adadecode").debug("vLLM's metrics show adadecode's counters")
 
 
-def _make_reader(stat_logger: PrometheusStatLogger, *args: Any) -> AdaDecodeProm:
+def _make_reader(
+    stat_logger: PrometheusStatLogger,
+    vllm_config: VllmConfig,
+    labelnames: list[str],
+    per_engine_labelvalues: dict[int, list[object]],
+) -> AdaDecodeProm:
     """As vLLM calls the class that stands there, but bound to the logger."""
     from adadecode_vllm.engine.metric_loggers import AdaDecodeProm
 
-    return AdaDecodeProm(*args, stat_logger=stat_logger)
+    return AdaDecodeProm(vllm_config, labelnames, per_engine_labelvalues, stat_logger)
