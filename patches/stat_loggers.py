@@ -73,4 +73,6 @@ def _make_reader(
     """As vLLM calls the class that stands there, but bound to the logger."""
     from adadecode_vllm.engine.metric_loggers import AdaDecodeProm
 
-    return AdaDecodeProm(vllm_config, labelnames, per_engine_labelvalues, stat_logger)
+    return AdaDecodeProm(
+        vllm_config, labelnames, per_engine_labelvalues, type(stat_logger)
+    )

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from prometheus_client import REGISTRY, generate_latest
+from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 
 from adadecode_vllm.config import CONFIG_KEY
@@ -30,7 +31,8 @@ def make_readers() -> Iterator[Callable[..., AdaDecodeProm]]:
 
     def make(options: dict[str, Any] | None, engines: int = 1) -> AdaDecodeProm:
         values: dict[int, list[object]] = {i: ["m", str(i)] for i in range(engines)}
-        return AdaDecodeProm(engine_with(options), ["model_name", "engine"], values)
+        labels = ["model_name", "engine"]
+        return AdaDecodeProm(engine_with(options), labels, values, PrometheusStatLogger)
 
     unregister_vllm_metrics()
     yield make

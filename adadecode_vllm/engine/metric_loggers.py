@@ -45,7 +45,7 @@ class AdaDecodeProm(ECConnectorProm):
         vllm_config: VllmConfig,
         labelnames: list[str],
         per_engine_labelvalues: dict[int, list[object]],
-        stat_logger: PrometheusStatLogger | None = None,
+        stat_logger: type[PrometheusStatLogger],
     ) -> None:
         """Register the metrics; see vLLM.
 
@@ -53,12 +53,11 @@ class AdaDecodeProm(ECConnectorProm):
             vllm_config: The engine's configuration.
             labelnames: vLLM's labels.
             per_engine_labelvalues: Their values, by engine.
-            stat_logger: The logger that reads them; Ray's has metrics of its own kinds.
+            stat_logger: The logger that asks; Ray's has metrics of its own kinds.
         """
-        if stat_logger is not None:
-            self._gauge_cls = stat_logger._gauge_cls
-            self._counter_cls = stat_logger._counter_cls
-            self._histogram_cls = stat_logger._histogram_cls
+        self._gauge_cls = stat_logger._gauge_cls
+        self._counter_cls = stat_logger._counter_cls
+        self._histogram_cls = stat_logger._histogram_cls
         super().__init__(vllm_config, labelnames, per_engine_labelvalues)
         # By engine and key of a step's statistics, in their order.
         self._counters: dict[int, dict[str, list[Counter]]] = {}

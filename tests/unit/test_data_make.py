@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`adadecode data` without an engine: resuming, refusing, limits and templates."""
+"""`adadecode data` without an engine: resuming, refusing and limits."""
 
 from __future__ import annotations
 
 import json
 import sys
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,12 @@ from adadecode_vllm.toolkit.data.command import data_command
 from adadecode_vllm.toolkit.data.generate import EngineSpec, Shards, dtype_here
 from adadecode_vllm.toolkit.data.make import make_data
 from adadecode_vllm.toolkit.data.options import DataOptions
-from adadecode_vllm.toolkit.data.prompts import load_model, tokenize
 from adadecode_vllm.toolkit.data.shards import (
     load_dataset_info,
     read_rows,
     rows_fingerprint,
 )
-from adadecode_vllm.toolkit.data.tasks import Example, Selection
+from adadecode_vllm.toolkit.data.tasks import Selection
 from tests.fake_answers import fail_after, fake_answers
 from tests.harness import MODEL
 
@@ -71,26 +69,6 @@ def test_rows(options: DataOptions) -> None:
     assert info.sources["inputs"][0]["name"] == "questions.jsonl"
     assert len(list(options.out.glob("part-*.parquet"))) == 7
     assert "adadecode-vllm" in info.versions
-
-
-def test_chat(options: DataOptions) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    make_data(replace(options, chat=None))  # the tokenizer has a template
-    row = next(read_rows(options.out))
-    expected = "<s>Problem: Ann has 0 apples. \nSteps:\n"
-    assert tokenizer.decode(row.prompt_ids) == expected
-
-
-@pytest.mark.parametrize("shown", ["date_string", "strftime_now('%d %b %Y')"])
-def test_a_template_is_told_the_day_of_the_first_run(shown: str) -> None:
-    model = load_model(MODEL)
-    model.tokenizer.chat_template = f"{{{{ {shown} }}}}: {{{{ messages[0].content }}}}"
-    date = datetime(2021, 3, 4, tzinfo=UTC)
-    example = Example("text", "", "How many?")
-    (found,) = tokenize([example], model, chat=True, finished=False, date=date)
-    assert model.tokenizer.decode(found.ids) == "04 Mar 2021: How many?"
 
 
 def test_finished(options: DataOptions, monkeypatch: pytest.MonkeyPatch) -> None:

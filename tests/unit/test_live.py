@@ -8,7 +8,7 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
@@ -31,10 +31,10 @@ from adadecode_vllm.live.endpoint import LiveEndpoint
 from adadecode_vllm.live.figures import Lately, estimated_ratio, figures
 from adadecode_vllm.method.ledger import REASONS
 from adadecode_vllm.method.stats import Stats
+from tests.exported_counters import EXITS, OPTIONS
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "adadecode_vllm" / "live" / "page.html"
-EXITS = (2, 4)
 
 
 def counted(**totals: float) -> Counted:
@@ -141,18 +141,6 @@ def test_counting_from_zero_again_begins_anew() -> None:
 
 # Routes
 
-OPTIONS = {"heads": "some/heads", "exit_layers": list(EXITS), "threshold": 0.5}
-
-
-@pytest.fixture
-def registered() -> Iterator[AdaDecodeProm]:
-    unregister_vllm_metrics()
-    config: Any = SimpleNamespace(
-        additional_config={CONFIG_KEY: OPTIONS}, ec_transfer_config=None
-    )
-    yield AdaDecodeProm(config, ["model_name", "engine"], {0: ["m", "0"]})
-    unregister_vllm_metrics()
-
 
 def client(options: dict[str, Any] | None) -> TestClient:
     """An application that has the plugin's routes, as vLLM attaches them."""
@@ -173,7 +161,9 @@ def client(options: dict[str, Any] | None) -> TestClient:
     return TestClient(app)
 
 
-def test_stats(registered: AdaDecodeProm, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stats(
+    prom: Callable[..., AdaDecodeProm], monkeypatch: pytest.MonkeyPatch
+) -> None:
     recent = RecentRequests()
     monkeypatch.setattr(endpoint, "RECENT", recent)
     evil = "cmpl-<script>alert(1)</script>"
@@ -183,7 +173,7 @@ def test_stats(registered: AdaDecodeProm, monkeypatch: pytest.MonkeyPatch) -> No
     stats.accepted[:] = [5, 3]
     stats.request_steps, stats.generated_tokens = 4, 12
     added = [*stats.reported().tolist(), *[0.0] * len(REASONS)]
-    registered.observe({CONFIG_KEY: added})
+    prom(OPTIONS).observe({CONFIG_KEY: added})
     answer = client(OPTIONS).get("/adadecode/stats")
     assert answer.headers["content-type"] == "application/json"
     assert answer.headers["cache-control"] == "no-store"

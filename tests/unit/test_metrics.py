@@ -209,10 +209,17 @@ def test_the_log_sums_up_an_interval() -> None:
     assert len(lines) == 1
 
 
-def test_the_patch(monkeypatch: pytest.MonkeyPatch) -> None:
-    logger = loggers.PrometheusStatLogger
+@pytest.fixture
+def vllms_readers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As vLLM has them, whatever this process has installed; so again afterwards."""
     monkeypatch.setattr(loggers, "ECConnectorLogging", ECConnectorLogging)
-    monkeypatch.setattr(logger, "_ec_connector_cls", ECConnectorProm)
+    monkeypatch.setattr(
+        loggers.PrometheusStatLogger, "_ec_connector_cls", ECConnectorProm
+    )
+
+
+@pytest.mark.usefixtures("vllms_readers")
+def test_the_patch(monkeypatch: pytest.MonkeyPatch) -> None:
     stat_loggers.install()
     stat_loggers.install()
     assert loggers.ECConnectorLogging is AdaDecodeLogging
@@ -221,11 +228,9 @@ def test_the_patch(monkeypatch: pytest.MonkeyPatch) -> None:
         stat_loggers.install()
 
 
-def test_metrics_are_of_the_loggers_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("vllms_readers")
+def test_metrics_are_of_the_loggers_kind() -> None:
     """As with vLLM's logger for Ray, whose metrics are not Prometheus's."""
-    monkeypatch.setattr(loggers, "ECConnectorLogging", ECConnectorLogging)
-    kept = loggers.PrometheusStatLogger
-    monkeypatch.setattr(kept, "_ec_connector_cls", ECConnectorProm)
     stat_loggers.install()
     counted: Counter[tuple[str, ...]] = Counter()
 
@@ -237,7 +242,7 @@ def test_metrics_are_of_the_loggers_kind(monkeypatch: pytest.MonkeyPatch) -> Non
             add = partial(counted.update, [(self.name, *values)])
             return SimpleNamespace(inc=lambda _: add(), set=lambda _: add())
 
-    class Logger(kept):
+    class Logger(loggers.PrometheusStatLogger):
         _counter_cls = _gauge_cls = Metric  # type: ignore[assignment]
 
         def __init__(self) -> None:

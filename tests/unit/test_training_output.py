@@ -30,6 +30,7 @@ from tests.training import train as train_once
 
 TRAIN = ("--exit-layers", "1,2", "--epochs", "2", "--batch-size", "8")
 STEPS = 5  # of an epoch
+FINISHED = ["README.md", "config.json", "model.safetensors", "run"]
 # Two epochs of so many steps.
 train = partial(train_once, epochs=2, held_out=0.1)
 # A run of another kind, in place of what is there.
@@ -209,9 +210,7 @@ def test_the_end_may_be_interrupted_anywhere(
     assert steps == ([] if renames < 6 else list(range(1, 2 * STEPS + 1)))
     record = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())
     assert record["settings"]["learning_rate"] == 1e-3
-    assert sorted(os.listdir(tmp_path)) == [
-        *("README.md", "config.json", "model.safetensors", "run")
-    ]
+    assert sorted(os.listdir(tmp_path)) == FINISHED
 
 
 @pytest.mark.parametrize(
@@ -241,9 +240,7 @@ def test_the_end_of_a_first_run_may_be_interrupted(
             train(teacher, data, tmp_path)
     assert train(teacher, data, tmp_path).steps == []
     load_tensors(tmp_path, load_heads_config(tmp_path))
-    assert sorted(os.listdir(tmp_path)) == [
-        *("README.md", "config.json", "model.safetensors", "run")
-    ]
+    assert sorted(os.listdir(tmp_path)) == FINISHED
     with pytest.raises(AdaDecodeError, match=r"OUT .*already holds heads"):
         train(teacher, data, tmp_path)
 
