@@ -22,8 +22,15 @@ SETTLE_STEPS = 2
 """Steps after a change that are not counted: one verifies what an earlier one drafted,
 and with asynchronous scheduling one was scheduled before the change."""
 
+MANY = 16
+"""Requests from which on drafts have to be found to pay first.
+
+Fewer begin with drafts. So many seldom gain much, and while their prompts are computed,
+of which nothing can be learnt, drafts make others wait for their first token.
+"""
+
 FIRST_STEPS = 12
-"""Counted steps with drafts before the first without."""
+"""Counted steps before the first look at the other way."""
 
 PROBE_STEPS = 12
 """Counted steps of a look at the other way."""
@@ -39,8 +46,16 @@ LONGER = 4
 """How many times longer than the last a pause may be, the first one than the shortest:
 an answer's beginning says little of the rest."""
 
+WORTH = 1.03
+"""How much faster steps with drafts must be than those without.
+
+Tokens per second of a step say a little too much of drafts: they end some requests
+early, and where nothing waits for the room, the others go on in smaller steps, of which
+each token takes more.
+"""
+
 BETTER = 1.01
-"""How much faster the other way must be for a change."""
+"""How much faster than that the other way must be for a change."""
 
 WINDOW_STEPS = 32
 """Steps that an average remembers."""
@@ -181,11 +196,10 @@ class _Size:
         rates: By whether they drafted, what steps yielded.
     """
 
-    def __init__(self) -> None:
-        self.drafts = True
+    def __init__(self, drafts: bool) -> None:
+        self.drafts = self._best = drafts
         self.times = _StepTimes()
         self.rates = {True: _Rate(), False: _Rate()}
-        self._best = True
         self._left = FIRST_STEPS
         self._pause = SHORTEST
 
@@ -231,6 +245,7 @@ class _Size:
             return True
         known, other = (
             self.rates[way].at(requests, self.times.request_seconds)
+            * (1.0 if way else WORTH)
             for way in (self._best, self.drafts)
         )
         if other > BETTER * known:
@@ -275,14 +290,16 @@ class AdaptiveDrafting:
     def __init__(
         self, most_requests: int, clock: Callable[[], float] = time.perf_counter
     ) -> None:
-        """Begin with drafting everywhere.
+        """Begin with drafting where requests are few.
 
         Args:
             most_requests: Most requests of a step.
             clock: Seconds.
         """
         self._clock = clock
-        self._sizes = [_Size() for _ in range(most_requests.bit_length())]
+        self._sizes = [
+            _Size(drafts=1 << bits < MANY) for bits in range(most_requests.bit_length())
+        ]
         self._ended: float | None = None
         self._drafted: bool | None = None
         self._same = 0

@@ -9,7 +9,7 @@ from random import Random
 
 import pytest
 
-from adadecode_vllm.engine.adaptive import SETTLE_STEPS, AdaptiveDrafting
+from adadecode_vllm.engine.adaptive import MANY, SETTLE_STEPS, WORTH, AdaptiveDrafting
 
 REQUESTS = 4
 
@@ -153,9 +153,20 @@ def test_it_follows_the_text() -> None:
     assert steps.share(500) > 0.9
 
 
-@pytest.mark.parametrize("seconds", [1.25, 1.255])
-def test_where_both_are_nearly_alike_the_way_seldom_changes(seconds: float) -> None:
-    """Drafting goes on where steps without are as fast, or faster by too little."""
+@pytest.mark.parametrize(
+    ("gain", "drafts"), [(1.0, False), (1.01, False), (1.05, True)]
+)
+def test_drafting_must_gain_more_than_nothing(gain: float, drafts: bool) -> None:
+    steps = Steps(lambda step, drafted: (5, 1.25 / gain) if drafted else (4, 1.0))
+    steps.run(3000)
+    # Of 62 steps, a look at the other way takes 14.
+    assert steps.share(2000) == pytest.approx(0.77 if drafts else 0.23, abs=0.03)
+
+
+@pytest.mark.parametrize("loss", [1.0, 1.005])
+def test_where_both_are_nearly_alike_the_way_seldom_changes(loss: float) -> None:
+    """Drafting goes on where steps without are worth as much, or little more."""
+    seconds = 1.25 / WORTH * loss
     steps = Steps(lambda step, drafted: (5, seconds) if drafted else (4, 1.0))
     steps.run(3000)
     # Of 64 steps, a look at the other way takes 14: it begins and it ends.
@@ -165,11 +176,22 @@ def test_where_both_are_nearly_alike_the_way_seldom_changes(seconds: float) -> N
 
 def test_batch_sizes_are_apart() -> None:
     steps = Steps(costs)
-    steps.run(100, requests=16)
-    assert not steps.adaptive.drafts(16)
-    assert not steps.adaptive.drafts(31)
-    assert steps.adaptive.drafts(15)
-    assert steps.adaptive.drafts(32)
+    steps.run(100, requests=4)
+    assert not steps.adaptive.drafts(4)
+    assert not steps.adaptive.drafts(7)
+    assert steps.adaptive.drafts(3)
+    assert steps.adaptive.drafts(8)
+
+
+def test_many_requests_draft_once_it_was_found_to_pay() -> None:
+    steps = Steps(pays)
+    # While prompts are computed nothing can be found.
+    steps.run(100, MANY, decodes=False)
+    assert not any(steps.ways)
+    steps.run(100, MANY)
+    assert steps.adaptive.drafts(MANY)
+    assert not steps.adaptive.drafts(2 * MANY)
+    assert steps.adaptive.drafts(MANY - 1)
 
 
 def test_prompts_and_pauses_say_nothing() -> None:
