@@ -37,6 +37,7 @@ from benchmarks.options import (
     add_variants_option,
     make_parser,
     numbers,
+    print_results,
     run_command,
     say,
     settings_from,
@@ -312,7 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 session.measure(load, args.repeats)
     finally:
         signal.signal(signal.SIGTERM, before)
-    sys.stdout.write(serving_table(session.results) + "\n")
+    print_results(session.results, serving_table(session.results))
 
 
 def check_prompts(prompts: int, loads: Sequence[Load]) -> None:

@@ -24,6 +24,7 @@ from benchmarks.options import (
     add_variants_option,
     batch_sizes_from,
     make_parser,
+    print_results,
     run_command,
     say,
     settings_from,
@@ -107,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         for path in draw_comparison([session.results], args.plots):
             say(f"wrote {path}")
-    sys.stdout.write(results_table([session.results]) + "\n")
+    print_results(session.results, results_table([session.results]))
 
 
 def check_oscillation(low: int | None, variants: Sequence[Variant]) -> None:

@@ -13,7 +13,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +233,32 @@ def run_command(command: Callable[[], object]) -> None:
     except VariantError as error:
         sys.stderr.write(f"error: plain vLLM failed: {error}\n")
         raise SystemExit(1) from None
+
+
+def print_results(results: Mapping[str, Any], table: str) -> None:
+    """Print what was measured; a comparison that lacks a variant is no success.
+
+    Args:
+        results: Content of the result file.
+        table: What to print.
+
+    Raises:
+        SystemExit: 1, where a variant failed. One that is skipped says why it cannot
+            run, which is no failure.
+    """
+    sys.stdout.write(table + "\n")
+    sys.stdout.flush()
+    failed = [
+        variant
+        for variant, entry in results["variants"].items()
+        if entry["status"] == "failed"
+    ]
+    if failed:
+        sys.stderr.write(
+            f"error: --variants: {', '.join(failed)} failed, for the reason below the "
+            "table.\n"
+        )
+        raise SystemExit(1)
 
 
 def say(line: str) -> None:

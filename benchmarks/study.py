@@ -21,6 +21,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from benchmarks.options import (
     make_parser,
     numbers,
+    print_results,
     run_command,
     say,
     settings_from,
@@ -148,9 +149,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         for path in draw_comparison([session.results], args.plots):
             say(f"wrote {path}")
-    sys.stdout.write(results_table([session.results]) + "\n\n")
-    sys.stdout.write(cycle_table(session.results) + "\n\n")
-    sys.stdout.write(unverified_table(session.results) + "\n")
+    results = session.results
+    tables = results_table([results]), cycle_table(results), unverified_table(results)
+    print_results(results, "\n\n".join(tables))
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ class AdaDecodeScheduler(Scheduler):
             0 if limit is not None and requests > limit else most
             for requests in range(self.max_num_active_reqs + 1)
         ]
-        self.dynamic_sd_lookup = list(self._most_by_requests)
+        self.dynamic_sd_lookup = self._drafts_by_costs()
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule one step; see vLLM."""
@@ -164,10 +164,15 @@ class AdaDecodeScheduler(Scheduler):
             busy=bool(self.running),
         )
         if changed or switched:
-            self.dynamic_sd_lookup = [
-                most if not most or not count or adaptive.drafts(count) else 0
-                for count, most in enumerate(self._most_by_requests)
-            ]
+            self.dynamic_sd_lookup = self._drafts_by_costs()
+
+    def _drafts_by_costs(self) -> list[int]:
+        """Drafts of a step by its number of requests, from 0 on."""
+        adaptive = self._adaptive
+        return [
+            most if not count or adaptive is None or adaptive.drafts(count) else 0
+            for count, most in enumerate(self._most_by_requests)
+        ]
 
     def make_spec_decoding_stats(
         self,

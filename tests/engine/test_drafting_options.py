@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from adadecode_vllm.engine.adaptive import MANY
 from tests.harness import (
     OUTPUT_TOKENS,
     Reference,
@@ -153,6 +154,9 @@ def test_drafting_stops_where_it_costs(
     options = adadecode_options(threshold=0.0, ngram="tail", policy="cost")
     with start_engine(**options) as llm:
         scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        begins = [most > 0 for most in scheduler.dynamic_sd_lookup[1:]]
+        assert begins == [number < MANY for number in range(1, len(begins) + 1)]
+        assert len(begins) >= MANY
         seconds = 0.0
 
         def clock() -> float:

@@ -12,6 +12,7 @@ import pytest
 from adadecode_vllm.errors import AdaDecodeError
 from adadecode_vllm.heads import load_heads_config
 from benchmarks import session as session_module
+from benchmarks.options import print_results
 from benchmarks.process import VariantError, VariantProcess, log_reason
 from benchmarks.session import Session
 from benchmarks.variants import Case, EngineSettings, Variant, parse_variants
@@ -327,3 +328,22 @@ def test_a_killed_run_keeps_finished_repeats(
     assert [len(case["runs"]) for case in kept["cases"]] == [2, 2]
     assert "adadecode" in kept["table"]
     assert "token_ids" not in kept["cases"][0]["runs"][0]
+
+
+def test_a_comparison_that_lacks_a_variant_is_no_success(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    variants: dict[str, Any] = {
+        "baseline": {"status": "ran"},
+        "ngram": {"status": "failed", "reason": "it is broken"},
+        "transformers": {"status": "skipped", "reason": "has no batches"},
+    }
+    with pytest.raises(SystemExit) as ended:
+        print_results({"variants": variants}, "a table")
+    assert ended.value.code == 1
+    printed = capsys.readouterr()
+    assert printed.out == "a table\n"
+    assert "--variants: ngram failed" in printed.err
+    del variants["ngram"]
+    print_results({"variants": variants}, "a table")
+    assert not capsys.readouterr().err
