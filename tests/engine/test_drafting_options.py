@@ -218,8 +218,10 @@ def test_drafts_promise_what_they_cost(
         threshold=0.75, policy="cost", ngram="tail", max_early_predictions=6
     )
     with start_engine(**options) as llm:
-        adaptive = llm.llm_engine.engine_core.engine_core.scheduler._adaptive
+        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        adaptive = scheduler._adaptive
         adaptive.step = lambda **_: False  # no clock
+        scheduler.dynamic_sd_lookup = scheduler._most_by_requests
         early, looked_up, accepted = [], [], []
         for least in (0.02, 0.3, 0.9):
             adaptive.admission = lambda requests, least=least: least
