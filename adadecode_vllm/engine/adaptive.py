@@ -47,7 +47,7 @@ LONGER = 4
 an answer's beginning says little of the rest."""
 
 WORTH = 1.03
-"""How much faster steps with drafts must be than those without.
+"""How much faster steps with drafts must be than those without to be worth as much.
 
 Tokens per second of a step say a little too much of drafts: they end some requests
 early, and where nothing waits for the room, the others go on in smaller steps, of which
@@ -55,7 +55,7 @@ each token takes more.
 """
 
 BETTER = 1.01
-"""How much faster than that the other way must be for a change."""
+"""How much more the other way must be worth for a change."""
 
 WINDOW_STEPS = 32
 """Steps that an average remembers."""

@@ -78,7 +78,7 @@ class AdaDecodeScheduler(Scheduler):
             0 if limit is not None and requests > limit else most
             for requests in range(self.max_num_active_reqs + 1)
         ]
-        self.dynamic_sd_lookup = self._drafts_by_costs()
+        self.dynamic_sd_lookup = self._drafts_by_requests()
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule one step; see vLLM."""
@@ -147,7 +147,7 @@ class AdaDecodeScheduler(Scheduler):
         switched, self._by_costs = by_costs is not self._by_costs, by_costs
         if not by_costs:
             adaptive.pause()
-            self.dynamic_sd_lookup = self._most_by_requests
+            self.dynamic_sd_lookup = self._drafts_by_requests()
             return
         requests = len(scheduler_output.num_scheduled_tokens)
         placeholders = sum(
@@ -164,13 +164,15 @@ class AdaDecodeScheduler(Scheduler):
             busy=bool(self.running),
         )
         if changed or switched:
-            self.dynamic_sd_lookup = self._drafts_by_costs()
+            self.dynamic_sd_lookup = self._drafts_by_requests()
 
-    def _drafts_by_costs(self) -> list[int]:
-        """Drafts of a step by its number of requests, from 0 on."""
+    def _drafts_by_requests(self) -> list[int]:
+        """Drafts of a step by its number of requests, from 0 on, as things stand."""
         adaptive = self._adaptive
+        if adaptive is None or not self._by_costs:
+            return self._most_by_requests
         return [
-            most if not count or adaptive is None or adaptive.drafts(count) else 0
+            most if not count or adaptive.drafts(count) else 0
             for count, most in enumerate(self._most_by_requests)
         ]
 
