@@ -31,7 +31,7 @@ DEAD = (
 
 LONG = {"temperature": 0, "max_tokens": 200}
 ENDLESS = {"ignore_eos": True}
-# Of each prompt so many that none is through before a process is killed.
+# So many that the first is not through before the worker is suspended.
 MANY = {"temperature": 1, "max_tokens": 200, "n": 8}
 
 
@@ -46,10 +46,11 @@ def test_a_killed_process_ends_the_server(
     role: str,
 ) -> None:
     """What an ordinary server does: all clients get errors, and it exits with 0."""
+    arguments = [*arguments, "--enable-server-load-tracking"]
     with serve(tmp_path / "log", *arguments, worker_process=True) as server:
         assert _texts(server, prompts) == expected
         processes = server_processes(server)
-        _kill_while_they_wait(processes[role], server, prompts)
+        _kill_while_they_wait(processes["worker"], processes[role], server, prompts)
         assert server.process.wait(timeout=60) == 0
         left = [process for name, process in processes.items() if name != "server"]
         _, alive = psutil.wait_procs(left, timeout=60)
@@ -81,32 +82,41 @@ def _texts(server: Server, prompts: list[str]) -> list[str]:
 
 
 def _kill_while_they_wait(
-    process: psutil.Process, server: Server, prompts: list[str]
+    worker: psutil.Process, process: psutil.Process, server: Server, prompts: list[str]
 ) -> None:
-    """Kill a process once every stream flows; each client must be told."""
-    flowing = threading.Semaphore(0)
+    """Kill a process while a stream flows and others wait; each client must be told."""
+    flows = threading.Event()
+
+    def read(prompt: str) -> None:
+        for _ in server.client.completions.create(
+            model=MODEL, prompt=prompt, stream=True, **MANY, extra_body=ENDLESS
+        ):
+            flows.set()
 
     def stream(prompt: str) -> None:
-        chunks = server.client.completions.create(
-            model=MODEL, prompt=prompt, stream=True, **MANY, extra_body=ENDLESS
-        )
-        next(iter(chunks))
-        flowing.release()
         with pytest.raises(APIError, match=DEAD):
-            list(chunks)
+            read(prompt)
 
     def wait(prompt: str) -> None:
         with pytest.raises(InternalServerError, match=DEAD):
             complete(server.client, prompt, **MANY, extra_body=ENDLESS)
 
-    with ThreadPoolExecutor(2 * len(prompts)) as pool:
-        waiting = [pool.submit(wait, prompt) for prompt in prompts[:2]]
-        streams = [pool.submit(stream, prompt) for prompt in prompts[2:]]
-        for _ in streams:
-            assert flowing.acquire(timeout=60), "a stream does not flow"
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        clients = [pool.submit(stream, prompts[0])]
+        assert flows.wait(timeout=60), "a stream does not flow"
+        # However slow this machine is, nobody is through before the kill.
+        worker.suspend()
+        clients += [pool.submit(wait, prompt) for prompt in prompts[1:3]]
+        clients += [pool.submit(stream, prompt) for prompt in prompts[3:]]
+        end = time.monotonic() + 60
+        while server.get_json("/load")["server_load"] < len(prompts):
+            assert time.monotonic() < end, "requests do not arrive"
+            time.sleep(0.1)
         process.kill()
-        for future in waiting + streams:
-            future.result(timeout=60)
+        if process != worker:
+            worker.resume()
+        for client in clients:
+            client.result(timeout=60)
 
 
 def _vanish(server: Server, prompt: str, midway: bool) -> None:
