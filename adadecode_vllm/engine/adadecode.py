@@ -265,7 +265,7 @@ class AdaDecode:
     def configure(self, options: Mapping[str, Any]) -> None:
         """Change when to predict early; see :meth:`Settings.configure`."""
         self.settings.configure(options)
-        self._drafter.policy = self.settings.policy
+        self._drafter.decisions.policy = self.settings.policy
 
     def forget_answers(self) -> None:
         """Look in each request alone from now on; see `SuffixLookup`."""

@@ -175,7 +175,8 @@ class DraftCycle:
         contexts = ways = None
         lookups = settings.lookups(sampled.options, len(rows))
         if lookups is not None and sampled.token_table is not None:
-            contexts, ways = contexts_of(lookups, sampled.token_table, rows, positions)
+            contexts = contexts_of(lookups, sampled.token_table, rows, positions)
+            ways = lookups
         owned_slots = self.adadecode.executor.backend.batcher.owned_slots(rows)
         return self.adadecode.draft(
             self.step,

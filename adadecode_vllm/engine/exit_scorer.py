@@ -17,6 +17,7 @@ from vllm.distributed import (
 )
 
 from adadecode_vllm.engine.exit_heads import ExitHeads
+from adadecode_vllm.engine.final_norm import FinalNorm
 from adadecode_vllm.engine.packed_linear import PackedLinear
 from adadecode_vllm.engine.segments import Decoder
 from adadecode_vllm.errors import AdaDecodeError
@@ -144,6 +145,7 @@ class ExitScorer(nn.Module):
         """
         super().__init__()
         self._decoder = decoder
+        self._normalize = FinalNorm(decoder.norm, decoder.dtype)
         self._heads = heads
         self._exit_layers = list(exit_layers)
         self.num_exits = len(self._exit_layers)
@@ -183,14 +185,15 @@ class ExitScorer(nn.Module):
         Args:
             exit_index: Index of the exit, 0 .. K - 1.
             hidden: (n, d) hidden states at the exit; may be overwritten.
-            residual: (n, d) residual stream at the exit; None at the embedding.
+            residual: (n, d) residual stream at the exit, which may be overwritten;
+                None at the embedding.
             memory: (n, d) the states that the tokens were told from; None for zeros.
 
         Returns:
             Token ids (n,) int64, their probabilities (n,) float32 under the head's own
             distribution, and what the LM head read, (n, d).
         """
-        normed = self._decoder.normalize(hidden, residual)
+        normed = self._normalize(hidden, residual)
         transformed = self._heads(self._exit_layers[exit_index], normed, memory)
         if self._vocabulary is not None:
             logits = self._vocabulary(transformed)

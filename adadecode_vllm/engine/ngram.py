@@ -18,8 +18,8 @@ def contexts_of(
     token_ids: np.ndarray,
     rows: np.ndarray,
     positions: np.ndarray,
-) -> tuple[list[np.ndarray | None], np.ndarray]:
-    """What :class:`DraftRequests` says of lookups.
+) -> list[np.ndarray | None]:
+    """The ``contexts`` of :class:`DraftRequests`.
 
     Args:
         lookups: R requests' ways.
@@ -28,13 +28,12 @@ def contexts_of(
         positions: (R,) int64, positions of their newest tokens.
 
     Returns:
-        ``contexts`` and ``ways``.
+        R requests' verified tokens; None for those that look nothing up.
     """
-    contexts = [
+    return [
         None if way == "off" else token_ids[row, : position + 1]
         for row, position, way in zip(rows, positions, lookups, strict=True)
     ]
-    return contexts, np.array(lookups)
 
 
 class NgramLookup:

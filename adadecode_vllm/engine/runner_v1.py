@@ -13,6 +13,10 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from adadecode_vllm.engine.adadecode import AdaDecode
 from adadecode_vllm.engine.batch import AttentionBatcher, KVGroup
+from adadecode_vllm.engine.greedy_verification import (
+    only_largest_logits_count,
+    verify_greedily,
+)
 from adadecode_vllm.engine.placeholder_drafts import trim_grammar
 from adadecode_vllm.engine.proposer import AdaDecodeProposer
 from adadecode_vllm.engine.vllm_executor import Backend
@@ -87,9 +91,12 @@ class AdaDecodeCPUModelRunner(CPUModelRunner):
             holder.in_spec_mode = False
 
     def _sample(self, logits: Any, spec_decode_metadata: Any) -> Any:
-        """Sample; without drafts as plain vLLM does, which is cheaper."""
-        if spec_decode_metadata is not None and not spec_decode_metadata.max_spec_len:
-            spec_decode_metadata = None
+        """Sample; as plain vLLM does, which is cheaper, where that says the same."""
+        if spec_decode_metadata is not None:
+            if not spec_decode_metadata.max_spec_len:
+                spec_decode_metadata = None
+            elif only_largest_logits_count(self.input_batch.sampling_metadata):
+                return verify_greedily(logits, spec_decode_metadata)
         return super()._sample(logits, spec_decode_metadata)
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:

@@ -74,24 +74,6 @@ class Decoder:
     dtype: torch.dtype
     device: torch.device
 
-    def normalize(
-        self, hidden: torch.Tensor, residual: torch.Tensor | None
-    ) -> torch.Tensor:
-        """The final norm of the residual stream.
-
-        Args:
-            hidden: (n, d); may be overwritten.
-            residual: (n, d), which is added; None at the embedding.
-
-        Returns:
-            (n, d).
-        """
-        if residual is not None:
-            return self.norm(hidden, residual)[0]
-        # Some norms return a pair whatever they are given.
-        normed = self.norm(hidden)
-        return normed[0] if isinstance(normed, tuple) else normed
-
 
 def find_decoder(model: nn.Module) -> Decoder:
     """Take a loaded vLLM model apart.

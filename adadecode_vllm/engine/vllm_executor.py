@@ -142,10 +142,11 @@ class VllmExecutor:
         token, confidence, output = self.model.scorer(
             exit_index, hidden, residual, memory
         )
+        output = None if memory is None else output
+        if token.is_cpu:
+            return ExitAnswer(token.numpy(), confidence.numpy(), output)
         # float64 holds every token id; one copy to the host instead of two.
         answer = self._answers(torch.stack((token.double(), confidence.double())))
         return ExitAnswer(
-            answer[0].astype(np.int64),
-            answer[1].astype(np.float32),
-            None if memory is None else output,
+            answer[0].astype(np.int64), answer[1].astype(np.float32), output
         )

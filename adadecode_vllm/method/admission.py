@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from math import isnan
 
 import numpy as np
 
@@ -138,6 +139,23 @@ class _Record:
     not_drafted: int = 0
     not_looked_up: int = 0
 
+    def begin_cycle(self, least: float) -> None:
+        """Count a cycle, whose drafts must promise `least`."""
+        self.least = least
+        self.passed += 1
+        self.not_drafted += 1
+        self.not_looked_up += 1
+
+    @property
+    def trust(self) -> float:
+        """The factor on the exits' probabilities of acceptance."""
+        return _trust(self.right, self.expected)
+
+    @property
+    def lookup_trust(self) -> float:
+        """The factor on what is known of all drafts by lookup."""
+        return _trust(self.lookup_right, self.lookup_expected)
+
     def is_due(self, cycles: int) -> bool:
         """Whether a draft is worth a try after so many cycles without.
 
@@ -150,9 +168,19 @@ class _Record:
     @property
     def uses_exits(self) -> bool:
         """Whether the exits shall score in this cycle."""
-        if np.isnan(self.least) or self.scorings < _DECIDED or self.is_due(self.passed):
+        if isnan(self.least) or self.scorings < _DECIDED or self.is_due(self.passed):
             return True
         return self.gain > SCORING_COST * self.least * self.scorings
+
+
+def _trust(right: int, expected: float) -> float:
+    """How far to trust what was expected, by the share of it that came."""
+    share = (right + _PRIOR_DRAFTS) / (expected + _PRIOR_DRAFTS)
+    return min(max(share, _TRUST[0]), _TRUST[1])
+
+
+_NEW = _Record()
+"""Of a request without verified drafts."""
 
 
 class AcceptanceRecord:
@@ -162,8 +190,8 @@ class AcceptanceRecord:
         """Start without any."""
         self._records: dict[str, _Record] = {}
         # Of all requests, by matches: drafts by lookup, and how many were right.
-        self._looked_up = np.full(MOST_MATCHES, _LOOKED_UP)
-        self._looked_up_right = _LOOKED_UP * np.array(_LOOKED_UP_RIGHT)
+        self._looked_up = [_LOOKED_UP] * MOST_MATCHES
+        self._looked_up_right = [_LOOKED_UP * share for share in _LOOKED_UP_RIGHT]
 
     def admission(self, request_ids: Sequence[str], least: np.ndarray) -> Admission:
         """What requests' drafts must promise, and can.
@@ -172,36 +200,21 @@ class AcceptanceRecord:
             request_ids: R requests.
             least: (R,) see :class:`Admission`.
         """
-        known = self._looked_up_right / self._looked_up
-        trust = np.ones(len(request_ids))
-        lookup_trust = np.ones(len(request_ids))
-        use_exits = np.ones(len(request_ids), bool)
-        exits_due = np.zeros(len(request_ids), bool)
-        due = np.zeros(len(request_ids), bool)
-        for index, request_id in enumerate(request_ids):
-            record = self._records.get(request_id)
-            if record is not None:
-                record.least = least[index]
-                record.passed += 1
-                record.not_drafted += 1
-                record.not_looked_up += 1
-                use_exits[index] = record.uses_exits
-                exits_due[index] = record.is_due(record.not_drafted)
-                due[index] = record.is_due(record.not_looked_up)
-                trust[index] = (record.right + _PRIOR_DRAFTS) / (
-                    record.expected + _PRIOR_DRAFTS
-                )
-                lookup_trust[index] = (record.lookup_right + _PRIOR_DRAFTS) / (
-                    record.lookup_expected + _PRIOR_DRAFTS
-                )
-        lookup = lookup_trust.clip(*_TRUST)[:, None] * known
+        records = []
+        for request_id, own in zip(request_ids, least.tolist(), strict=True):
+            record = self._records.get(request_id, _NEW)
+            if record is not _NEW:
+                record.begin_cycle(own)
+            records.append(record)
+        known = np.array(self._looked_up_right) / self._looked_up
+        lookup_trust = np.array([record.lookup_trust for record in records])
         return Admission(
             least,
-            trust.clip(*_TRUST),
-            lookup.clip(0.01, 0.99),
-            use_exits,
-            exits_due,
-            due,
+            np.array([record.trust for record in records]),
+            (lookup_trust[:, None] * known).clip(0.01, 0.99),
+            np.array([record.uses_exits for record in records], bool),
+            np.array([record.is_due(record.not_drafted) for record in records], bool),
+            np.array([record.is_due(record.not_looked_up) for record in records], bool),
         )
 
     def record_scoring(self, request_id: str, least: float) -> None:
@@ -235,32 +248,50 @@ class AcceptanceRecord:
             accepted: Number of drafts that were accepted, 0 .. m.
         """
         record = self._records.setdefault(request_id, _Record())
-        # What follows a rejected draft was never compared.
-        compared = min(accepted + 1, len(exits))
-        early = exits[:compared] >= 0
-        right = np.arange(compared) < accepted
-        record.expected += float(expected[:compared][early].sum())
-        early_right = int(right[early].sum())
-        record.right += early_right
-        if not np.isnan(record.least):
-            record.gain += early_right - record.least * np.count_nonzero(exits >= 0)
-        # A try counts whether it was compared or not: it took its time.
-        if (exits >= 0).any():
+        early, early_right = 0, 0
+        looked_up: list[tuple[int, bool]] = []
+        for position, (own, said) in enumerate(
+            zip(exits.tolist(), expected.tolist(), strict=True)
+        ):
+            # What follows a rejected draft was never compared.
+            right, compared = position < accepted, position <= accepted
+            if own >= 0:
+                early += 1
+                if compared:
+                    record.expected += said
+                    early_right += right
+            else:
+                # A try counts whether it was compared or not: it took its time.
+                record.not_looked_up = 0
+                if compared:
+                    looked_up.append((min(-own, MOST_MATCHES) - 1, right))
+        if early:
             record.not_drafted = 0
-        if (exits < 0).any():
-            record.not_looked_up = 0
-        if not early.all():
-            matches = (-exits[:compared][~early]).clip(1, MOST_MATCHES) - 1
-            found = right[~early]
-            known = self._looked_up_right / self._looked_up
-            record.lookup_expected += float(known[matches].sum())
-            record.lookup_right += int(found.sum())
-            compared_drafts = np.bincount(matches, minlength=MOST_MATCHES)
-            keep = (1.0 - compared_drafts / _MEMORY).clip(0.0)
-            self._looked_up = keep * self._looked_up + compared_drafts
-            self._looked_up_right = keep * self._looked_up_right + np.bincount(
-                matches, found, MOST_MATCHES
+            record.right += early_right
+            if not isnan(record.least):
+                record.gain += early_right - record.least * early
+        self._record_lookups(record, looked_up)
+
+    def _record_lookups(
+        self, record: _Record, looked_up: Sequence[tuple[int, bool]]
+    ) -> None:
+        """Note compared drafts by lookup.
+
+        Args:
+            record: The request's.
+            looked_up: For each, the tokens before it that match less one, and whether
+                it was right.
+        """
+        for matches, right in looked_up:
+            record.lookup_expected += (
+                self._looked_up_right[matches] / self._looked_up[matches]
             )
+            record.lookup_right += right
+        for matches, right in looked_up:
+            keep = 1.0 - 1.0 / _MEMORY
+            self._looked_up[matches] = keep * self._looked_up[matches] + 1.0
+            self._looked_up_right[matches] *= keep
+            self._looked_up_right[matches] += right
 
     def forget(self, request_ids: Collection[str]) -> None:
         """Release what is remembered of finished requests."""

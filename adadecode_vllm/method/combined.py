@@ -84,9 +84,10 @@ class CombinedDrafter:
         if contexts is not None:
             first = {
                 row: self._as_far_as_it_pays(requests, row, contexts.find(row, none))
-                for row in np.flatnonzero(contexts.ways == "first").tolist()
+                for row, way in enumerate(contexts.ways)
+                if way == "first"
             }
-            if (contexts.ways == "chain").any():
+            if "chain" in contexts.ways:
                 candidates = Candidates(contexts)
         if found := [row for row, tail in first.items() if tail.token_ids]:
             # What was found costs no layer: the exits are skipped.
@@ -96,8 +97,8 @@ class CombinedDrafter:
         window = self._drafter.draft(requests, candidates)
         self._record_scoring(request_ids, requests, candidates)
         drafts: list[Drafts] = []
-        for row in range(len(request_ids)):
-            in_window = slice(1, window.length[row])
+        for row, length in enumerate(window.length.tolist()):
+            in_window = slice(1, length)
             tokens = window.token_ids[row, in_window]
             exits = window.exits[row, in_window]
             expected = window.expected
@@ -138,8 +139,8 @@ class CombinedDrafter:
         scored = (requests.limits > 0) & admission.use_exits
         if candidates is not None:
             scored &= ~candidates.sure_at_once
-        for row in np.flatnonzero(scored):
-            self._record.record_scoring(request_ids[row], admission.least[row])
+        for row in np.flatnonzero(scored).tolist():
+            self._record.record_scoring(request_ids[row], float(admission.least[row]))
 
     def _as_far_as_it_pays(
         self,

@@ -34,7 +34,7 @@ class DraftRequests:
         contexts: R requests' verified tokens, (n,) int32 each, where drafts by n-gram
             lookup follow the early predictions, and None where none do; None for
             nowhere. With any, nothing of the next step is prefetched: they have to run.
-        ways: (R,) str, how requests use the lookup: `first`, before the exits; `tail`,
+        ways: R strings, how requests use the lookup: `first`, before the exits; `tail`,
             behind them; `chain`, beside them, token by token; or `off`. None where none
             does.
         final_states: (N, d) on the device, what the final norm returned in the step
@@ -53,7 +53,7 @@ class DraftRequests:
     thresholds: np.ndarray | None = None
     alone: bool = False
     contexts: Sequence[np.ndarray | None] | None = None
-    ways: np.ndarray | None = None
+    ways: Sequence[str] | None = None
     final_states: torch.Tensor | None = None
     final_rows: np.ndarray | None = None
     admission: Admission | None = None
@@ -84,7 +84,9 @@ class DraftRequests:
             contexts=None
             if self.contexts is None
             else [self.contexts[request] for request in requests],
-            ways=None if self.ways is None else self.ways[requests],
+            ways=None
+            if self.ways is None
+            else [self.ways[request] for request in requests],
             final_states=self.final_states,
             final_rows=None if self.final_rows is None else self.final_rows[requests],
             admission=self.admission and self.admission.select(requests),
@@ -99,6 +101,7 @@ class Cycle:
     costs the host a fixed handful of array operations.
 
     Attributes:
+        by_costs: (R,) bool, whether costs decide for the request, and not thresholds.
         active: (R,) bool, whether the request goes on.
         front_level: (R,) int64, level of the front token; -1 where the exit that reads
             the embedding has not scored it.
@@ -125,12 +128,16 @@ class Cycle:
         self._count[0] = 1
         self._limit = requests.limits + 1
         self._front = np.array(requests.token_ids, np.int64)
+        self._least = np.full(size, np.nan)
+        if requests.admission is not None:
+            self._least = requests.admission.least
+        self.by_costs = ~np.isnan(self._least)
         self.active = requests.limits > 0
         self.front_level = np.full(size, first_level, np.int64)
 
     def fronts(self, chosen: np.ndarray) -> tuple[TokenSubset, np.ndarray, np.ndarray]:
         """The front tokens of some requests, (r,); as `standing`."""
-        return self._last(chosen, np.ones(len(chosen), np.int64))
+        return self._last(chosen, np.ones_like(chosen))
 
     def standing(
         self, chosen: np.ndarray, level: int
@@ -188,33 +195,18 @@ class Cycle:
         """(R, W) and (R,) int64: the windows, and how many of their tokens count."""
         return self._token_ids, self._length
 
-    def paying(self, chosen: np.ndarray, promise: np.ndarray) -> np.ndarray:
-        """Whether one more draft of some requests pays.
-
-        Args:
-            chosen: (r,) int64, the requests.
-            promise: (r,) how probably it is accepted where those before it are.
+    def prospects(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What decides whether a draft of some requests pays; (r,) each.
 
         Returns:
-            (r,) bool; False for requests whose thresholds decide.
+            How probably all their drafts are right; what a further one has to promise,
+            NaN where thresholds decide.
         """
-        admission = self._requests.admission
-        assert admission is not None, "checked by the caller"
-        return self._survival[chosen] * promise > admission.least[chosen]
+        return self._survival[chosen], self._least[chosen]
 
-    def prospects(
-        self, chosen: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What decides whether more time is worth spending on some requests; (r,) each.
-
-        Returns:
-            How probably all their drafts are right; what a draft has to promise; how
-            many may still be made.
-        """
-        admission = self._requests.admission
-        assert admission is not None, "checked by the caller"
-        room = self._limit[chosen] - self._length[chosen]
-        return self._survival[chosen], admission.least[chosen], room
+    def room(self, chosen: np.ndarray) -> np.ndarray:
+        """How many drafts some requests may still make; (r,) int64."""
+        return self._limit[chosen] - self._length[chosen]
 
     def predict(
         self,
@@ -240,20 +232,19 @@ class Cycle:
         length = self._length[chosen]
         self._token_ids[chosen, length] = token_ids
         self._exits[chosen, length] = exits
-        admission = self._requests.admission
+        survival = self._survival[chosen]
         if expected is not None and promise is not None:
             self._expected[chosen, length] = expected
-            self._survival[chosen] *= promise
+            survival *= promise
+            self._survival[chosen] = survival
         self._front[chosen] = token_ids
         self.front_level[chosen] = self._first_level
         self._count[0][chosen] += 1
         length += 1
         self._length[chosen] = length
         goes_on = self.active[chosen] & (length < self._limit[chosen])
-        if admission is not None:
-            # Whatever an exit said, no further draft would pay its time.
-            least = least_ratio * admission.least[chosen]
-            goes_on &= ~(self._survival[chosen] <= least)
+        # Below, no further draft would pay its time, whatever an exit said.
+        goes_on &= ~(survival <= least_ratio * self._least[chosen])
         stops = self._requests.stop_token_ids
         for index, (request, token) in enumerate(
             zip(chosen.tolist(), token_ids.tolist(), strict=True)
@@ -283,13 +274,14 @@ class Cycle:
 
     def window(self) -> Window:
         """The windows as they are now."""
-        used = np.arange(self._width) < self._length[:, None]
-        levels = np.zeros(used.shape, np.int8)
-        # The oldest tokens have come furthest.
-        descending = np.arange(len(self._count), dtype=np.int8)[::-1]
-        levels[used] = np.repeat(
-            np.tile(descending, len(self._length)), self._count[::-1].T.ravel()
-        )
+        levels = np.zeros(self._token_ids.shape, np.int8)
+        if self._count[1:].any():
+            used = np.arange(self._width) < self._length[:, None]
+            # The oldest tokens have come furthest.
+            descending = np.arange(len(self._count), dtype=np.int8)[::-1]
+            levels[used] = np.repeat(
+                np.tile(descending, len(self._length)), self._count[::-1].T.ravel()
+            )
         return Window(
             self._requests.positions,
             self._length,

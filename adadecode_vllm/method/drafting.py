@@ -9,12 +9,11 @@ import numpy as np
 import torch
 
 from adadecode_vllm.method.cycle import Cycle, DraftRequests
-from adadecode_vllm.method.deepening import Deepening
+from adadecode_vllm.method.decisions import Decisions, Said
 from adadecode_vllm.method.executor import SegmentExecutor, StepRunner, TokenSubset
 from adadecode_vllm.method.ledger import Window
 from adadecode_vllm.method.lookup import Candidates
 from adadecode_vllm.method.policy import ThresholdPolicy
-from adadecode_vllm.method.scoring import Scoring
 from adadecode_vllm.method.states import Finished, PendingStates
 from adadecode_vllm.method.stats import Stats
 
@@ -46,11 +45,8 @@ class Drafter:
         """
         self.executor = executor
         self.states = states
-        self.policy = policy
         self.stats = stats
-        self._deepening = Deepening(stats.exit_layers)
-        self._scoring = Scoring()
-        self._random = np.random.default_rng(0)
+        self.decisions = Decisions(policy, stats.exit_layers)
         self._drafted: tuple[Cycle, bool] | None = None
 
     def draft(
@@ -78,20 +74,20 @@ class Drafter:
         cycle = Cycle(
             requests, self.states.window, executor.num_segments, -at_embedding
         )
-        cycle.active &= self.policy.may_predict(requests.thresholds)
+        cycle.active &= self.decisions.policy.may_predict(requests.thresholds)
         if requests.admission is not None:
             cycle.active &= requests.admission.use_exits
-        if self.states.memory is not None:
+        waiting = self._waiting(cycle, candidates)
+        if self.states.memory is not None and len(waiting):
             self.states.begin_memory(self._sampled_from(requests))
-        while len(waiting := self._waiting(cycle, candidates)):
+        while len(waiting):
             front_level = cycle.front_level[waiting]
             segment = int(front_level.min())
             chosen = waiting[front_level == segment]
             predicted, confidence = self._step(cycle, chosen, segment)
-            self._decide(
-                cycle, requests, candidates, chosen, segment + at_embedding,
-                predicted, confidence,
-            )  # fmt: skip
+            said = Said(chosen, segment + at_embedding, predicted, confidence)
+            self.decisions.decide(cycle, requests, candidates, said)
+            waiting = self._waiting(cycle, candidates)
         ended = time.perf_counter()
         self.states.finished = None
         self._drafted = cycle, requests.alone
@@ -111,120 +107,6 @@ class Drafter:
             cycle.active[waiting] = ~candidates.sure[waiting]
             waiting = np.flatnonzero(cycle.active)
         return waiting
-
-    def _decide(
-        self,
-        cycle: Cycle,
-        requests: DraftRequests,
-        candidates: Candidates | None,
-        chosen: np.ndarray,
-        exit_index: int,
-        predicted: np.ndarray,
-        confidence: np.ndarray,
-    ) -> None:
-        """Take what an exit says of some requests' next tokens, or do not.
-
-        Args:
-            cycle: The windows.
-            requests: All requests.
-            candidates: What the lookup says.
-            chosen: (r,) int64, the requests that the exit scored.
-            exit_index: The exit.
-            predicted: (r,) int64, its tokens.
-            confidence: (r,) float32, their probabilities.
-        """
-        own, admission = requests.thresholds, requests.admission
-        # Embeddings that a request brings may hold NaN, which must not stay in what is
-        # learnt over all requests.
-        confidence = np.nan_to_num(confidence)
-        takes = self.policy.confident(
-            exit_index, confidence, None if own is None else own[chosen, exit_index]
-        )
-        exits = np.full(len(chosen), exit_index, np.int8)
-        expected = promise = None
-        by_costs = np.zeros(len(chosen), bool)
-        looked_up = np.zeros(len(chosen), bool)
-        if admission is not None:
-            by_costs = ~np.isnan(admission.least[chosen])
-            expected = self.policy.acceptance(exit_index, confidence)
-            own_promise = np.minimum(expected * admission.trust[chosen], 1.0)
-            promise = own_promise
-            if candidates is not None:
-                # The more probable of the two.
-                looked_up = by_costs & (candidates.promises[chosen] >= promise)
-                promise = np.where(looked_up, candidates.promises[chosen], promise)
-            # Both are False where thresholds decide.
-            runs_on = self._runs_on(
-                cycle, chosen, exit_index, own_promise, promise, by_costs
-            )
-            pays = cycle.paying(chosen, promise)
-            # Behind such a draft the request's own record counts again.
-            tried = admission.exits_due[chosen] & cycle.paying(chosen, expected) & ~pays
-            looked_up &= ~tried
-            promise = np.where(tried, own_promise, promise)
-            pays = (pays | tried) & ~runs_on
-            self._scoring.said(own_promise[by_costs & ~runs_on])
-            takes = np.where(by_costs, pays, takes)
-            cycle.active[chosen[by_costs & ~pays & ~runs_on]] = False
-            self._deepening.drafted(promise[pays & ~looked_up])
-        if exit_index == len(self.stats.exit_layers) - 1:
-            if candidates is not None:
-                # With thresholds, where the exits are not sure.
-                fills = ~takes & ~by_costs & (candidates.token_ids[chosen] >= 0)
-                looked_up, takes = looked_up | fills, takes | fills
-            cycle.active[chosen[~takes]] = False
-            takes |= self.policy.worth_a_guess(confidence) & ~by_costs
-        if not takes.any():
-            return
-        if candidates is not None and looked_up.any():
-            predicted = np.where(looked_up, candidates.token_ids[chosen], predicted)
-            exits[looked_up] = -candidates.matches[chosen[looked_up]]
-            if expected is not None:
-                expected = np.where(looked_up, 1.0, expected)
-        cycle.predict(
-            chosen[takes],
-            self.policy.corrupt(predicted[takes], self._random),
-            exits[takes],
-            None if expected is None else expected[takes],
-            None if promise is None else promise[takes],
-            self._scoring.least_ratio,
-        )
-
-    def _runs_on(
-        self,
-        cycle: Cycle,
-        chosen: np.ndarray,
-        exit_index: int,
-        own_promise: np.ndarray,
-        promise: np.ndarray,
-        by_costs: np.ndarray,
-    ) -> np.ndarray:
-        """Which tokens shall run on to the next exit, by costs; remembers what came.
-
-        Args:
-            cycle: The windows.
-            chosen: (r,) int64, the requests that the exit scored.
-            exit_index: The exit.
-            own_promise: (r,) how probably its tokens are accepted.
-            promise: (r,) the same of what would be drafted now.
-            by_costs: (r,) bool, whether costs decide for a request.
-
-        Returns:
-            (r,) bool.
-        """
-        if exit_index:
-            before = cycle.promised[chosen]
-            self._deepening.ran_on(
-                exit_index - 1, before[by_costs], own_promise[by_costs]
-            )
-        if exit_index == len(self.stats.exit_layers) - 1:
-            return np.zeros(len(chosen), bool)
-        runs_on = self._deepening.pays(
-            exit_index, own_promise, promise, *cycle.prospects(chosen)
-        )
-        self._deepening.stayed(exit_index, own_promise[by_costs & ~runs_on])
-        cycle.promised[chosen] = own_promise
-        return runs_on
 
     def _sampled_from(self, requests: DraftRequests) -> torch.Tensor | None:
         """(R, d) the final states that the newest tokens were sampled from."""

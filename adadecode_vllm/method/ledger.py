@@ -118,12 +118,13 @@ class Ledger:
             window: Their state when drafting ended.
         """
         self._request_ids = list(request_ids)
-        pending = window.pending.tolist()
-        self._pending = [
-            request_id
-            for request_id, begun in zip(request_ids, pending, strict=True)
-            if begun
-        ]
+        self._pending = []
+        if window.levels.any():
+            self._pending = [
+                request_id
+                for request_id, begun in zip(request_ids, window.pending, strict=True)
+                if begun
+            ]
         self._window = window
         self._step = step
 

@@ -83,7 +83,7 @@ class Contexts:
     """Requests' tokens, to look up in.
 
     Attributes:
-        ways: (R,) str, how requests look up: `first`, `tail`, `chain` or `off`.
+        ways: R strings, how requests look up: `first`, `tail`, `chain` or `off`.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Contexts:
             lookup: Returns what looks up, once a request wants it.
         """
         size = len(requests.rows)
-        self.ways = np.full(size, "off") if requests.ways is None else requests.ways
+        self.ways: Sequence[str] = requests.ways or ["off"] * size
         self._request_ids = request_ids
         self._requests = requests
         self._lookup = lookup
@@ -176,8 +176,9 @@ class Candidates:
         self._contexts = contexts
         # By request, after how many drafts it was looked up last, and what was found.
         self._found: dict[int, tuple[int, Continuation]] = {}
-        # Drafts behind which was looked up; -1 for never.
-        self._seen = np.where(contexts.ways == "chain", -1, np.iinfo(np.int64).max)
+        # Tokens of the window behind which was looked up last; 0 for never.
+        never = np.iinfo(np.int64).max
+        self._seen = [0 if way == "chain" else never for way in contexts.ways]
 
     def found_behind(self, request: int, drafts: int) -> Continuation | None:
         """What was found behind so many drafts; None where that was not looked up."""
@@ -194,14 +195,21 @@ class Candidates:
             token_ids: (R, W) int64, the windows of all.
             length: (R,) int64, their tokens that count.
         """
-        for request in requests[self._seen[requests] < length[requests]].tolist():
-            self._seen[request] = length[request]
-            drafts = token_ids[request, 1 : length[request]]
-            found = self._contexts.find(request, drafts)
-            self._found[request] = len(drafts), found
+        for request, tokens in zip(
+            requests.tolist(), length[requests].tolist(), strict=True
+        ):
+            if tokens <= self._seen[request]:
+                continue
+            self._seen[request] = tokens
+            found = self._contexts.find(request, token_ids[request, 1:tokens])
+            self._found[request] = tokens - 1, found
             self.token_ids[request] = found.token_ids[0] if found.token_ids else -1
             self.matches[request] = found.matches
             promise = self._contexts.promise(request, found)
             self.promises[request] = promise
-            self.sure[request] = promise >= SURE
-            self.sure_at_once[request] |= promise >= SURE and not len(drafts)
+            if promise >= SURE:
+                self.sure[request] = True
+                if tokens == 1:
+                    self.sure_at_once[request] = True
+            else:
+                self.sure[request] = False

@@ -19,6 +19,9 @@ _PRIOR = 16.0
 _MEMORY = 256.0
 """Tokens that are remembered."""
 
+_AT_ONCE = 16
+"""Tokens after which the ratio is worked out again."""
+
 _RATIOS = 1.0 + 0.25 * np.arange(29)
 """What is tried for `Scoring.least_ratio`."""
 
@@ -27,29 +30,32 @@ _BRINGS = (_RATIOS[:, None] * MIDDLES - 1.0).clip(0.0)
 
 
 class Scoring:
-    """What exits said of tokens behind other drafts, over all requests."""
+    """What exits said of tokens behind other drafts, over all requests.
+
+    Attributes:
+        least_ratio: Of the probability that all drafts are right to what a draft must
+            promise. Up to here, what an exit says of a further draft brings less, on
+            average, than the time that it takes.
+    """
+
+    least_ratio: float
 
     def __init__(self) -> None:
         """Begin with every promise alike."""
         self._said = np.full(BUCKETS, _PRIOR / BUCKETS)
-        self._least_ratio: float | None = None
+        self._lately: list[float] = []
+        self._work_out()
 
     def said(self, promise: np.ndarray) -> None:
         """Note what exits promised of some tokens, (n,)."""
-        if not len(promise):
+        self._lately += promise.tolist()
+        if len(self._lately) < _AT_ONCE:
             return
-        self._said *= max(1.0 - len(promise) / _MEMORY, 0.0)
-        self._said += np.bincount(bucket_of(promise), minlength=BUCKETS)
-        self._least_ratio = None
+        self._said *= max(1.0 - len(self._lately) / _MEMORY, 0.0)
+        self._said += np.bincount(bucket_of(np.array(self._lately)), minlength=BUCKETS)
+        self._lately.clear()
+        self._work_out()
 
-    @property
-    def least_ratio(self) -> float:
-        """Of the probability that all drafts are right to what a draft must promise.
-
-        Up to here, what an exit says of a further draft brings less, on average, than
-        the time that it takes.
-        """
-        if self._least_ratio is None:
-            brings = _BRINGS @ self._said / self._said.sum()
-            self._least_ratio = float(_RATIOS[brings < SCORING_COST].max(initial=1.0))
-        return self._least_ratio
+    def _work_out(self) -> None:
+        brings = _BRINGS @ self._said / self._said.sum()
+        self.least_ratio = float(_RATIOS[brings < SCORING_COST].max(initial=1.0))

@@ -33,17 +33,17 @@ class PendingStates:
     Heads with memory read, beside a token's hidden state, the state that the token was
     taken from: the final layer's for a sampled token, the exit head's own output for an
     early prediction. The former comes with the cycle, the latter is written when the
-    head has scored, so nothing of it outlives a cycle.
+    head has scored, so nothing of it outlives a cycle. A window's last token is never
+    scored: nothing could follow it.
 
     Attributes:
-        memory: (slots, 1 + window, d): of slot s, what its window's first token was
-            sampled from, then the heads' outputs for its tokens; None for heads without
+        memory: (rows + 1, d), what each token was taken from; None for heads without
             memory.
         finished: Tokens that have run all layers already, if there are any; valid until
             the next drafting cycle.
 
     Memory: ``2 * max_requests * (max_early_predictions + 1) * hidden_size`` elements,
-    and half as much and a row per request for heads with memory.
+    and half as much for heads with memory.
     """
 
     def __init__(
@@ -73,8 +73,11 @@ class PendingStates:
         self.residual = torch.zeros(shape, dtype=dtype, device=device)
         self.memory: torch.Tensor | None = None
         if with_memory:
-            rows = (max_requests + 1, window + 1)
-            self.memory = torch.zeros(*rows, hidden_size, dtype=dtype, device=device)
+            # What padding says of a token that would follow goes behind all.
+            shape = (self.padding_row + 2, hidden_size)
+            self.memory = torch.zeros(shape, dtype=dtype, device=device)
+            windows = self.memory[: self.padding_row].unflatten(0, (-1, window))
+            self._sampled_from = windows[:, 0]
         self.finished: Finished | None = None
 
     def read(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,9 +108,9 @@ class PendingStates:
         if self.memory is None:
             return
         if sampled_from is None:
-            self.memory[:, 0].zero_()
+            self._sampled_from.zero_()
         else:
-            self.memory[: len(sampled_from), 0] = sampled_from
+            self._sampled_from[: len(sampled_from)] = sampled_from
 
     def read_memory(self, index: torch.Tensor) -> torch.Tensor | None:
         """The memory of tokens.
@@ -120,7 +123,7 @@ class PendingStates:
         """
         if self.memory is None:
             return None
-        return self.memory.flatten(0, 1).index_select(0, self._memory_rows(index))
+        return self.memory.index_select(0, index)
 
     def write_memory(self, index: torch.Tensor, output: torch.Tensor) -> None:
         """Keep what exit heads made of tokens: their successors' memory.
@@ -130,9 +133,4 @@ class PendingStates:
             output: (n, d).
         """
         assert self.memory is not None, "only heads with memory have an output"
-        rows = self._memory_rows(index) + 1
-        self.memory.flatten(0, 1).index_copy_(0, rows, output)
-
-    def _memory_rows(self, index: torch.Tensor) -> torch.Tensor:
-        """A slot has a row more there than in the window."""
-        return index + torch.div(index, self.window, rounding_mode="floor")
+        self.memory.index_copy_(0, index + 1, output)

@@ -170,4 +170,4 @@ def test_a_probability_that_is_none_leaves_what_is_learnt() -> None:
         window = drafter.draft(requests)
         assert window.length[0] > 1
         assert window.length[1] == 1
-    assert np.isfinite(drafter._deepening._gained).all()
+    assert np.isfinite(drafter.decisions._deepening._gained).all()

@@ -40,7 +40,8 @@ def decoder(**processor: Any) -> Any:
 
     return SimpleNamespace(
         lm_head=head,
-        normalize=lambda hidden, residual: hidden + residual,
+        norm=lambda hidden, residual: (hidden + residual, None),
+        dtype=torch.float32,
         device=torch.device("cpu"),
         logits_processor=options,
         compute_logits=compute_logits,

@@ -66,7 +66,7 @@ def of_requests(
         limits=np.full(size, 4),
         stop_token_ids=[{9}] * size,
         contexts=[np.array([last], np.int32)] * size,
-        ways=np.array(ways),
+        ways=ways,
     )
     if least is not None:
         admission = AcceptanceRecord().admission(names, np.full(size, least))

@@ -74,7 +74,7 @@ def memory_needed(
     exits = len(heads.exit_layers)
     matrices = exits - identities + (exits if heads.memory else 0)
     window = int(AdaDecodeConfig.model_fields["max_early_predictions"].default) + 1
-    rows = 2 * window + (window + 1 if heads.memory else 0)
+    rows = (3 if heads.memory else 2) * window
     return Memory(
         model=model.weight_bytes,
         heads=matrices * model.hidden_size * row,

@@ -291,7 +291,7 @@ class _Engine:
             contexts = [
                 request.token_ids[: request.position + 1] for request in running
             ]
-            ways = np.full(len(running), setting.ngram)
+            ways = [setting.ngram] * len(running)
         request_ids = [request.request_id for request in running]
         requests = DraftRequests(
             rows=np.array([request.row for request in running]),

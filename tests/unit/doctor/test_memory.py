@@ -39,7 +39,7 @@ def test_heads_with_memory_take_more(model: Path, tmp_path: Path) -> None:
     figures = findings["memory"].figures
     row = 4 * config.hidden_size
     assert figures["heads_bytes"] == 2 * config.hidden_size * row  # U alone
-    assert figures["states_bytes"] == 128 * (2 * 9 + 10) * row
+    assert figures["states_bytes"] == 128 * 3 * 9 * row
     assert "with memory of the token before" in findings["heads"].text
     assert findings["speed"].text == "Unknown: these heads were not evaluated."
 
