@@ -2,9 +2,9 @@
 """The plots of docs/results.md: speed by task, and agreement by training tokens.
 
     python benchmarks/task_plots.py docs/images \
-        --task GSM8K=benchmarks/results/smollm2_defaults_gsm8k_bfloat16.json \
-        --task HumanEval=benchmarks/results/smollm2_defaults_humaneval_bfloat16.json \
-        --task XSum=benchmarks/results/smollm2_defaults_xsum_bfloat16.json \
+        --task GSM8K=benchmarks/results/smollm2_paper_gsm8k_bfloat16.json \
+        --task HumanEval=benchmarks/results/smollm2_paper_humaneval_bfloat16.json \
+        --task XSum=benchmarks/results/smollm2_paper_xsum_bfloat16.json \
         --growth benchmarks/results/smollm2_growth.json
 
 Files of different tasks stand beside each other here, never in one ratio.
