@@ -287,8 +287,8 @@ class AcceptanceRecord:
                 self._looked_up_right[matches] / self._looked_up[matches]
             )
             record.lookup_right += right
+        keep = 1.0 - 1.0 / _MEMORY
         for matches, right in looked_up:
-            keep = 1.0 - 1.0 / _MEMORY
             self._looked_up[matches] = keep * self._looked_up[matches] + 1.0
             self._looked_up_right[matches] *= keep
             self._looked_up_right[matches] += right

@@ -58,6 +58,13 @@ class DraftRequests:
     final_rows: np.ndarray | None = None
     admission: Admission | None = None
 
+    @property
+    def least(self) -> np.ndarray:
+        """(R,) float64, what drafts must promise; NaN where thresholds decide."""
+        if self.admission is None:
+            return np.full(len(self.rows), np.nan)
+        return self.admission.least
+
     def going_on(self) -> np.ndarray:
         """The requests, (r,) int64, that may predict and have not just ended."""
         return np.array(
@@ -128,9 +135,7 @@ class Cycle:
         self._count[0] = 1
         self._limit = requests.limits + 1
         self._front = np.array(requests.token_ids, np.int64)
-        self._least = np.full(size, np.nan)
-        if requests.admission is not None:
-            self._least = requests.admission.least
+        self._least = requests.least
         self.by_costs = ~np.isnan(self._least)
         self.active = requests.limits > 0
         self.front_level = np.full(size, first_level, np.int64)

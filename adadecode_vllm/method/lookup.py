@@ -104,10 +104,7 @@ class Contexts:
         self._request_ids = request_ids
         self._requests = requests
         self._lookup = lookup
-        admission = requests.admission
-        self._by_costs = [False] * size
-        if admission is not None:
-            self._by_costs = (~np.isnan(admission.least)).tolist()
+        self._by_costs = (~np.isnan(requests.least)).tolist()
 
     def find(self, request: int, drafts: np.ndarray) -> Continuation:
         """Look up behind a request's drafts.
@@ -176,9 +173,10 @@ class Candidates:
         self._contexts = contexts
         # By request, after how many drafts it was looked up last, and what was found.
         self._found: dict[int, tuple[int, Continuation]] = {}
-        # Tokens of the window behind which was looked up last; 0 for never.
-        never = np.iinfo(np.int64).max
-        self._seen = [0 if way == "chain" else never for way in contexts.ways]
+        # Tokens of the window behind which was looked up last; more than there will be
+        # where nothing is to be looked up here.
+        all_seen = np.iinfo(np.int64).max
+        self._seen = [0 if way == "chain" else all_seen for way in contexts.ways]
 
     def found_behind(self, request: int, drafts: int) -> Continuation | None:
         """What was found behind so many drafts; None where that was not looked up."""
@@ -207,9 +205,6 @@ class Candidates:
             self.matches[request] = found.matches
             promise = self._contexts.promise(request, found)
             self.promises[request] = promise
-            if promise >= SURE:
-                self.sure[request] = True
-                if tokens == 1:
-                    self.sure_at_once[request] = True
-            else:
-                self.sure[request] = False
+            self.sure[request] = promise >= SURE
+            if tokens == 1:
+                self.sure_at_once[request] = promise >= SURE
