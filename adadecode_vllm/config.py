@@ -102,7 +102,7 @@ class AdaDecodeConfig(BaseModel):
     )
     lookup: Literal["ngram", "suffix"] = Field(
         default="ngram",
-        description="What looks up. ngram: vLLM's n-gram lookup, in the request. "
+        description="What looks up. ngram: n-gram lookup, in the request. "
         "suffix: the suffix trees of arctic-inference, which must be installed, in the "
         "request and in earlier answers.",
     )

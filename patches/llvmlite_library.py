@@ -5,7 +5,7 @@ Symptom without it: once numba is loaded, the next worker that sets itself up in
 same process on a machine without Triton ends with ``AttributeError: '_lib_fn_wrapper'
 object has no attribute 'get'``. vLLM goes through everything in ``sys.modules`` that
 has a ``__dict__`` and reads it; llvmlite's library has none and hands out a function
-of that name, as for any other. numba is loaded by vLLM's n-gram proposer.
+of that name, as for any other. numba compiles n-gram lookup, vLLM's and this package's.
 
 Upstream: ``register_kernels`` in
 https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/triton_utils/dispatcher.py and

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""n-gram lookup by vLLM: what came after the same tokens before."""
+"""n-gram lookup: what came after the same tokens before."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from adadecode_vllm.config import Ngram
-from adadecode_vllm.method.admission import MOST_MATCHES
-from adadecode_vllm.method.lookup import NOTHING, Continuation, Query, verifiable_part
-from adadecode_vllm.patches import llvmlite_library
+from adadecode_vllm.method.lookup import Continuation, Query, verifiable_part
 
 
 def contexts_of(
@@ -37,62 +35,36 @@ def contexts_of(
 
 
 class NgramLookup:
-    """vLLM's n-gram lookup (prompt lookup decoding)."""
+    """Prompt lookup decoding: what followed where most of the last tokens match.
+
+    vLLM's own lookup takes the earliest such place and does not tell how many there
+    are. Here the most recent places vote, and how they agree is part of the evidence.
+    """
 
     def __init__(self, max_model_len: int, vocab_size: int) -> None:
-        """Compile the lookup, which takes vLLM a second at the first time.
+        """Compile the lookup, which takes a second at the first time.
 
         Args:
             max_model_len: The model's length.
             vocab_size: How many logits the model has.
         """
         # Loads numba, which only engines with this option shall wait for.
-        from vllm.v1.spec_decode import ngram_proposer
+        from adadecode_vllm.engine import ngram_kernel
 
-        llvmlite_library.install()
-        self._lookup = ngram_proposer._find_longest_matched_ngram_and_propose_tokens
+        self._continue = ngram_kernel.continuation
         self._max_model_len = max_model_len
         self._vocab_size = vocab_size
         self.find(Query("", np.zeros(2, np.int32), (), 1, 1, ()))
 
     def find(self, query: Query) -> Continuation:
         """Look up in the request; see :class:`adadecode_vllm.method.lookup.Lookup`."""
-        context = query.context
-        if query.drafts:
-            context = np.concatenate((context, np.array(query.drafts, context.dtype)))
-        found = self._lookup(
-            context,
-            query.fewest_matches,
-            MOST_MATCHES,
-            self._max_model_len,
-            query.most,
+        drafts = np.array(query.drafts, np.int32)
+        room = self._max_model_len - len(query.context) - len(drafts)
+        found, evidence = self._continue(
+            query.context, drafts, query.fewest_matches, min(query.most, room)
         )
         tokens = verifiable_part(found.tolist(), query.stop_token_ids, self._vocab_size)
-        if not tokens:
-            return NOTHING
-        return Continuation(tokens, _matches(context, found, query.fewest_matches))
+        return Continuation(tokens, evidence[: len(tokens)].tolist())
 
     def forget(self, request_ids: Collection[str]) -> None:
         """Nothing: it remembers no request."""
-
-
-def _matches(context: np.ndarray, found: np.ndarray, fewest: int) -> int:
-    """How many tokens before what was found are the context's last ones.
-
-    vLLM returns a part of the context itself, so its address tells where it begins.
-    """
-    start = (_address(found) - _address(context)) // context.itemsize
-    if not fewest <= start < len(context):
-        return fewest
-    matches = fewest
-    while (
-        matches < min(start, MOST_MATCHES)
-        and context[start - 1 - matches] == context[-1 - matches]
-    ):
-        matches += 1
-    return matches
-
-
-def _address(array: np.ndarray) -> int:
-    address: int = array.__array_interface__["data"][0]
-    return address

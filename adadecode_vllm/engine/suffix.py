@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 import numpy as np
 
+from adadecode_vllm.method.evidence import Agreement, evidence
 from adadecode_vllm.method.lookup import NOTHING, Continuation, Query, verifiable_part
 
 TREE_DEPTH = 24
@@ -63,7 +64,9 @@ class SuffixLookup:
         )
         if not tokens or found.match_len < query.fewest_matches:
             return NOTHING
-        return Continuation(tokens, int(found.match_len))
+        # How often each of them followed elsewhere, the trees do not tell.
+        matches = range(found.match_len, found.match_len + len(tokens))
+        return Continuation(tokens, [evidence(n, Agreement.LIKELY) for n in matches])
 
     def _follow(self, request_id: str, context: np.ndarray) -> None:
         """Take in a request's new tokens."""

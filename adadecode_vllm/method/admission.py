@@ -9,20 +9,16 @@ from math import isnan
 
 import numpy as np
 
+from adadecode_vllm.method.evidence import KINDS, RIGHT
+
 _PRIOR_DRAFTS = 4.0
 """What is known of all requests weighs as much as so many drafts of one of them."""
 
 _MEMORY = 256.0
-"""Verified drafts by lookup that the engine's record remembers, by matches."""
+"""Verified drafts by lookup that it remembers, by the same."""
 
 _LOOKED_UP = 8.0
-_LOOKED_UP_RIGHT = (0.2, 0.45, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
-"""Drafts by lookup that the engine's record begins with, and the share of right ones
-where one token before them matches, two, and so on; the last one is for more as well.
-These are near what SmolLM2's answers to GSM8K, MBPP and XSum show."""
-
-MOST_MATCHES = len(_LOOKED_UP_RIGHT)
-"""Matching tokens that are told apart."""
+"""Drafts by lookup that the engine's record begins with, by the evidence for them."""
 
 _TRUST = (0.2, 1.25)
 
@@ -52,8 +48,8 @@ class Admission:
         least: (R,) float64, the probability that a draft and all before it are right
             above which it pays; NaN for requests with thresholds of their own.
         trust: (R,) float64, factors on the exits' probabilities of acceptance.
-        lookup: (R, M) float64, the probability that a draft by n-gram lookup is right
-            where those before it are, by how many tokens before it match, from 1 on.
+        lookup: (R, KINDS) float64, the probability that a draft by n-gram lookup is
+            right where those before it are, by the evidence for it.
         use_exits: (R,) bool, whether scoring with the exits has paid lately, or is due.
         exits_due: (R,) bool, whether a draft by the exits is due though they are not
             trusted that far: what is never verified is never found to be right.
@@ -79,36 +75,24 @@ class Admission:
             self.due[requests],
         )
 
-    def lookup_promise(self, request: int, matches: int) -> float:
-        """The probability that a draft by lookup is right where those before it are.
-
-        Args:
-            request: The request.
-            matches: How many tokens before it match; 1 or more.
-        """
-        return float(self.lookup[request, min(matches, MOST_MATCHES) - 1])
-
-    def looked_up(self, request: int, survival: float, matches: int, most: int) -> int:
+    def looked_up(self, request: int, survival: float, evidence: Sequence[int]) -> int:
         """How many drafts by lookup pay.
 
         Args:
             request: The request.
             survival: Probability that all drafts before them are right.
-            matches: How many tokens before the first of them match; 1 or more. Each of
-                them is one more for those behind it.
-            most: Most drafts.
+            evidence: What speaks for each of them.
 
         Returns:
-            0 .. ``most``.
+            0 .. all of them.
         """
         least = self.least[request]
-        if np.isnan(least):
-            return most
-        for pays in range(most):
-            survival *= self.lookup_promise(request, matches + pays)
-            if not survival > least:
-                return max(pays, int(self.due[request]))
-        return most
+        if not np.isnan(least):
+            for pays, promise in enumerate(self.lookup[request, evidence].tolist()):
+                survival *= promise
+                if not survival > least:
+                    return max(pays, int(self.due[request]))
+        return len(evidence)
 
 
 @dataclass
@@ -189,9 +173,9 @@ class AcceptanceRecord:
     def __init__(self) -> None:
         """Start without any."""
         self._records: dict[str, _Record] = {}
-        # Of all requests, by matches: drafts by lookup, and how many were right.
-        self._looked_up = [_LOOKED_UP] * MOST_MATCHES
-        self._looked_up_right = [_LOOKED_UP * share for share in _LOOKED_UP_RIGHT]
+        # Of all requests, by evidence: drafts by lookup, and how many were right.
+        self._looked_up = [_LOOKED_UP] * KINDS
+        self._looked_up_right = [_LOOKED_UP * share for share in RIGHT]
 
     def admission(self, request_ids: Sequence[str], least: np.ndarray) -> Admission:
         """What requests' drafts must promise, and can.
@@ -241,8 +225,8 @@ class AcceptanceRecord:
 
         Args:
             request_id: The request.
-            exits: (m,) int8, the exit of each, in order; for those by lookup, minus the
-                number of tokens before it that match.
+            exits: (m,) int8, the exit of each, in order; for those by lookup, -1 less
+                the evidence for it.
             expected: (m,) the exits' calibrated probabilities of acceptance, without
                 trust; those by lookup are not looked at.
             accepted: Number of drafts that were accepted, 0 .. m.
@@ -264,7 +248,7 @@ class AcceptanceRecord:
                 # A try counts whether it was compared or not: it took its time.
                 record.not_looked_up = 0
                 if compared:
-                    looked_up.append((min(-own, MOST_MATCHES) - 1, right))
+                    looked_up.append((-1 - own, right))
         if early:
             record.not_drafted = 0
             record.right += early_right
@@ -279,19 +263,18 @@ class AcceptanceRecord:
 
         Args:
             record: The request's.
-            looked_up: For each, the tokens before it that match less one, and whether
-                it was right.
+            looked_up: For each, the evidence for it, and whether it was right.
         """
-        for matches, right in looked_up:
+        for evidence, right in looked_up:
             record.lookup_expected += (
-                self._looked_up_right[matches] / self._looked_up[matches]
+                self._looked_up_right[evidence] / self._looked_up[evidence]
             )
             record.lookup_right += right
         keep = 1.0 - 1.0 / _MEMORY
-        for matches, right in looked_up:
-            self._looked_up[matches] = keep * self._looked_up[matches] + 1.0
-            self._looked_up_right[matches] *= keep
-            self._looked_up_right[matches] += right
+        for evidence, right in looked_up:
+            self._looked_up[evidence] = keep * self._looked_up[evidence] + 1.0
+            self._looked_up_right[evidence] *= keep
+            self._looked_up_right[evidence] += right
 
     def forget(self, request_ids: Collection[str]) -> None:
         """Release what is remembered of finished requests."""

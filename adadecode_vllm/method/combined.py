@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from adadecode_vllm.method.admission import MOST_MATCHES, AcceptanceRecord
+from adadecode_vllm.method.admission import AcceptanceRecord
 from adadecode_vllm.method.cycle import DraftRequests
 from adadecode_vllm.method.drafting import Drafter
 from adadecode_vllm.method.ledger import Window
@@ -28,8 +28,8 @@ class Drafts(NamedTuple):
 
     Attributes:
         token_ids: m tokens.
-        exits: (m,) int8, the exit of each. For those by n-gram lookup, minus the number
-            of tokens before it that match.
+        exits: (m,) int8, the exit of each. For those by n-gram lookup, -1 less the
+            evidence for it.
         expected: (m,) float64, how probably each early prediction is accepted where
             those before it are; None where nobody asks.
     """
@@ -114,11 +114,11 @@ class CombinedDrafter:
                     behind = contexts.find(row, tokens)
                 survival = 1.0 if window.survival is None else window.survival[row]
                 tail = self._as_far_as_it_pays(requests, row, behind, float(survival))
-            if more := len(tail.token_ids):
-                matches = (tail.matches + np.arange(more)).clip(max=MOST_MATCHES)
-                exits = np.concatenate((exits, -matches.astype(exits.dtype)))
+            if tail.token_ids:
+                by_lookup = -1 - np.array(tail.evidence, exits.dtype)
+                exits = np.concatenate((exits, by_lookup))
                 if expected is not None:
-                    expected = np.concatenate((expected, np.ones(more)))
+                    expected = np.concatenate((expected, np.ones(len(by_lookup))))
             drafts.append(Drafts(tokens.tolist() + tail.token_ids, exits, expected))
         if all(
             len(own.exits) == length - 1
@@ -157,9 +157,8 @@ class CombinedDrafter:
             found: What was found.
             survival: The probability that all drafts before it are right.
         """
-        tokens = found.token_ids
-        if tokens and (admission := requests.admission) is not None:
-            pays = admission.looked_up(row, survival, found.matches, len(tokens))
-            tokens = tokens[:pays]
-        self._stats.ngram_drafts += len(tokens)
-        return Continuation(tokens, found.matches)
+        if found.token_ids and (admission := requests.admission) is not None:
+            pays = admission.looked_up(row, survival, found.evidence)
+            found = Continuation(found.token_ids[:pays], found.evidence[:pays])
+        self._stats.ngram_drafts += len(found.token_ids)
+        return found

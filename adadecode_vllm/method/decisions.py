@@ -218,7 +218,7 @@ class Decisions:
         exits = np.full(len(chosen), said.exit_index, np.int8)
         if candidates is not None and looked_up is not None and looked_up.any():
             token_ids = np.where(looked_up, candidates.token_ids[chosen], token_ids)
-            exits[looked_up] = -candidates.matches[chosen[looked_up]]
+            exits[looked_up] = -1 - candidates.evidence[chosen[looked_up]]
             if expected is not None:
                 expected = np.where(looked_up, 1.0, expected)
         if not takes.all():

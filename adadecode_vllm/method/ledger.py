@@ -38,8 +38,8 @@ class Window:
         length: (R,) int64, 1 + number of early predictions.
         token_ids: (R, W) int64; columns at and beyond ``length`` are undefined.
         levels: (R, W) int8, segments run per token; undefined as ``token_ids``.
-        exits: (R, W) int8, the exit that predicted the token. Minus the number of
-            tokens before it that match where it was looked up; -1 for column 0.
+        exits: (R, W) int8, the exit that predicted the token. -1 less the evidence for
+            it where it was looked up; -1 for column 0.
         expected: (R, W) float64, how probably the token is accepted where those before
             it are, as its exit was calibrated; 1 for column 0 and where it was looked
             up. None where nobody asks.

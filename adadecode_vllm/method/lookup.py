@@ -23,14 +23,15 @@ class Continuation(NamedTuple):
 
     Attributes:
         token_ids: 0 or more tokens.
-        matches: How many of the last tokens occurred before them; 0 without any.
+        evidence: As many: what speaks for each where those before it are right; see
+            :mod:`adadecode_vllm.method.evidence`.
     """
 
     token_ids: list[int]
-    matches: int
+    evidence: list[int]
 
 
-NOTHING = Continuation([], 0)
+NOTHING = Continuation([], [])
 
 
 def verifiable_part(
@@ -73,7 +74,7 @@ class Lookup(Protocol):
     """Finds what followed the same tokens before."""
 
     def find(self, query: Query) -> Continuation:
-        """The tokens that followed behind the longest match of the last ones."""
+        """The tokens that followed where most of the last ones match."""
 
     def forget(self, request_ids: Collection[str]) -> None:
         """Release what is remembered of finished requests."""
@@ -147,7 +148,7 @@ class Contexts:
         admission = self._requests.admission
         if admission is None or not self._by_costs[request] or not found.token_ids:
             return -1.0
-        return admission.lookup_promise(request, found.matches)
+        return float(admission.lookup[request, found.evidence[0]])
 
 
 class Candidates:
@@ -155,7 +156,7 @@ class Candidates:
 
     Attributes:
         token_ids: (R,) int64, by request, the token; -1 for none.
-        matches: (R,) int64, how many tokens before it match.
+        evidence: (R,) int64, what speaks for it; see `Continuation`.
         promises: (R,) float64, how probably it is right where the drafts before it are;
             -1 for none, or where thresholds decide.
         sure: (R,) bool, where no exit shall score in its place.
@@ -166,7 +167,7 @@ class Candidates:
         """Start without any; `contexts` says what to look up in."""
         size = len(contexts.ways)
         self.token_ids = np.full(size, -1, np.int64)
-        self.matches = np.zeros(size, np.int64)
+        self.evidence = np.zeros(size, np.int64)
         self.promises = np.full(size, -1.0)
         self.sure = np.zeros(size, bool)
         self.sure_at_once = np.zeros(size, bool)
@@ -201,8 +202,10 @@ class Candidates:
             self._seen[request] = tokens
             found = self._contexts.find(request, token_ids[request, 1:tokens])
             self._found[request] = tokens - 1, found
-            self.token_ids[request] = found.token_ids[0] if found.token_ids else -1
-            self.matches[request] = found.matches
+            self.token_ids[request] = -1
+            if found.token_ids:
+                self.token_ids[request] = found.token_ids[0]
+                self.evidence[request] = found.evidence[0]
             promise = self._contexts.promise(request, found)
             self.promises[request] = promise
             self.sure[request] = promise >= SURE

@@ -20,7 +20,6 @@ import pytest
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from adadecode_vllm.engine.segments import SHARED_LOOPS, runs_shared_loop
-from adadecode_vllm.patches import llvmlite_library
 
 ROOT = Path(__file__).parents[2]
 
@@ -161,15 +160,8 @@ def test_propose_takes_what_the_runner_gives() -> None:
     assert list(inspect.signature(AdaDecodeSpeculator.propose).parameters) == theirs
 
 
-# Loads numba, which the workers of other tests in this process stumble over.
-NGRAM = "vllm.v1.spec_decode.ngram_proposer"
-llvmlite_library.install()
-
 # Callables and the arguments that are given to them by name.
 CALLS = {
-    f"{NGRAM}._find_longest_matched_ngram_and_propose_tokens": (
-        "origin_tokens min_ngram max_ngram max_model_len k"
-    ),
     "vllm.forward_context.set_forward_context": (
         "num_tokens cudagraph_runtime_mode batch_descriptor slot_mapping"
     ),

@@ -4,31 +4,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from adadecode_vllm.method.admission import (
-    MOST_MATCHES,
     TRY_COST,
     TRY_EVERY,
     AcceptanceRecord,
     Admission,
 )
+from adadecode_vllm.method.evidence import KINDS, MOST_MATCHES, Agreement, evidence
 from adadecode_vllm.method.policy import ThresholdPolicy
 from tests.made_up_exits import make_drafter, make_requests
 
 
-def admission(
-    least: float, lookup: tuple[float, ...] = (0.5,), due: bool = False
-) -> Admission:
-    known = np.full((1, MOST_MATCHES), lookup[-1])
-    known[0, : len(lookup)] = lookup
+def admission(least: float, promises: Sequence[float], due: bool) -> Admission:
     return Admission(
         least=np.array([least]),
         trust=np.ones(1),
-        lookup=known,
+        lookup=np.array([promises]),
         use_exits=np.ones(1, bool),
         exits_due=np.zeros(1, bool),
         due=np.array([due]),
@@ -36,45 +33,53 @@ def admission(
 
 
 @pytest.mark.parametrize(
-    ("least", "lookup", "survival", "most", "found"),
+    ("least", "promises", "survival", "found"),
     [
-        (0.2, (0.5,), 1.0, 8, 2),  # 0.5, 0.25, then 0.125
-        (0.2, (0.9,), 1.0, 8, 8),
-        (0.2, (0.9,), 0.25, 8, 2),
-        (0.2, (0.5,), 0.25, 8, 0),
-        (0.2, (0.5,), 0.1, 8, 0),
-        (0.2, (0.99,), 1.0, 8, 8),
-        (0.2, (0.1,), 1.0, 8, 0),
-        (math.nan, (0.5,), 0.1, 8, 8),
-        (0.2, (0.5,), 1.0, 0, 0),
-        # Every right draft makes the match longer: 0.4, 0.24, then 0.168.
-        (0.2, (0.1, 0.4, 0.6, 0.7), 1.0, 8, 2),
-        (0.15, (0.1, 0.4, 0.6, 0.7), 1.0, 8, 3),
+        (0.2, [0.5] * 8, 1.0, 2),  # 0.5, 0.25, then 0.125
+        (0.2, [0.9] * 8, 1.0, 8),
+        (0.2, [0.9] * 8, 0.25, 2),
+        (0.2, [0.5] * 8, 0.25, 0),
+        (0.2, [0.5] * 8, 0.1, 0),
+        (0.2, [0.99] * 8, 1.0, 8),
+        (0.2, [0.1] * 8, 1.0, 0),
+        (math.nan, [0.5] * 8, 0.1, 8),
+        (0.2, [], 1.0, 0),
+        (0.2, [0.4, 0.6, 0.7], 1.0, 2),  # 0.4, 0.24, then 0.168
+        (0.15, [0.4, 0.6, 0.7], 1.0, 3),
     ],
 )
 def test_how_many_drafts_by_lookup_pay(
-    least: float, lookup: tuple[float, ...], survival: float, most: int, found: int
+    least: float, promises: list[float], survival: float, found: int
 ) -> None:
-    matches = 2 if len(lookup) > 1 else 1
-    own = admission(least, lookup)
-    assert own.looked_up(0, survival, matches, most) == found
+    evidence = list(range(len(promises)))
+    own = admission(least, promises, due=False)
+    assert own.looked_up(0, survival, evidence) == found
     # What is never tried is never found out.
-    due = admission(least, lookup, due=True).looked_up(0, survival, matches, most)
-    assert due == max(found, min(1, most))
+    due = admission(least, promises, due=True).looked_up(0, survival, evidence)
+    assert due == max(found, min(1, len(promises)))
 
 
-def test_longer_matches_than_are_told_apart_count_as_the_longest() -> None:
-    own = admission(0.2, (0.1,) * (MOST_MATCHES - 1) + (0.9,))
-    assert own.lookup_promise(0, MOST_MATCHES + 3) == 0.9
-    assert own.lookup_promise(0, 1) == 0.1
+def test_evidence_is_told_apart_by_what_matches_and_how_places_agree() -> None:
+    kinds = {
+        evidence(matches, agreement)
+        for matches in range(1, MOST_MATCHES + 1)
+        for agreement in Agreement
+    }
+    assert kinds == set(range(KINDS))
+    assert evidence(MOST_MATCHES + 3, Agreement.LIKELY) == evidence(
+        MOST_MATCHES, Agreement.LIKELY
+    )
+    assert np.iinfo(np.int8).min <= -1 - KINDS
 
 
 def test_requests_are_trusted_by_their_own_record() -> None:
     record = AcceptanceRecord()
-    exits = np.array([0, 0, -2, -3], np.int8)
+    two, three = (evidence(matches, Agreement.LIKELY) for matches in (2, 3))
+    exits = np.array([0, 0, -1 - two, -1 - three], np.int8)
     expected = np.array([0.8, 0.8, 1.0, 1.0])
     new = record.admission(["new"], np.full(1, 0.1)).lookup[0]
-    assert (np.diff(new) > 0).all()
+    assert (np.diff(new.reshape(len(Agreement), -1)) >= 0).all()
+    assert (np.diff(new.reshape(len(Agreement), -1), axis=0) > 0).all()
     for _ in range(30):
         # Three drafts of it are never compared.
         record.record_acceptance("wrong", exits, expected, 0)
@@ -88,8 +93,8 @@ def test_requests_are_trusted_by_their_own_record() -> None:
     # Of two matching tokens: half of 60 were right; of three, all 30. Those of "wrong"
     # were never compared, and nobody tried a single one.
     wrong, right, half, unknown = found.lookup
-    assert unknown[1] == pytest.approx(0.49, abs=0.02)
-    assert unknown[2] == pytest.approx(0.92, abs=0.02)
+    assert unknown[two] == pytest.approx(0.49, abs=0.02)
+    assert unknown[three] == pytest.approx(0.92, abs=0.02)
     assert unknown[0] == new[0]
     assert wrong.tolist() == unknown.tolist()
     assert (right > 1.1 * unknown).sum() > 3

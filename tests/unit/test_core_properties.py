@@ -13,8 +13,9 @@ import numpy as np
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from tests.reference_engine import EVENTS, Engine, Event, RandomExits, plain_decoding
+from tests.reference_engine import EVENTS, Engine, Event, plain_decoding
 from tests.reference_model import ReferenceModel
+from tests.reference_steps import RandomExits
 
 VOCAB_SIZE = 7
 MAX_MODEL_LEN = 24

@@ -13,6 +13,7 @@ import pytest
 from adadecode_vllm.method.admission import AcceptanceRecord
 from adadecode_vllm.method.combined import CombinedDrafter
 from adadecode_vllm.method.cycle import DraftRequests
+from adadecode_vllm.method.evidence import Agreement, evidence
 from adadecode_vllm.method.ledger import Window
 from adadecode_vllm.method.lookup import (
     NOTHING,
@@ -36,7 +37,8 @@ class Fake:
     def find(self, query: Query) -> Continuation:
         tokens = [*query.context.tolist(), *query.drafts]
         self.asked.append((query.request_id, tokens, query.fewest_matches, query.most))
-        return Continuation([tokens[-1] + 1], tokens[-1])
+        matches = evidence(tokens[-1], Agreement.LIKELY)
+        return Continuation([tokens[-1] + 1], [matches])
 
     def forget(self, request_ids: Collection[str]) -> None:
         pass
@@ -115,7 +117,8 @@ def test_candidates_follow_the_windows_of_chains(lookup: Fake) -> None:
     both, windows = np.arange(3), np.array([[2, 7, 0], [2, 0, 0], [2, 0, 0]])
     candidates.look_up(both, windows, np.ones(3, np.int64))
     assert candidates.token_ids.tolist() == [3, -1, 3]
-    assert candidates.matches.tolist() == [2, 0, 2]
+    two = evidence(2, Agreement.LIKELY)
+    assert candidates.evidence[[0, 2]].tolist() == [two, two]
     assert candidates.promises[1] == -1
     assert not candidates.sure.any()
     assert len(lookup.asked) == 2
@@ -125,7 +128,7 @@ def test_candidates_follow_the_windows_of_chains(lookup: Fake) -> None:
     assert candidates.token_ids.tolist() == [8, -1, 3]
     assert candidates.sure.tolist() == [True, False, False]
     assert not candidates.sure_at_once.any()
-    assert candidates.found_behind(0, 1) == ([8], 7)
+    assert candidates.found_behind(0, 1) == ([8], [evidence(7, Agreement.LIKELY)])
     assert candidates.found_behind(0, 0) is None
     assert candidates.found_behind(1, 0) is None
 

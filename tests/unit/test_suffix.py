@@ -8,6 +8,7 @@ import pytest
 
 from adadecode_vllm.engine import suffix
 from adadecode_vllm.engine.suffix import TREE_DEPTH, SuffixLookup
+from adadecode_vllm.method.evidence import Agreement, evidence
 from adadecode_vllm.method.lookup import NOTHING, Continuation, Query
 
 VOCABULARY = 200
@@ -33,21 +34,27 @@ def find(
     )
 
 
+def likely(token_ids: list[int], matches: int) -> Continuation:
+    """What was found behind so many matching tokens."""
+    kinds = [evidence(matches + n, Agreement.LIKELY) for n in range(len(token_ids))]
+    return Continuation(token_ids, kinds)
+
+
 def test_what_followed_the_same_tokens_is_drafted(lookup: SuffixLookup) -> None:
     prompt = [1, 2, 3, 4, 5, 6, 9, 1, 2, 3]
-    assert find(lookup, "a", prompt) == ([4, 5, 6], 3)
-    assert find(lookup, "a", prompt, drafts=(4,)) == ([5, 6, 9], 4)
+    assert find(lookup, "a", prompt) == likely([4, 5, 6], 3)
+    assert find(lookup, "a", prompt, drafts=(4,)) == likely([5, 6, 9], 4)
     assert find(lookup, "a", prompt, drafts=(8,)) == NOTHING
     assert find(lookup, "a", prompt, stops=(5,)).token_ids == [4, 5]
     # As many drafts as tokens match.
-    assert find(lookup, "a", [*prompt, 7, 1], fewest=1) == ([2], 1)
+    assert find(lookup, "a", [*prompt, 7, 1], fewest=1) == likely([2], 1)
     assert find(lookup, "a", [*prompt, 7, 1], fewest=2) == NOTHING
 
 
 def test_nothing_is_drafted_that_has_no_logit(lookup: SuffixLookup) -> None:
     """A prompt may hold ids that only the tokenizer knows."""
     unknown, last = VOCABULARY, VOCABULARY - 1
-    assert find(lookup, "a", [1, 2, last, unknown, 3, 1, 2]) == ([last], 2)
+    assert find(lookup, "a", [1, 2, last, unknown, 3, 1, 2]) == likely([last], 2)
     assert find(lookup, "b", [1, 2, unknown, 3, 1, 2]) == NOTHING
     # Behind one of them, what followed is as good as any other.
     assert find(lookup, "c", [1, unknown, 3, 4, 1, unknown]).token_ids[:2] == [3, 4]
@@ -57,9 +64,9 @@ def test_other_requests_answers_are_found_too(lookup: SuffixLookup) -> None:
     prompt, answer = [1, 2, 3], [40, 41, 42, 43]
     for done in range(len(answer) + 1):
         find(lookup, "a", prompt + answer[:done])
-    assert find(lookup, "b", [9, 40, 41]) == ([42, 43], 2)
+    assert find(lookup, "b", [9, 40, 41]) == likely([42, 43], 2)
     lookup.forget(["a"])
-    assert find(lookup, "b", [9, 40, 41, 42]) == ([43], 3)
+    assert find(lookup, "b", [9, 40, 41, 42]) == likely([43], 3)
     # Prompts are the request's own.
     assert find(lookup, "b", [9, 40, 41, 42, 1, 2]) == NOTHING
 
@@ -67,10 +74,10 @@ def test_other_requests_answers_are_found_too(lookup: SuffixLookup) -> None:
 def test_a_name_may_be_used_again(lookup: SuffixLookup) -> None:
     find(lookup, "a", [1, 2, 3, 4, 1, 2])
     lookup.forget(["a", "gone"])
-    assert find(lookup, "a", [5, 6, 7, 5, 6]) == ([7, 5], 2)
+    assert find(lookup, "a", [5, 6, 7, 5, 6]) == likely([7, 5], 2)
     assert find(lookup, "a", [5, 6, 7, 3, 1, 2]) == NOTHING
     # Shorter than before: another text.
-    assert find(lookup, "a", [8, 9, 4, 8, 9]) == ([4, 8], 2)
+    assert find(lookup, "a", [8, 9, 4, 8, 9]) == likely([4, 8], 2)
 
 
 def test_answers_are_bounded_by_their_tokens(
@@ -93,10 +100,10 @@ def test_answers_can_be_left_out(lookup: SuffixLookup) -> None:
         for known in range(2, 6):
             find(lookup, name, [1, 2, 40, 41, 42][:known])
     lookup.forget(["a"])
-    assert find(lookup, "c", [9, 40, 41]) == ([42], 2)
+    assert find(lookup, "c", [9, 40, 41]) == likely([42], 2)
     lookup.forget_answers()
     assert find(lookup, "d", [9, 40, 41]) == NOTHING
-    assert find(lookup, "b", [1, 2, 40, 41, 42, 1, 2]) == ([40, 41], 2)
+    assert find(lookup, "b", [1, 2, 40, 41, 42, 1, 2]) == likely([40, 41], 2)
     lookup.forget(["b", "c", "d"])
     # Nor are answers remembered from then on, of running requests or of others.
     for known in range(2, 6):
@@ -104,11 +111,11 @@ def test_answers_can_be_left_out(lookup: SuffixLookup) -> None:
     assert find(lookup, "f", [9, 50, 51]) == NOTHING
     lookup.forget(["e"])
     assert find(lookup, "g", [9, 50, 51]) == NOTHING
-    assert find(lookup, "e", [5, 6, 7, 5, 6]) == ([7, 5], 2)
+    assert find(lookup, "e", [5, 6, 7, 5, 6]) == likely([7, 5], 2)
 
 
 def test_long_matches(lookup: SuffixLookup) -> None:
     run = list(range(100, 140))
     found = find(lookup, "a", [*run, 7, *run])
     assert found.token_ids[0] == 7
-    assert TREE_DEPTH > found.matches > TREE_DEPTH // 2
+    assert found.evidence[0] == evidence(TREE_DEPTH, Agreement.LIKELY)
