@@ -43,7 +43,7 @@ def some_exits(answer: Answer, indices: Sequence[int]) -> Answer:
 
 
 def can_play_defaults() -> bool:
-    """Whether vLLM is installed, whose n-gram lookup the defaults use."""
+    """Whether vLLM is installed, which the options of its engine come with."""
     return find_spec("vllm") is not None
 
 
