@@ -42,7 +42,7 @@ class NgramLookup:
     """
 
     def __init__(self, max_model_len: int, vocab_size: int) -> None:
-        """Compile the lookup, which takes a second at the first time.
+        """Compile the lookup, which takes half a second at the first time.
 
         Args:
             max_model_len: The model's length.

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from adadecode_vllm.method.evidence import MOST_MATCHES, Agreement
+from adadecode_vllm.method.evidence import MOST_MATCHES, Agreement, evidence
 from adadecode_vllm.patches import llvmlite_library
 
 # Before another worker sets itself up in this process.
@@ -15,9 +15,7 @@ llvmlite_library.install()
 PLACES = 16
 """Most places that vote, the most recent ones."""
 
-_DIVIDED = int(Agreement.DIVIDED)
-_LIKELY = int(Agreement.LIKELY)
-_UNANIMOUS = int(Agreement.UNANIMOUS)
+_evidence = njit(evidence)
 
 
 @njit
@@ -43,8 +41,11 @@ def continuation(
     size = len(context) + len(drafts)
     most = max(most, 0)
     text = np.empty(size + most, np.int32)
-    text[: len(context)] = context
-    text[len(context) : size] = drafts
+    # As slices, these would take numba a second and a half more to compile.
+    for index in range(len(context)):
+        text[index] = context[index]
+    for index in range(len(drafts)):
+        text[len(context) + index] = drafts[index]
     places = np.empty(PLACES, np.int64)
     count, matches = 0, fewest
     for end in range(size - 2, -1, -1):
@@ -71,12 +72,12 @@ def continuation(
             if same > votes:
                 votes, token = same, text[place]
         if 2 * votes <= count:
-            agreement = _DIVIDED
+            agreement = Agreement.DIVIDED
         elif votes == count > 1:
-            agreement = _UNANIMOUS
+            agreement = Agreement.UNANIMOUS
         else:
-            agreement = _LIKELY
-        kinds[found] = agreement * MOST_MATCHES + min(matches, MOST_MATCHES) - 1
+            agreement = Agreement.LIKELY
+        kinds[found] = _evidence(matches, agreement)
         text[size + found] = token
         found += 1
         matches += 1

@@ -15,10 +15,10 @@ _PRIOR_DRAFTS = 4.0
 """What is known of all requests weighs as much as so many drafts of one of them."""
 
 _MEMORY = 256.0
-"""Verified drafts by lookup that it remembers, by the same."""
+"""Verified drafts by lookup that the record remembers, by the evidence for them."""
 
 _LOOKED_UP = 8.0
-"""Drafts by lookup that the engine's record begins with, by the evidence for them."""
+"""Drafts by lookup that the record begins with, by the evidence for them."""
 
 _TRUST = (0.2, 1.25)
 
@@ -87,11 +87,12 @@ class Admission:
             0 .. all of them.
         """
         least = self.least[request]
-        if not np.isnan(least):
-            for pays, promise in enumerate(self.lookup[request, evidence].tolist()):
-                survival *= promise
-                if not survival > least:
-                    return max(pays, int(self.due[request]))
+        if np.isnan(least):
+            return len(evidence)
+        for pays, promise in enumerate(self.lookup[request, evidence].tolist()):
+            survival *= promise
+            if not survival > least:
+                return max(pays, int(self.due[request]))
         return len(evidence)
 
 

@@ -86,7 +86,7 @@ def test_text_that_repeats_itself_goes_on(lookup: NgramLookup) -> None:
 def test_as_the_definition_says(
     context: list[int], drafts: list[int], fewest: int, most: int
 ) -> None:
-    """Each token is what a new search behind the tokens before it would find."""
+    """The search and the votes again, in plain Python."""
     found = find(NgramLookup(80, 20), most, (), context, fewest, tuple(drafts))
     text, expected = [*context, *drafts], Continuation([], [])
     places = [
