@@ -16,6 +16,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
 
+import numpy as np
+
+from adadecode_vllm.engine.exit_times import ExitClock, ExitTimes
+
 logger = logging.getLogger("vllm.adadecode")
 
 SETTLE_STEPS = 2
@@ -193,12 +197,14 @@ class _Size:
     Attributes:
         drafts: Whether the next step drafts.
         times: What requests and drafts add to a step.
+        exits: How long it takes to ask them.
         rates: By whether they drafted, what steps yielded.
     """
 
     def __init__(self, drafts: bool) -> None:
         self.drafts = self._best = drafts
         self.times = _StepTimes()
+        self.exits = ExitTimes()
         self.rates = {True: _Rate(), False: _Rate()}
         self._left = FIRST_STEPS
         self._pause = SHORTEST
@@ -213,6 +219,11 @@ class _Size:
             else min(USUAL_COST * requests, USUAL_PROMISE)
         )
         return min(max(promise, ADMISSION[0]), ADMISSION[1])
+
+    def exit_costs(self, requests: int) -> list[float]:
+        """What asking each exit takes, in tokens; NaN where that is not known."""
+        rate = self.rates[True].at(requests, self.times.request_seconds)
+        return self.exits.in_tokens(rate)
 
     def compare(
         self, requests: int, drafted: bool, tokens: int, seconds: float
@@ -304,6 +315,7 @@ class AdaptiveDrafting:
         self._drafted: bool | None = None
         self._same = 0
         self._compared = Compared()
+        self._exit_clock = ExitClock()
 
     def drafts(self, requests: int) -> bool:
         """Whether a step of so many requests drafts; at least one."""
@@ -312,6 +324,10 @@ class AdaptiveDrafting:
     def admission(self, requests: int) -> float:
         """The least probability of a draft that pays in a step of so many requests."""
         return self._sizes[requests.bit_length() - 1].admission(requests)
+
+    def exit_costs(self, requests: int) -> list[float]:
+        """What asking each exit takes in a step of so many requests, in tokens."""
+        return self._sizes[requests.bit_length() - 1].exit_costs(requests)
 
     def take_compared(self) -> Compared | None:
         """What was compared since the last call; None for nothing."""
@@ -331,6 +347,7 @@ class AdaptiveDrafting:
         tokens: int,
         decodes: bool,
         busy: bool,
+        exit_seconds: np.ndarray | None = None,
     ) -> bool:
         """Note the end of a step.
 
@@ -341,6 +358,9 @@ class AdaptiveDrafting:
             tokens: Tokens that it yielded.
             decodes: Whether it held no part of a prompt, which says nothing of drafts.
             busy: Whether another step follows at once.
+            exit_seconds: (2, K) what asking the exits has taken so far; see
+                :meth:`adadecode_vllm.method.stats.Stats.exit_seconds`. None in most
+                steps.
 
         Returns:
             Whether :meth:`drafts` answers differently now.
@@ -349,6 +369,9 @@ class AdaptiveDrafting:
         self._same = self._same + 1 if drafted is self._drafted else 0
         self._drafted = drafted
         changed = False
+        asked = self._exit_clock.step(requests.bit_length(), exit_seconds)
+        if asked is not None and requests:
+            self._sizes[requests.bit_length() - 1].exits.add(*asked)
         if began is not None and requests and decodes and self._same >= SETTLE_STEPS:
             size = self._sizes[requests.bit_length() - 1]
             seconds = self._ended - began

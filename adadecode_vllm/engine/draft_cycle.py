@@ -16,6 +16,9 @@ from adadecode_vllm.engine.outcomes import (
     ADMISSION,
     BY_COSTS,
     COUNTERS,
+    EXIT_COSTS,
+    EXIT_SECONDS,
+    EXIT_SECONDS_EVERY,
     UNUSED_DRAFTS,
 )
 from adadecode_vllm.engine.placeholder_drafts import fill_placeholders
@@ -84,6 +87,7 @@ class DraftCycle:
         self.adadecode = adadecode
         self.step = 0
         self._admission: float | None = None
+        self._exit_costs: Sequence[float] = ()
         self.max_model_len = max_model_len
 
     def begin(
@@ -106,6 +110,7 @@ class DraftCycle:
         """
         self.step += 1
         self._admission = getattr(scheduler_output, ADMISSION, None)
+        self._exit_costs = getattr(scheduler_output, EXIT_COSTS, ())
         self.adadecode.forget(gone)
         settings = self.adadecode.settings
         for request in scheduler_output.scheduled_new_reqs:
@@ -134,6 +139,8 @@ class DraftCycle:
         ):
             return
         setattr(found, COUNTERS, self.adadecode.counters())
+        if self.step % EXIT_SECONDS_EVERY == 0:
+            setattr(found, EXIT_SECONDS, self.adadecode.stats.exit_seconds())
         setattr(found, BY_COSTS, self.adadecode.settings.by_costs)
         if unused:
             setattr(found, UNUSED_DRAFTS, unused)
@@ -212,4 +219,6 @@ class DraftCycle:
         for index, own in enumerate(sampled.options or ()):
             if own.threshold is not None:
                 least[index] = np.nan
-        return self.adadecode.record.admission(sampled.request_ids, least)
+        return self.adadecode.record.admission(
+            sampled.request_ids, least, self._exit_costs
+        )

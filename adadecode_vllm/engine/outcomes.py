@@ -14,3 +14,15 @@ engine may be told otherwise."""
 ADMISSION = "adadecode_admission"
 """Attribute of a scheduler's output: the probability, in [0, 1], that a draft and all
 before it are right above which one more draft pays; None where thresholds decide."""
+
+EXIT_COSTS = "adadecode_exit_costs"
+"""Attribute of a scheduler's output: what asking each exit for a token takes, in tokens
+that the engine yields in that time; NaN where it is not known. Empty before it is known
+how many exits there are."""
+
+EXIT_SECONDS = "adadecode_exit_seconds"
+"""Attribute of some of a model runner's outputs: by exit, the worker's seconds of draft
+steps and the tokens that were scored in them, since the start or the last reset."""
+
+EXIT_SECONDS_EVERY = 16
+"""Steps from one such output to the next."""

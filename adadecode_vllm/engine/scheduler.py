@@ -22,6 +22,8 @@ from adadecode_vllm.engine.outcomes import (
     ADMISSION,
     BY_COSTS,
     COUNTERS,
+    EXIT_COSTS,
+    EXIT_SECONDS,
     UNUSED_DRAFTS,
 )
 from adadecode_vllm.patches import finished_outcomes
@@ -92,6 +94,7 @@ class AdaDecodeScheduler(Scheduler):
             requests := len(output.num_scheduled_tokens)
         ):
             setattr(output, ADMISSION, self._adaptive.admission(requests))
+            setattr(output, EXIT_COSTS, self._adaptive.exit_costs(requests))
         return output
 
     def add_request(self, request: Request) -> None:
@@ -162,6 +165,7 @@ class AdaDecodeScheduler(Scheduler):
             decodes=scheduler_output.total_num_scheduled_tokens
             == requests + placeholders,
             busy=bool(self.running),
+            exit_seconds=getattr(model_runner_output, EXIT_SECONDS, None),
         )
         if changed or switched:
             self.dynamic_sd_lookup = self._drafts_by_requests()

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isnan
 
 import numpy as np
@@ -23,7 +23,8 @@ _LOOKED_UP = 8.0
 _TRUST = (0.2, 1.25)
 
 SCORING_COST = 0.4
-"""What the exits' scoring takes of the time that verifying a draft adds to a step."""
+"""What the exits' scoring is taken to cost until steps have told, as a share of the
+time that verifying a draft adds to a step."""
 
 _SCORINGS_BEFORE = 8
 """Cycles in which the exits score for a request before its record decides."""
@@ -55,6 +56,9 @@ class Admission:
             trusted that far: what is never verified is never found to be right.
         due: (R,) bool, whether a draft by lookup is due though it promises too little:
             what is never tried is never found out.
+        exit_costs: (K,) float64, what asking each exit for a token takes, the layers
+            before it included, in tokens; NaN where it is not known. Empty where
+            nothing is.
     """
 
     least: np.ndarray
@@ -63,6 +67,7 @@ class Admission:
     use_exits: np.ndarray
     exits_due: np.ndarray
     due: np.ndarray
+    exit_costs: np.ndarray = field(default_factory=lambda: np.empty(0))
 
     def select(self, requests: np.ndarray) -> Admission:
         """Some of the requests, in the given order; (r,) int64."""
@@ -73,7 +78,14 @@ class Admission:
             self.use_exits[requests],
             self.exits_due[requests],
             self.due[requests],
+            self.exit_costs,
         )
+
+    def exit_cost(self, exit_index: int) -> float:
+        """What asking an exit takes, in tokens; NaN where it is not known."""
+        if exit_index < len(self.exit_costs):
+            return float(self.exit_costs[exit_index])
+        return float("nan")
 
     def looked_up(self, request: int, survival: float, evidence: Sequence[int]) -> int:
         """How many drafts by lookup pay.
@@ -150,12 +162,17 @@ class _Record:
         # In this order NaN, where thresholds decide, leaves the first.
         return cycles >= max(TRY_EVERY, self.least / TRY_COST)
 
-    @property
-    def uses_exits(self) -> bool:
-        """Whether the exits shall score in this cycle."""
+    def uses_exits(self, cost: float) -> bool:
+        """Whether the exits shall score in this cycle.
+
+        Args:
+            cost: What that takes, in tokens; NaN where it is not known.
+        """
         if isnan(self.least) or self.scorings < _DECIDED or self.is_due(self.passed):
             return True
-        return self.gain > SCORING_COST * self.least * self.scorings
+        if isnan(cost):
+            cost = SCORING_COST * self.least
+        return self.gain > cost * self.scorings
 
 
 def _trust(right: int, expected: float) -> float:
@@ -178,12 +195,18 @@ class AcceptanceRecord:
         self._looked_up = [_LOOKED_UP] * KINDS
         self._looked_up_right = [_LOOKED_UP * share for share in RIGHT]
 
-    def admission(self, request_ids: Sequence[str], least: np.ndarray) -> Admission:
+    def admission(
+        self,
+        request_ids: Sequence[str],
+        least: np.ndarray,
+        exit_costs: Sequence[float] = (),
+    ) -> Admission:
         """What requests' drafts must promise, and can.
 
         Args:
             request_ids: R requests.
             least: (R,) see :class:`Admission`.
+            exit_costs: (K,) see there; empty where nothing is known.
         """
         records = []
         for request_id, own in zip(request_ids, least.tolist(), strict=True):
@@ -192,14 +215,16 @@ class AcceptanceRecord:
                 record.begin_cycle(own)
             records.append(record)
         known = np.array(self._looked_up_right) / self._looked_up
+        scoring_cost = exit_costs[0] if exit_costs else float("nan")
         lookup_trust = np.array([record.lookup_trust for record in records])
         return Admission(
             least,
             np.array([record.trust for record in records]),
             (lookup_trust[:, None] * known).clip(0.01, 0.99),
-            np.array([record.uses_exits for record in records], bool),
+            np.array([record.uses_exits(scoring_cost) for record in records], bool),
             np.array([record.is_due(record.not_drafted) for record in records], bool),
             np.array([record.is_due(record.not_looked_up) for record in records], bool),
+            np.array(exit_costs, np.float64),
         )
 
     def record_scoring(self, request_id: str, least: float) -> None:

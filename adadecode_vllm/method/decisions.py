@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isnan
 from typing import NamedTuple
 
 import numpy as np
 
+from adadecode_vllm.method.admission import SCORING_COST
 from adadecode_vllm.method.cycle import Cycle, DraftRequests
 from adadecode_vllm.method.deepening import Deepening
 from adadecode_vllm.method.lookup import Candidates
@@ -137,7 +139,8 @@ class Decisions:
         pays = survival * promise > least
         runs_on = None
         if self._last_exit:
-            runs_on = self._runs_on(cycle, said, own_promise, promise)
+            deeper_cost = admission.exit_cost(said.exit_index + 1)
+            runs_on = self._runs_on(cycle, said, own_promise, promise, deeper_cost)
         if admission.exits_due.any():
             # Behind such a draft the request's own record counts again.
             tried = admission.exits_due[chosen] & (survival * expected > least) & ~pays
@@ -146,11 +149,12 @@ class Decisions:
             if looked_up is not None:
                 looked_up &= ~tried
         cycle.active[chosen] = pays if runs_on is None else pays | runs_on
+        scoring_cost = _scoring_cost(admission.exit_cost(0), least)
         if runs_on is None:
-            self._scoring.said(own_promise)
+            self._scoring.said(own_promise, scoring_cost)
         else:
             pays &= ~runs_on
-            self._scoring.said(own_promise[~runs_on])
+            self._scoring.said(own_promise[~runs_on], scoring_cost)
             early = pays if looked_up is None else pays & ~looked_up
             self._deepening.drafted(promise[early])
         self._take(cycle, candidates, said, pays, looked_up, expected, promise)
@@ -161,6 +165,7 @@ class Decisions:
         said: Said,
         own_promise: np.ndarray,
         promise: np.ndarray,
+        deeper_cost: float,
     ) -> np.ndarray:
         """Which tokens shall run on to the next exit, by costs; remembers what came.
 
@@ -169,6 +174,8 @@ class Decisions:
             said: What the exit said of them, r.
             own_promise: (r,) how probably its tokens are accepted.
             promise: (r,) the same of what would be drafted now.
+            deeper_cost: What asking the next exit takes, in tokens; NaN where it is not
+                known.
 
         Returns:
             (r,) bool.
@@ -185,6 +192,7 @@ class Decisions:
             promise,
             *cycle.prospects(chosen),
             cycle.room(chosen),
+            deeper_cost,
         )
         self._deepening.stayed(exit_index, own_promise[~runs_on])
         cycle.promised[chosen] = own_promise
@@ -228,3 +236,13 @@ class Decisions:
         token_ids = self.policy.corrupt(token_ids, self._random)
         least_ratio = self._scoring.least_ratio
         cycle.predict(chosen, token_ids, exits, expected, promise, least_ratio)
+
+
+def _scoring_cost(exit_cost: float, least: np.ndarray) -> float:
+    """What asking an exit takes, as a share of what a draft must promise.
+
+    Args:
+        exit_cost: In tokens; NaN where it is not known.
+        least: (r,) what drafts of some requests must promise, where costs decide.
+    """
+    return SCORING_COST if isnan(exit_cost) else exit_cost / float(least[0])

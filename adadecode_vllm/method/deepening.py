@@ -8,6 +8,7 @@ the engine would yield in it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -31,7 +32,8 @@ _USUAL_PROMISE = 0.6
 """What drafts are taken to promise until so many have been made."""
 
 _GATE_LAYERS = 0.5
-"""Layers whose time an exit's head and the host's part of a draft step take."""
+"""Layers whose time an exit's head and the host's part of a draft step are taken to
+take until steps have told."""
 
 
 class Deepening:
@@ -45,7 +47,9 @@ class Deepening:
         """
         layers = np.array(exit_layers, np.float64)
         # In drafts by the first exit.
-        self._costs = (np.diff(layers) + _GATE_LAYERS) / (layers[0] + _GATE_LAYERS)
+        self._usual_costs = (np.diff(layers) + _GATE_LAYERS) / (
+            layers[0] + _GATE_LAYERS
+        )
         self._usual = (1.0 + MIDDLES) / 2.0 - MIDDLES
         shape = (max(len(layers) - 1, 0), BUCKETS)
         self._tokens = np.zeros(shape)
@@ -62,6 +66,7 @@ class Deepening:
         survival: np.ndarray,
         least: np.ndarray,
         room: np.ndarray,
+        deeper_cost: float = math.nan,
     ) -> np.ndarray:
         """Whether running on beats what can be had now, a draft or none, or is due.
 
@@ -74,6 +79,8 @@ class Deepening:
             survival: (n,) how probably those before are.
             least: (n,) what a draft has to promise; NaN where thresholds decide.
             room: (n,) int64, drafts that may still be made, this one included.
+            deeper_cost: What asking the next exit takes, in tokens; NaN where it is not
+                known, and what is usual is taken.
 
         Returns:
             (n,) bool; False where thresholds decide.
@@ -84,7 +91,9 @@ class Deepening:
         deeper = np.maximum(np.minimum(own_promise + gain[bucket], 1.0), promise)
         now = self._worth(survival * promise, least, room)
         then = self._worth(survival * deeper, least, room)
-        cost = self._costs[exit_index] * least
+        cost = self._usual_costs[exit_index] * least
+        if not math.isnan(deeper_cost):
+            cost = np.full(len(least), deeper_cost)
         due = self._passed[exit_index][bucket] >= np.maximum(TRY_EVERY, cost / TRY_COST)
         # One of a range is enough, among those that costs decide for.
         first = np.zeros(len(bucket), bool)

@@ -44,18 +44,23 @@ class Scoring:
         """Begin with every promise alike."""
         self._said = np.full(BUCKETS, _PRIOR / BUCKETS)
         self._lately: list[float] = []
-        self._work_out()
+        self._work_out(SCORING_COST)
 
-    def said(self, promise: np.ndarray) -> None:
-        """Note what exits promised of some tokens, (n,)."""
+    def said(self, promise: np.ndarray, cost: float = SCORING_COST) -> None:
+        """Note what exits promised of some tokens.
+
+        Args:
+            promise: (n,) what they promised.
+            cost: What asking them takes, as a share of what a draft must promise.
+        """
         self._lately += promise.tolist()
         if len(self._lately) < _AT_ONCE:
             return
         self._said *= max(1.0 - len(self._lately) / _MEMORY, 0.0)
         self._said += np.bincount(bucket_of(np.array(self._lately)), minlength=BUCKETS)
         self._lately.clear()
-        self._work_out()
+        self._work_out(cost)
 
-    def _work_out(self) -> None:
+    def _work_out(self, cost: float) -> None:
         brings = _BRINGS @ self._said / self._said.sum()
-        self.least_ratio = float(_RATIOS[brings < SCORING_COST].max(initial=1.0))
+        self.least_ratio = float(_RATIOS[brings < cost].max(initial=1.0))

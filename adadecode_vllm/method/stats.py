@@ -131,6 +131,15 @@ class Stats:
             else:
                 self.ngram_rejected += 1
 
+    def exit_seconds(self) -> np.ndarray:
+        """What asking the exits took.
+
+        Returns:
+            (2, K) float64: seconds of draft steps, and tokens that were scored in them.
+        """
+        seconds = self.draft_segment_seconds[:-1] + self.gate_seconds
+        return np.stack([seconds, self.gates])
+
     def reported(self) -> np.ndarray:
         """The counters of `REPORTED_PER_EXIT` and `REPORTED`; float64.
 

@@ -9,9 +9,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from adadecode_vllm.config import parse_config
+from adadecode_vllm.engine import draft_cycle
 from adadecode_vllm.toolkit.evaluation.answers import known_answers
 from adadecode_vllm.toolkit.evaluation.counters import Counters, StepCosts
 from adadecode_vllm.toolkit.evaluation.defaults import engine_with
@@ -228,13 +230,17 @@ class RowsCost(StepCosts):
 
 
 def fix_costs(llm: Any, costs: RowsCost) -> None:
-    """Let an engine's steps take what they are said to cost."""
+    """Let an engine's steps take what they are said to cost, and its exits nothing."""
     adaptive = llm.llm_engine.engine_core.engine_core.scheduler._adaptive
     step, clock = adaptive.step, [0.0]
+    # The simulation drafts behind the scheduler's look at a step, the engine before it.
+    asked: list[np.ndarray] = []
 
     def timed(**outcome: Any) -> bool:
         rows = outcome["requests"] + outcome["drafts"]
         clock[0] += costs.verifying([(1.0, rows)])
+        asked.append(outcome["exit_seconds"] * [[0.0], [1.0]])
+        outcome["exit_seconds"] = asked[-2] if len(asked) > 1 else 0.0 * asked[0]
         return bool(step(**outcome))
 
     adaptive._clock = lambda: clock[0]
@@ -251,13 +257,19 @@ def fix_costs(llm: Any, costs: RowsCost) -> None:
     ],
 )
 def test_drafts_by_costs_are_equal(
-    calibrated: Path, teacher: Teacher, prompts: list[str], row: float, requests: int
+    calibrated: Path,
+    teacher: Teacher,
+    prompts: list[str],
+    row: float,
+    requests: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The engine's defaults, on a clock that runs equally in both."""
     costs = RowsCost(row)
     options = adadecode_options(str(calibrated))
     with start_engine(max_num_seqs=requests, **options) as llm:
         fix_costs(llm, costs)
+        monkeypatch.setattr(draft_cycle, "EXIT_SECONDS_EVERY", 1)
         outputs = generate(llm, prompts)
         found = stats(llm)
         counters = simulated(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from random import Random
 
+import numpy as np
 import pytest
 
 from adadecode_vllm.engine.adaptive import MANY, SETTLE_STEPS, WORTH, AdaptiveDrafting
@@ -285,3 +286,28 @@ def test_a_draft_has_its_usual_cost_until_steps_have_told() -> None:
     steps.run(20)
     # All steps had as many drafts: nothing tells what one more costs.
     assert steps.adaptive.admission(REQUESTS) == pytest.approx(0.05 * 2)
+
+
+def test_what_asking_exits_costs_is_known_by_the_number_of_requests() -> None:
+    steps = Steps(lambda step, drafted: (6, 1.2) if drafted else (4, 1.0))
+    steps.run(20)
+    assert steps.adaptive.exit_costs(REQUESTS) == []
+    asked = np.zeros((2, 2))
+    for _ in range(3):
+        asked += [[0.2, 0.0], [4, 0]]
+        steps.adaptive.step(
+            requests=REQUESTS,
+            drafted=True,
+            drafts=4,
+            tokens=6,
+            decodes=True,
+            busy=True,
+            exit_seconds=asked,
+        )
+    rate = steps.adaptive._sizes[REQUESTS.bit_length() - 1].rates[True]
+    tokens = rate.at(REQUESTS, 0.0)
+    first, second = steps.adaptive.exit_costs(REQUESTS)
+    assert first == pytest.approx(0.05 * tokens)
+    assert np.isnan(second)
+    # Of other numbers of requests it says nothing.
+    assert steps.adaptive.exit_costs(2 * REQUESTS) == []

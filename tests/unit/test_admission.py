@@ -155,6 +155,34 @@ def test_a_request_whose_text_changes_uses_the_exits_again() -> None:
     assert all(scored[-100:])
 
 
+@pytest.mark.parametrize(
+    ("costs", "uses"),
+    [
+        ((), True),
+        ((math.nan, 0.1), True),
+        ((0.1, 9.0), True),
+        # Each cycle brings 0.3 tokens.
+        ((0.5, 0.1), False),
+    ],
+)
+def test_scoring_has_to_bring_what_it_takes(
+    costs: tuple[float, ...], uses: bool
+) -> None:
+    record = AcceptanceRecord()
+    least = np.array([0.2])
+    for cycle in range(40):
+        record.record_scoring("a", 0.2)
+        record.record_acceptance(
+            "a", np.zeros(1, np.int8), np.full(1, 0.5), int(cycle % 2)
+        )
+    found = record.admission(["a"], least, costs)
+    assert found.use_exits.tolist() == [uses]
+    assert found.select(np.array([0])).exit_costs.tolist() == pytest.approx(
+        list(costs), nan_ok=True
+    )
+    assert math.isnan(found.exit_cost(2))
+
+
 @pytest.mark.parametrize("right", [True, False])
 def test_exits_that_are_no_longer_trusted_are_tried(right: bool) -> None:
     """Alone, a draft of theirs would never promise enough to be verified."""

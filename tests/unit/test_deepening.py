@@ -21,6 +21,7 @@ def pays(
     least: float = 0.1,
     room: int = 8,
     exit_index: int = 0,
+    deeper_cost: float = math.nan,
 ) -> bool:
     (answer,) = deepening.pays(
         exit_index,
@@ -29,6 +30,7 @@ def pays(
         np.array([survival]),
         np.array([least]),
         np.array([room]),
+        deeper_cost,
     )
     return bool(answer)
 
@@ -101,6 +103,17 @@ def test_many_layers_to_the_next_exit_cost_more() -> None:
     near, far = Deepening([2, 4]), Deepening([2, 24])
     assert pays(near, 0.4)
     assert not pays(far, 0.4)
+
+
+def test_what_asking_costs_is_measured() -> None:
+    # By layers alone it would cost what a draft has to promise.
+    usual = pays(on_easy_text(), 0.5, least=0.3)
+    assert usual is pays(on_easy_text(), 0.5, least=0.3, deeper_cost=0.3) is True
+    assert not pays(on_easy_text(), 0.5, least=0.3, deeper_cost=3.0)
+    assert not pays(Deepening([0, 12]), 0.4)
+    assert pays(Deepening([0, 12]), 0.4, deeper_cost=0.1)
+    # Of requests with thresholds it says nothing.
+    assert not pays(on_easy_text(), 0.5, least=math.nan, deeper_cost=0.01)
 
 
 def test_what_the_next_exit_says_is_learnt_by_promise() -> None:

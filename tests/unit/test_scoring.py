@@ -31,6 +31,18 @@ def test_exits_that_are_seldom_sure_are_asked_where_drafts_are_probably_right() 
     assert after(0.0) < 9.0
 
 
+def test_what_asking_takes_is_measured() -> None:
+    ratios = []
+    for cost in (0.01, 0.4, 2.0):
+        scoring = Scoring()
+        for _ in range(500):
+            scoring.said(np.array([0.7]), cost)
+        ratios.append(scoring.least_ratio)
+    assert ratios == sorted(ratios)
+    assert ratios[1] == after(0.7)
+    assert ratios[0] < ratios[1] < ratios[2]
+
+
 def test_it_follows_the_text() -> None:
     scoring = Scoring()
     for promise in (0.1, 0.9):

@@ -67,6 +67,8 @@ class KnownExits:
         segments_run: By segment, times it ran as if each request were alone.
         time: What the steps since :meth:`begin` took; of several requests, each as if
             it were alone where that is how they are timed.
+        exit_seconds: As :meth:`adadecode_vllm.method.stats.Stats.exit_seconds`, of all
+            steps.
     """
 
     max_tokens = 0
@@ -97,6 +99,7 @@ class KnownExits:
         self.shares: list[float] = (sizes / num_layers).tolist()
         self.segments_run = [0] * (len(exit_layers) + 1)
         self.time = 0.0
+        self.exit_seconds = np.zeros((2, len(exit_layers)))
         self._window = window
         self._cost = cost
         self._timed_alone = timed_alone
@@ -134,10 +137,14 @@ class KnownExits:
             self.segments_run[exit_index] += subset.num_requests
         if self._timed_alone:
             tokens, requests = np.unique(subset.count, return_counts=True)
-            for count, times in zip(tokens.tolist(), requests.tolist(), strict=True):
-                self.time += times * self._cost(share, count, 1)
+            took = sum(
+                times * self._cost(share, count, 1)
+                for count, times in zip(tokens.tolist(), requests.tolist(), strict=True)
+            )
         else:
-            self.time += self._cost(share, len(states), subset.num_requests)
+            took = self._cost(share, len(states), subset.num_requests)
+        self.time += took
+        self.exit_seconds[:, exit_index] += took, subset.num_requests
         last = np.cumsum(subset.count) - 1
         said = [
             self._score(self._fronts[row], place, token, exit_index)

@@ -209,9 +209,10 @@ class _Engine:
             )
         requests, adaptive = len(self._running), self._adaptive
         most = self._setting.policy.max_draft_tokens
-        admission = None
+        admission, exit_costs = None, []
         if adaptive is not None:
             admission = adaptive.admission(requests)
+            exit_costs = adaptive.exit_costs(requests)
             most = most if adaptive.drafts(requests) else 0
         decoding = [request for request in self._running if request.done]
         drafts = sum(len(r.drafts.token_ids) for r in decoding if r.drafts)
@@ -232,9 +233,10 @@ class _Engine:
                 tokens=sampled,
                 decodes=len(decoding) == requests,
                 busy=bool(self._running),
+                exit_seconds=self._exits.exit_seconds,
             )
         if most and self._running:
-            self._draft(most, admission)
+            self._draft(most, admission, exit_costs)
         return len(ended)
 
     def _forward(self, decoding: Sequence[_Request]) -> None:
@@ -283,7 +285,9 @@ class _Engine:
         request.drafts, request.levels = None, np.zeros(1, np.int64)
         return accepted + 1
 
-    def _draft(self, most: int, admission: float | None) -> None:
+    def _draft(
+        self, most: int, admission: float | None, exit_costs: Sequence[float]
+    ) -> None:
         """One drafting cycle of all requests that go on."""
         running, setting = self._running, self._setting
         contexts = ways = None
@@ -305,7 +309,9 @@ class _Engine:
             ways=ways,
             admission=None
             if admission is None
-            else self._record.admission(request_ids, np.full(len(running), admission)),
+            else self._record.admission(
+                request_ids, np.full(len(running), admission), exit_costs
+            ),
         )
         drafting = requests.going_on()
         if not len(drafting):
