@@ -8,6 +8,10 @@
 #
 # WORK receives texts, data, the trained heads and their evaluation; HEADS, if given, the
 # heads, their card and how they were trained.
+#
+#   LAYERS     exits (2,4,8)
+#   MEMORY=1   heads that read the state of the token before, too, and begin with least
+#              squares
 set -euo pipefail
 work=$(realpath -m "$1")
 heads=${2:+$(realpath -m "$2")}
@@ -29,8 +33,12 @@ answer heldout_code 64
 "${adadecode[@]}" data "$work/data/code" --model "$model" --input "$work/code.jsonl" \
     --field text --finished --plain --max-length 256
 
-"${adadecode[@]}" train "$model" "$work/heads" --exit-layers 2,4,8 --preset quick \
-    --data "$work/data/problems" --data "$work/data/code" --batch-size 16
+preset=quick
+if [[ -n ${MEMORY:-} ]]; then
+    preset=best
+fi
+"${adadecode[@]}" train "$model" "$work/heads" --exit-layers "${LAYERS:-2,4,8}" \
+    --preset "$preset" --data "$work/data/problems" --data "$work/data/code" --batch-size 16
 
 for kind in heldout_problems heldout_code; do
     "${adadecode[@]}" eval "$model" "$work/heads" --data "$work/data/$kind" \
