@@ -209,18 +209,25 @@ class BaselineLogits:
             texts are identical has no logits.
         """
         texts = base["token_ids"]
-        parted = [
-            number
-            for place, number in enumerate(prompts)
-            if any(run["token_ids"][place] != texts[place] for run in runs)
-        ]
+        parted = {}
+        for place, number in enumerate(prompts):
+            found = [
+                first_difference(texts[place], run["token_ids"][place]) for run in runs
+            ]
+            if indices := [index for index in found if index is not None]:
+                parted[number] = texts[place], max(indices)
         if not parted:
             return None
-        wanted = parted if self._alone else list(prompts)
-        if missing := [number for number in wanted if number not in self._known]:
-            again = self._generate(missing)
+        missing = [
+            number for number, at in parted.items() if not self._tells(number, *at)
+        ]
+        if missing:
+            asked = missing if self._alone else list(prompts)
+            again = self._generate(asked)
             answers = zip(again["token_ids"], again["top_logits"], strict=True)
-            self._known.update(zip(missing, answers, strict=True))
+            for number, answer in zip(asked, answers, strict=True):
+                if number not in self._known or number in missing:
+                    self._known[number] = answer
         known = [
             self._known.get(number, (text, []))
             for number, text in zip(prompts, texts, strict=True)
@@ -229,6 +236,20 @@ class BaselineLogits:
             "token_ids": [ids for ids, _ in known],
             "top_logits": [logits for _, logits in known],
         }
+
+    def _tells(self, number: int, text: Sequence[int], index: int) -> bool:
+        """Whether what is known was generated behind the same tokens.
+
+        In batches the baseline's own text may be another in every run.
+
+        Args:
+            number: A prompt.
+            text: The baseline's text.
+            index: Where others part from it.
+        """
+        ids, logits = self._known.get(number, ((), ()))
+        same = list(ids[:index]) == list(text[:index])
+        return same and len(logits) >= min(index + 1, len(text))
 
 
 def _last_shared(again: Sequence[int], baseline: Sequence[int]) -> int | None:

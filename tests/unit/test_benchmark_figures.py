@@ -4,6 +4,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from adadecode_vllm.toolkit.evaluation.cost import CostModel
 from benchmarks import analysis
 from benchmarks.backend_transformers import TransformersBackend
 from benchmarks.parity import (
+    BaselineLogits,
     Parity,
     bfloat16_ulp,
     compare,
@@ -117,6 +119,39 @@ def test_ties_count_only_where_logits_are_given() -> None:
     assert compare(baseline, texts, None) == Parity(same=1, different=1)
     # Unknown logits excuse nothing.
     assert compare(baseline, texts, [[], []]) == Parity(same=1, different=1)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_baseline_is_asked_again_where_it_gave_another_text(alone: bool) -> None:
+    asked: list[list[int]] = []
+
+    def generate(prompts: Sequence[int]) -> dict[str, Any]:
+        asked.append(list(prompts))
+        texts = {0: [5, 7, len(asked)], 1: [1], 2: [4 + len(asked), 7, 5]}
+        return {
+            "token_ids": [texts[number] for number in prompts],
+            "top_logits": [logits_at(len(asked)) for _ in prompts],
+        }
+
+    logits = BaselineLogits(generate, alone)
+    base = {"token_ids": [[5, 7, 5], [1], [5, 7, 5]]}
+    same, other = dict(base), {"token_ids": [[5, 8, 9], [1], [5, 8, 9]]}
+    assert logits.where_texts_part([0, 1, 2], base, [same]) is None
+    for _ in range(2):
+        again = logits.where_texts_part([0, 1, 2], base, [same, other])
+        assert asked == [[0, 2] if alone else [0, 1, 2]]
+    assert again is not None
+    assert again["token_ids"][2] == [5, 7, 5]
+    # In another run the last text is another.
+    base = {"token_ids": [[5, 7, 5], [1], [6, 7, 5]]}
+    other = {"token_ids": [[5, 8, 9], [1], [6, 8, 9]]}
+    again = logits.where_texts_part([0, 1, 2], base, [other])
+    assert asked[1:] == [[2] if alone else [0, 1, 2]]
+    assert again is not None
+    assert again["token_ids"][2] == [6, 7, 5]
+    # What told already is kept.
+    assert again["token_ids"][0] == [5, 7, 1]
+    assert judge(base, other, again)["parity"]["different"] == 2
 
 
 @pytest.mark.parametrize(
