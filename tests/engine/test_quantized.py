@@ -17,6 +17,9 @@ needs_avx512 = pytest.mark.skipif(
     not torch.cpu._is_avx512_supported(), reason="vLLM's kernels for it need AVX-512"
 )
 
+# vLLM's kernel for AMX takes 16 bits only.
+W8A8_DTYPE = "bfloat16" if torch.cpu._is_amx_tile_supported() else "float32"
+
 TIES = "in 16 bits only, as in vLLM; a text may part at a tie; on CPUs with AVX-512"
 
 
@@ -25,7 +28,7 @@ TIES = "in 16 bits only, as in vLLM; a text may part at a tie; on CPUs with AVX-
     [
         pytest.param(
             "w8a8",
-            "float32",
+            W8A8_DTYPE,
             marks=pytest.mark.feature("quantized: W8A8 int8", "supported"),
         ),
         # vLLM runs these two in 16 bits only, where a text may part at a tie.

@@ -20,7 +20,12 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from adadecode_vllm.engine import adadecode as adadecode_module
 from adadecode_vllm.engine.adadecode import AdaDecode
 from adadecode_vllm.engine.draft_cycle import DraftCycle
-from adadecode_vllm.engine.outcomes import BY_COSTS, COUNTERS, UNUSED_DRAFTS
+from adadecode_vllm.engine.outcomes import (
+    BY_COSTS,
+    COUNTERS,
+    EXIT_SECONDS,
+    UNUSED_DRAFTS,
+)
 from adadecode_vllm.engine.runner_v1 import AdaDecodeCPUModelRunner
 from adadecode_vllm.engine.runner_v2 import AdaDecodeModelRunner
 from adadecode_vllm.engine.worker import AdaDecodeWorker
@@ -203,6 +208,7 @@ def sample_tokens(v2: bool, output: Any, unused: dict[str, int]) -> Any:
     adadecode: Any = SimpleNamespace(
         counters=lambda: np.array([1.0, 2.0]),
         settings=SimpleNamespace(by_costs=False),
+        stats=SimpleNamespace(exit_seconds=lambda: np.array([[0.5], [3.0]])),
     )
     proposer: Any = SimpleNamespace(
         adadecode=adadecode,
@@ -238,6 +244,7 @@ def test_the_scheduler_learns_from_the_runner(v2: bool, copied: bool) -> None:
     assert sample_tokens(v2, output, {}) is output
     assert getattr(outcome, COUNTERS).tolist() == [1.0, 2.0]
     assert getattr(outcome, BY_COSTS) is False
+    assert getattr(outcome, EXIT_SECONDS).tolist() == [[0.5], [3.0]]
     assert not hasattr(outcome, UNUSED_DRAFTS)
     sample_tokens(v2, output, {"a": 3})
     assert getattr(outcome, UNUSED_DRAFTS) == {"a": 3}
@@ -248,5 +255,5 @@ def test_the_scheduler_learns_from_the_runner(v2: bool, copied: bool) -> None:
 def test_what_all_steps_share_says_nothing(v2: bool, output: Any) -> None:
     """It would say the same in a later step."""
     assert sample_tokens(v2, output, {"a": 3}) is output
-    for name in (COUNTERS, BY_COSTS, UNUSED_DRAFTS):
+    for name in (COUNTERS, BY_COSTS, EXIT_SECONDS, UNUSED_DRAFTS):
         assert not hasattr(EMPTY_MODEL_RUNNER_OUTPUT, name)
