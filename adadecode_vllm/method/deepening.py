@@ -93,7 +93,7 @@ class Deepening:
         then = self._worth(survival * deeper, least, room)
         cost = self._usual_costs[exit_index] * least
         if not math.isnan(deeper_cost):
-            cost = np.full(len(least), deeper_cost)
+            cost = np.where(np.isnan(least), np.nan, deeper_cost)
         due = self._passed[exit_index][bucket] >= np.maximum(TRY_EVERY, cost / TRY_COST)
         # One of a range is enough, among those that costs decide for.
         first = np.zeros(len(bucket), bool)

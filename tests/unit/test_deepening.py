@@ -144,14 +144,15 @@ def test_what_was_not_tried_for_long_is_tried_again(least: float, tokens: int) -
         deepening.ran_on(0, promise, promise)
 
 
-def test_a_request_with_a_threshold_takes_nobodys_try() -> None:
+@pytest.mark.parametrize("deeper_cost", [math.nan, 0.1])
+def test_a_request_with_a_threshold_takes_nobodys_try(deeper_cost: float) -> None:
     deepening = on_easy_text()
     for _ in range(100):
         deepening.ran_on(0, np.full(1, 0.5), np.full(1, 0.5))
     deepening.stayed(0, np.full(64, 0.5))
     both, ones = np.full(2, 0.5), np.ones(2)
     answers = deepening.pays(
-        0, both, both, ones, np.array([math.nan, 0.1]), np.full(2, 8)
+        0, both, both, ones, np.array([math.nan, 0.1]), np.full(2, 8), deeper_cost
     )
     assert answers.tolist() == [False, True]
 
