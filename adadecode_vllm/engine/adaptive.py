@@ -39,6 +39,11 @@ FIRST_STEPS = 12
 PROBE_STEPS = 12
 """Counted steps of a look at the other way."""
 
+CLEAR_STEPS = 4
+CLEAR = 1.3
+"""From so many counted steps on a look at steps without drafts ends where these are so
+many times slower. They are much alike, unlike those with drafts."""
+
 PROBE_COST = 0.01
 """Share of time that looking at the slower way may cost."""
 
@@ -237,16 +242,31 @@ class _Size:
         return Compared(seconds, tokens / plain) if plain else Compared()
 
     def count(
-        self, requests: int, drafted: bool, drafts: int, tokens: int, seconds: float
+        self,
+        requests: int,
+        drafted: bool,
+        drafts: int,
+        tokens: int,
+        seconds: float,
+        drafting: float,
     ) -> bool:
-        """Note a step, and whether the next ones go another way."""
+        """Note a step, and whether the next ones go another way.
+
+        Args:
+            requests: Its requests.
+            drafted: Whether it was to draft.
+            drafts: Drafts that it verified.
+            tokens: Tokens that it yielded.
+            seconds: What it took.
+            drafting: What of that the making of drafts did.
+        """
         self.rates[drafted].add(requests, tokens, seconds)
         if drafted:
-            self.times.add(requests, drafts, seconds)
+            self.times.add(requests, drafts, max(seconds - drafting, 0.0))
         if drafted is not self.drafts:
             return False
         self._left -= 1
-        if self._left > 0:
+        if self._left > 0 and not self._ends_early(requests):
             return False
         if self.drafts is self._best:
             # Look at the other way, as it is now.
@@ -254,21 +274,35 @@ class _Size:
             self.rates[self.drafts] = _Rate()
             self._left = PROBE_STEPS
             return True
-        known, other = (
-            self.rates[way].at(requests, self.times.request_seconds)
-            * (1.0 if way else WORTH)
-            for way in (self._best, self.drafts)
-        )
+        steps = PROBE_STEPS - self._left
+        known, other = self._worth(requests)
         if other > BETTER * known:
             self._best = self.drafts
         slower, faster = sorted((known, other))
         loss = 1.0 - slower / faster if faster else 0.0
-        pause = (PROBE_STEPS + SETTLE_STEPS) * loss / PROBE_COST
+        pause = (steps + SETTLE_STEPS) * loss / PROBE_COST
         longest = min(self._pause * LONGER, LONGEST)
         self._left = self._pause = int(min(max(pause, SHORTEST), longest))
         changed = self.drafts is not self._best
         self.drafts = self._best
         return changed
+
+    def _worth(self, requests: int) -> tuple[float, float]:
+        """What the way that is taken for better, and the other, are worth."""
+        known, other = (
+            self.rates[way].at(requests, self.times.request_seconds)
+            * (1.0 if way else WORTH)
+            for way in (self._best, not self._best)
+        )
+        return known, other
+
+    def _ends_early(self, requests: int) -> bool:
+        """Whether a look has seen enough of steps without drafts."""
+        looks = self._best and not self.drafts
+        if not looks or PROBE_STEPS - self._left < CLEAR_STEPS:
+            return False
+        known, other = self._worth(requests)
+        return known > CLEAR * other
 
 
 @dataclass(frozen=True)
@@ -316,6 +350,7 @@ class AdaptiveDrafting:
         self._same = 0
         self._compared = Compared()
         self._exit_clock = ExitClock()
+        self._drafting_before: float | None = None
 
     def drafts(self, requests: int) -> bool:
         """Whether a step of so many requests drafts; at least one."""
@@ -328,6 +363,14 @@ class AdaptiveDrafting:
     def exit_costs(self, requests: int) -> list[float]:
         """What asking each exit takes in a step of so many requests, in tokens."""
         return self._sizes[requests.bit_length() - 1].exit_costs(requests)
+
+    def _drafting(self, so_far: float | None) -> float:
+        """What the last step's drafting took; 0 where nobody knows."""
+        before, self._drafting_before = self._drafting_before, so_far
+        if so_far is None or before is None:
+            return 0.0
+        # Counters may have been set to zero in between.
+        return max(so_far - before, 0.0)
 
     def take_compared(self) -> Compared | None:
         """What was compared since the last call; None for nothing."""
@@ -347,6 +390,7 @@ class AdaptiveDrafting:
         tokens: int,
         decodes: bool,
         busy: bool,
+        drafting_seconds: float | None = None,
         exit_seconds: np.ndarray | None = None,
     ) -> bool:
         """Note the end of a step.
@@ -358,6 +402,7 @@ class AdaptiveDrafting:
             tokens: Tokens that it yielded.
             decodes: Whether it held no part of a prompt, which says nothing of drafts.
             busy: Whether another step follows at once.
+            drafting_seconds: What drafting has taken so far; None where nobody knows.
             exit_seconds: (2, K) what asking the exits has taken so far; see
                 :meth:`adadecode_vllm.method.stats.Stats.exit_seconds`. None in most
                 steps.
@@ -368,6 +413,7 @@ class AdaptiveDrafting:
         began, self._ended = self._ended, self._clock()
         self._same = self._same + 1 if drafted is self._drafted else 0
         self._drafted = drafted
+        drafting = self._drafting(drafting_seconds)
         changed = False
         asked = self._exit_clock.step(requests.bit_length(), exit_seconds)
         if asked is not None and requests:
@@ -375,7 +421,7 @@ class AdaptiveDrafting:
         if began is not None and requests and decodes and self._same >= SETTLE_STEPS:
             size = self._sizes[requests.bit_length() - 1]
             seconds = self._ended - began
-            changed = size.count(requests, drafted, drafts, tokens, seconds)
+            changed = size.count(requests, drafted, drafts, tokens, seconds, drafting)
             self._compared += size.compare(requests, drafted, tokens, seconds)
             if changed:
                 logger.debug(

@@ -45,6 +45,14 @@ class CounterReport:
         return added.tolist() if added.any() else None
 
 
+_DRAFTING = REPORTED.index("drafting_seconds") - len(REPORTED) - len(REASONS)
+
+
+def drafting_seconds(counters: np.ndarray) -> float:
+    """Seconds of drafting, of a step's counters; see :func:`split_counters`."""
+    return float(counters[_DRAFTING])
+
+
 def split_counters(
     counters: Sequence[float] | np.ndarray,
 ) -> tuple[dict[str, list[float]], dict[str, float], dict[str, float]]:

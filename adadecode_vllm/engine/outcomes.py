@@ -24,5 +24,5 @@ EXIT_SECONDS = "adadecode_exit_seconds"
 """Attribute of some of a model runner's outputs: by exit, the worker's seconds of draft
 steps and the tokens that were scored in them, since the start or the last reset."""
 
-EXIT_SECONDS_EVERY = 16
+EXIT_SECONDS_EVERY = 8
 """Steps from one such output to the next."""

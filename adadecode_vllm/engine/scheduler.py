@@ -16,7 +16,11 @@ from vllm.v1.request import Request, RequestStatus
 
 from adadecode_vllm.config import CONFIG_KEY, engine_config
 from adadecode_vllm.engine.adaptive import AdaptiveDrafting
-from adadecode_vllm.engine.counter_report import COMPARED_KEY, CounterReport
+from adadecode_vllm.engine.counter_report import (
+    COMPARED_KEY,
+    CounterReport,
+    drafting_seconds,
+)
 from adadecode_vllm.engine.finished_requests import FINISHED_KEY, RequestLog
 from adadecode_vllm.engine.outcomes import (
     ADMISSION,
@@ -157,6 +161,7 @@ class AdaDecodeScheduler(Scheduler):
             map(len, scheduler_output.scheduled_spec_decode_tokens.values())
         )
         unused = getattr(model_runner_output, UNUSED_DRAFTS, None) or {}
+        counters = getattr(model_runner_output, COUNTERS, None)
         changed = adaptive.step(
             requests=requests,
             drafted=scheduler_output.num_spec_tokens_to_schedule > 0,
@@ -165,6 +170,7 @@ class AdaDecodeScheduler(Scheduler):
             decodes=scheduler_output.total_num_scheduled_tokens
             == requests + placeholders,
             busy=bool(self.running),
+            drafting_seconds=None if counters is None else drafting_seconds(counters),
             exit_seconds=getattr(model_runner_output, EXIT_SECONDS, None),
         )
         if changed or switched:

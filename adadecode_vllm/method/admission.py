@@ -10,17 +10,13 @@ from math import isnan
 import numpy as np
 
 from adadecode_vllm.method.evidence import KINDS, RIGHT
-
-_PRIOR_DRAFTS = 4.0
-"""What is known of all requests weighs as much as so many drafts of one of them."""
+from adadecode_vllm.method.trust import Trust, trusted
 
 _MEMORY = 256.0
 """Verified drafts by lookup that the record remembers, by the evidence for them."""
 
 _LOOKED_UP = 8.0
 """Drafts by lookup that the record begins with, by the evidence for them."""
-
-_TRUST = (0.2, 1.25)
 
 SCORING_COST = 0.4
 """What the exits' scoring is taken to cost until steps have told, as a share of the
@@ -31,6 +27,10 @@ _SCORINGS_BEFORE = 8
 
 _SCORINGS_KEPT = 0.95
 """Share of a request's record of scoring that a further cycle keeps."""
+
+_TO_BRING = 0.5
+"""Share of its time that asking the exits for a request has to bring. What it brings
+varies much, and stopping too early costs more than stopping too late."""
 
 TRY_EVERY = 16
 """What does nothing for a request is tried again in one of so many cycles at most."""
@@ -48,7 +48,7 @@ class Admission:
     Attributes:
         least: (R,) float64, the probability that a draft and all before it are right
             above which it pays; NaN for requests with thresholds of their own.
-        trust: (R,) float64, factors on the exits' probabilities of acceptance.
+        trust: (R,) float64, factors on the odds that the exits' tokens are accepted.
         lookup: (R, KINDS) float64, the probability that a draft by n-gram lookup is
             right where those before it are, by the evidence for it.
         use_exits: (R,) bool, whether scoring with the exits has paid lately, or is due.
@@ -87,6 +87,15 @@ class Admission:
             return float(self.exit_costs[exit_index])
         return float("nan")
 
+    def asking(self, exit_index: int, least: float) -> float:
+        """What asking an exit takes, in tokens, by a guess where it is not known.
+
+        Args:
+            exit_index: The exit.
+            least: What a draft must promise; NaN where thresholds decide.
+        """
+        return _asking(self.exit_cost(exit_index), float(least))
+
     def looked_up(self, request: int, survival: float, evidence: Sequence[int]) -> int:
         """How many drafts by lookup pay.
 
@@ -113,22 +122,18 @@ class _Record:
     """Verified drafts of one request: expected and found to be right.
 
     Attributes:
-        expected: Sum of what the exits said of compared early predictions.
-        right: How many of these were right.
-        lookup_expected: Sum of what was known of compared drafts by lookup.
-        lookup_right: How many of these were right.
+        exits: How far what the exits say is trusted.
+        lookup: The same of what is known of all drafts by lookup.
         least: What its drafts had to promise lately; NaN where thresholds decide.
         scorings: Cycles in which the exits scored, the older the less.
-        gain: Tokens that this brought, less those of the time that drafts took.
+        gain: Tokens that this brought, less those of the time that it had to bring.
         passed: Cycles since the exits scored.
         not_drafted: Cycles since the exits drafted.
         not_looked_up: Cycles since the lookup drafted.
     """
 
-    expected: float = 0.0
-    right: int = 0
-    lookup_expected: float = 0.0
-    lookup_right: int = 0
+    exits: Trust = field(default_factory=Trust)
+    lookup: Trust = field(default_factory=Trust)
     least: float = np.nan
     scorings: float = 0.0
     gain: float = 0.0
@@ -143,42 +148,36 @@ class _Record:
         self.not_drafted += 1
         self.not_looked_up += 1
 
-    @property
-    def trust(self) -> float:
-        """The factor on the exits' probabilities of acceptance."""
-        return _trust(self.right, self.expected)
-
-    @property
-    def lookup_trust(self) -> float:
-        """The factor on what is known of all drafts by lookup."""
-        return _trust(self.lookup_right, self.lookup_expected)
-
-    def is_due(self, cycles: int) -> bool:
+    def is_due(self, cycles: int, asking: float = 0.0) -> bool:
         """Whether a draft is worth a try after so many cycles without.
 
         It takes the time of as many tokens as it would have to promise, and a cycle
         yields one at least.
+
+        Args:
+            cycles: Their number.
+            asking: What asking an exit for the draft takes, in tokens.
         """
         # In this order NaN, where thresholds decide, leaves the first.
-        return cycles >= max(TRY_EVERY, self.least / TRY_COST)
+        return cycles >= max(TRY_EVERY, (self.least + asking) / TRY_COST)
 
-    def uses_exits(self, cost: float) -> bool:
+    def uses_exits(self, asking: float) -> bool:
         """Whether the exits shall score in this cycle.
 
         Args:
-            cost: What that takes, in tokens; NaN where it is not known.
+            asking: What asking one takes, in tokens.
         """
-        if isnan(self.least) or self.scorings < _DECIDED or self.is_due(self.passed):
-            return True
-        if isnan(cost):
-            cost = SCORING_COST * self.least
-        return self.gain > cost * self.scorings
+        return (
+            isnan(self.least)
+            or self.scorings < _DECIDED
+            or self.gain > 0
+            or self.is_due(self.passed, asking)
+        )
 
 
-def _trust(right: int, expected: float) -> float:
-    """How far to trust what was expected, by the share of it that came."""
-    share = (right + _PRIOR_DRAFTS) / (expected + _PRIOR_DRAFTS)
-    return min(max(share, _TRUST[0]), _TRUST[1])
+def _asking(exit_cost: float, least: float) -> float:
+    """What asking an exit takes, in tokens, by a guess where it is not known."""
+    return SCORING_COST * least if isnan(exit_cost) else exit_cost
 
 
 _NEW = _Record()
@@ -208,36 +207,38 @@ class AcceptanceRecord:
             least: (R,) see :class:`Admission`.
             exit_costs: (K,) see there; empty where nothing is known.
         """
-        records = []
+        exit_cost = exit_costs[0] if exit_costs else float("nan")
+        records, uses_exits = [], []
         for request_id, own in zip(request_ids, least.tolist(), strict=True):
             record = self._records.get(request_id, _NEW)
             if record is not _NEW:
                 record.begin_cycle(own)
             records.append(record)
+            uses_exits.append(record.uses_exits(_asking(exit_cost, own)))
         known = np.array(self._looked_up_right) / self._looked_up
-        scoring_cost = exit_costs[0] if exit_costs else float("nan")
-        lookup_trust = np.array([record.lookup_trust for record in records])
+        lookup = np.array([record.lookup.factor for record in records])
         return Admission(
             least,
-            np.array([record.trust for record in records]),
-            (lookup_trust[:, None] * known).clip(0.01, 0.99),
-            np.array([record.uses_exits(scoring_cost) for record in records], bool),
+            np.array([record.exits.factor for record in records]),
+            trusted(known, lookup[:, None]).clip(0.01, 0.99),
+            np.array(uses_exits, bool),
             np.array([record.is_due(record.not_drafted) for record in records], bool),
             np.array([record.is_due(record.not_looked_up) for record in records], bool),
             np.array(exit_costs, np.float64),
         )
 
-    def record_scoring(self, request_id: str, least: float) -> None:
-        """Note that the exits score for a request.
+    def record_scoring(self, request_id: str, least: float, asking: float) -> None:
+        """Note that the exits scored for a request.
 
         Args:
             request_id: The request.
             least: What its drafts must promise; NaN where thresholds decide.
+            asking: What that took, in tokens.
         """
         record = self._records.setdefault(request_id, _Record())
         record.least = least
         record.scorings = _SCORINGS_KEPT * record.scorings + 1
-        record.gain *= _SCORINGS_KEPT
+        record.gain = _SCORINGS_KEPT * record.gain - _TO_BRING * asking
         record.passed = 0
 
     def record_acceptance(
@@ -258,7 +259,7 @@ class AcceptanceRecord:
             accepted: Number of drafts that were accepted, 0 .. m.
         """
         record = self._records.setdefault(request_id, _Record())
-        early, early_right = 0, 0
+        first_early: int | None = None
         looked_up: list[tuple[int, bool]] = []
         for position, (own, said) in enumerate(
             zip(exits.tolist(), expected.tolist(), strict=True)
@@ -266,20 +267,21 @@ class AcceptanceRecord:
             # What follows a rejected draft was never compared.
             right, compared = position < accepted, position <= accepted
             if own >= 0:
-                early += 1
+                if first_early is None:
+                    first_early = position
                 if compared:
-                    record.expected += said
-                    early_right += right
+                    record.exits.learn(said, right)
             else:
                 # A try counts whether it was compared or not: it took its time.
                 record.not_looked_up = 0
                 if compared:
                     looked_up.append((-1 - own, right))
-        if early:
+        if first_early is not None:
             record.not_drafted = 0
-            record.right += early_right
             if not isnan(record.least):
-                record.gain += early_right - record.least * early
+                # What follows an exit's draft is right because that is.
+                brought = max(accepted - first_early, 0)
+                record.gain += brought - record.least * (len(exits) - first_early)
         self._record_lookups(record, looked_up)
 
     def _record_lookups(
@@ -292,10 +294,8 @@ class AcceptanceRecord:
             looked_up: For each, the evidence for it, and whether it was right.
         """
         for evidence, right in looked_up:
-            record.lookup_expected += (
-                self._looked_up_right[evidence] / self._looked_up[evidence]
-            )
-            record.lookup_right += right
+            known = self._looked_up_right[evidence] / self._looked_up[evidence]
+            record.lookup.learn(known, right)
         keep = 1.0 - 1.0 / _MEMORY
         for evidence, right in looked_up:
             self._looked_up[evidence] = keep * self._looked_up[evidence] + 1.0

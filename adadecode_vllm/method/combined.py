@@ -95,7 +95,7 @@ class CombinedDrafter:
             limits[found] = 0
             requests = replace(requests, limits=limits)
         window = self._drafter.draft(requests, candidates)
-        self._record_scoring(request_ids, requests, candidates)
+        self._record_scoring(request_ids, requests, window)
         drafts: list[Drafts] = []
         for row, length in enumerate(window.length.tolist()):
             in_window = slice(1, length)
@@ -131,16 +131,18 @@ class CombinedDrafter:
         self,
         request_ids: Sequence[str],
         requests: DraftRequests,
-        candidates: Candidates | None,
+        window: Window,
     ) -> None:
         """Note the requests that the exits scored for."""
         if (admission := requests.admission) is None:
             return
-        scored = (requests.limits > 0) & admission.use_exits
-        if candidates is not None:
-            scored &= ~candidates.sure_at_once
-        for row in np.flatnonzero(scored).tolist():
-            self._record.record_scoring(request_ids[row], float(admission.least[row]))
+        assert window.asking_cost is not None, "costs decide for some"
+        for row in np.flatnonzero(window.asking_cost).tolist():
+            self._record.record_scoring(
+                request_ids[row],
+                float(admission.least[row]),
+                float(window.asking_cost[row]),
+            )
 
     def _as_far_as_it_pays(
         self,

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -114,6 +114,8 @@ class Cycle:
             the embedding has not scored it.
         promised: (R,) what the last exit promised of the next token, where costs
             decide.
+        asking_cost: (R,) what asking the exits has taken, in tokens, where costs
+            decide.
     """
 
     def __init__(
@@ -130,6 +132,7 @@ class Cycle:
         # Probability that all predictions of a request are right.
         self._survival = np.ones(size)
         self.promised = np.zeros(size)
+        self.asking_cost = np.zeros(size)
         self._length = np.ones(size, np.int64)
         self._count = np.zeros((num_segments + 1, size), np.int64)
         self._count[0] = 1
@@ -287,12 +290,18 @@ class Cycle:
             levels[used] = np.repeat(
                 np.tile(descending, len(self._length)), self._count[::-1].T.ravel()
             )
-        return Window(
+        window = Window(
             self._requests.positions,
             self._length,
             self._token_ids,
             levels,
             self._exits,
-            None if self._requests.admission is None else self._expected,
-            None if self._requests.admission is None else self._survival,
+        )
+        if self._requests.admission is None:
+            return window
+        return replace(
+            window,
+            expected=self._expected,
+            survival=self._survival,
+            asking_cost=self.asking_cost,
         )

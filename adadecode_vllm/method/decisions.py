@@ -4,17 +4,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isnan
 from typing import NamedTuple
 
 import numpy as np
 
-from adadecode_vllm.method.admission import SCORING_COST
+from adadecode_vllm.method.admission import Admission
 from adadecode_vllm.method.cycle import Cycle, DraftRequests
 from adadecode_vllm.method.deepening import Deepening
 from adadecode_vllm.method.lookup import Candidates
 from adadecode_vllm.method.policy import ThresholdPolicy
 from adadecode_vllm.method.scoring import Scoring
+from adadecode_vllm.method.trust import trusted
 
 
 class Said(NamedTuple):
@@ -47,6 +47,7 @@ class Decisions:
 
     Attributes:
         policy: Thresholds, and what exits' probabilities were calibrated to.
+        scoring: When asking an exit is worth its time.
     """
 
     def __init__(self, policy: ThresholdPolicy, exit_layers: Sequence[int]) -> None:
@@ -58,7 +59,7 @@ class Decisions:
         """
         self.policy = policy
         self._deepening = Deepening(exit_layers)
-        self._scoring = Scoring()
+        self.scoring = Scoring()
         self._last_exit = len(exit_layers) - 1
         self._random = np.random.default_rng(0)
 
@@ -128,7 +129,7 @@ class Decisions:
         chosen, admission = said.requests, requests.admission
         assert admission is not None, "costs decide for these"
         expected = self.policy.acceptance(said.exit_index, said.confidence)
-        own_promise = np.minimum(expected * admission.trust[chosen], 1.0)
+        own_promise = trusted(expected, admission.trust[chosen])
         promise, looked_up = own_promise, None
         if candidates is not None:
             # The more probable of the two.
@@ -136,11 +137,11 @@ class Decisions:
             looked_up = of_lookup >= own_promise
             promise = np.maximum(own_promise, of_lookup)
         survival, least = cycle.prospects(chosen)
+        cycle.asking_cost[chosen] += admission.asking(said.exit_index, least[0])
         pays = survival * promise > least
         runs_on = None
         if self._last_exit:
-            deeper_cost = admission.exit_cost(said.exit_index + 1)
-            runs_on = self._runs_on(cycle, said, own_promise, promise, deeper_cost)
+            runs_on = self._runs_on(cycle, said, own_promise, promise, admission)
         if admission.exits_due.any():
             # Behind such a draft the request's own record counts again.
             tried = admission.exits_due[chosen] & (survival * expected > least) & ~pays
@@ -149,12 +150,10 @@ class Decisions:
             if looked_up is not None:
                 looked_up &= ~tried
         cycle.active[chosen] = pays if runs_on is None else pays | runs_on
-        scoring_cost = _scoring_cost(admission.exit_cost(0), least)
-        if runs_on is None:
-            self._scoring.said(own_promise, scoring_cost)
-        else:
+        own = own_promise if runs_on is None else own_promise[~runs_on]
+        self.scoring.said(own, float(least[0]), admission.asking(0, least[0]))
+        if runs_on is not None:
             pays &= ~runs_on
-            self._scoring.said(own_promise[~runs_on], scoring_cost)
             early = pays if looked_up is None else pays & ~looked_up
             self._deepening.drafted(promise[early])
         self._take(cycle, candidates, said, pays, looked_up, expected, promise)
@@ -165,7 +164,7 @@ class Decisions:
         said: Said,
         own_promise: np.ndarray,
         promise: np.ndarray,
-        deeper_cost: float,
+        admission: Admission,
     ) -> np.ndarray:
         """Which tokens shall run on to the next exit, by costs; remembers what came.
 
@@ -174,8 +173,7 @@ class Decisions:
             said: What the exit said of them, r.
             own_promise: (r,) how probably its tokens are accepted.
             promise: (r,) the same of what would be drafted now.
-            deeper_cost: What asking the next exit takes, in tokens; NaN where it is not
-                known.
+            admission: What asking exits takes.
 
         Returns:
             (r,) bool.
@@ -186,13 +184,16 @@ class Decisions:
             self._deepening.ran_on(exit_index - 1, before, own_promise)
         if exit_index == self._last_exit:
             return np.zeros(len(chosen), bool)
+        survival, least = cycle.prospects(chosen)
         runs_on = self._deepening.pays(
             exit_index,
             own_promise,
             promise,
-            *cycle.prospects(chosen),
+            survival,
+            least,
             cycle.room(chosen),
-            deeper_cost,
+            admission.exit_cost(exit_index + 1),
+            admission.asking(0, least[0]),
         )
         self._deepening.stayed(exit_index, own_promise[~runs_on])
         cycle.promised[chosen] = own_promise
@@ -234,15 +235,5 @@ class Decisions:
             expected = None if expected is None else expected[takes]
             promise = None if promise is None else promise[takes]
         token_ids = self.policy.corrupt(token_ids, self._random)
-        least_ratio = self._scoring.least_ratio
+        least_ratio = self.scoring.least_ratio
         cycle.predict(chosen, token_ids, exits, expected, promise, least_ratio)
-
-
-def _scoring_cost(exit_cost: float, least: np.ndarray) -> float:
-    """What asking an exit takes, as a share of what a draft must promise.
-
-    Args:
-        exit_cost: In tokens; NaN where it is not known.
-        least: (r,) what drafts of some requests must promise, where costs decide.
-    """
-    return SCORING_COST if isnan(exit_cost) else exit_cost / float(least[0])

@@ -67,6 +67,7 @@ class Deepening:
         least: np.ndarray,
         room: np.ndarray,
         deeper_cost: float = math.nan,
+        asking: float = 0.0,
     ) -> np.ndarray:
         """Whether running on beats what can be had now, a draft or none, or is due.
 
@@ -81,6 +82,8 @@ class Deepening:
             room: (n,) int64, drafts that may still be made, this one included.
             deeper_cost: What asking the next exit takes, in tokens; NaN where it is not
                 known, and what is usual is taken.
+            asking: What asking the first exit for each draft behind it takes, in
+                tokens.
 
         Returns:
             (n,) bool; False where thresholds decide.
@@ -89,8 +92,8 @@ class Deepening:
         gain = self._gained[exit_index] + _PRIOR * self._usual
         gain /= self._tokens[exit_index] + _PRIOR
         deeper = np.maximum(np.minimum(own_promise + gain[bucket], 1.0), promise)
-        now = self._worth(survival * promise, least, room)
-        then = self._worth(survival * deeper, least, room)
+        now = self._worth(survival * promise, least, room, asking)
+        then = self._worth(survival * deeper, least, room, asking)
         cost = self._usual_costs[exit_index] * least
         if not math.isnan(deeper_cost):
             cost = np.where(np.isnan(least), np.nan, deeper_cost)
@@ -102,7 +105,11 @@ class Deepening:
         return (then - cost > np.maximum(now, 0.0)) | (due & first)
 
     def _worth(
-        self, survival: np.ndarray, least: np.ndarray, room: np.ndarray
+        self,
+        survival: np.ndarray,
+        least: np.ndarray,
+        room: np.ndarray,
+        asking: float,
     ) -> np.ndarray:
         """Tokens of a draft and of those that may follow it, less those of their time.
 
@@ -110,10 +117,11 @@ class Deepening:
             survival: (n,) how probably the draft and those before it are right.
             least: (n,) what each has to promise.
             room: (n,) int64, how many there may be.
+            asking: What asking an exit for each of those that follow takes.
         """
         following = np.arange(1, max(int(room.max(initial=0)), 1))
         usual = self._promised / self._drafts
-        chain = survival[:, None] * usual**following - least[:, None]
+        chain = survival[:, None] * usual**following - (least[:, None] + asking)
         chain[following >= room[:, None]] = 0.0
         return survival - least + chain.clip(0.0).sum(axis=1)
 

@@ -98,12 +98,11 @@ class Drafter:
         self.stats.drafting_seconds += ended - started
         return window
 
-    @staticmethod
-    def _waiting(cycle: Cycle, candidates: Candidates | None) -> np.ndarray:
+    def _waiting(self, cycle: Cycle, candidates: Candidates | None) -> np.ndarray:
         """Requests that go on, (r,) int64, with what the lookup says of them."""
         waiting = np.flatnonzero(cycle.active)
         if candidates is not None and len(waiting):
-            candidates.look_up(waiting, *cycle.tokens)
+            candidates.look_up(waiting, *cycle.tokens, self.decisions.scoring.sure)
             cycle.active[waiting] = ~candidates.sure[waiting]
             waiting = np.flatnonzero(cycle.active)
         return waiting

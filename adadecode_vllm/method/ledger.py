@@ -45,6 +45,8 @@ class Window:
             up. None where nobody asks.
         survival: (R,) float64, the probability that all drafts of a request are right;
             None where nobody asks.
+        asking_cost: (R,) float64, what asking the exits for the request's next tokens
+            took, in tokens; None where nobody asks.
     """
 
     first_position: np.ndarray
@@ -54,6 +56,7 @@ class Window:
     exits: np.ndarray
     expected: np.ndarray | None = None
     survival: np.ndarray | None = None
+    asking_cost: np.ndarray | None = None
 
     @property
     def begun(self) -> np.ndarray:

@@ -14,9 +14,6 @@ FEWEST_MATCHES = 2
 """Last tokens that must have occurred before; for `chain`, which knows what a match is
 worth, one is enough."""
 
-SURE = 0.7
-"""Probability of a draft by lookup from which on no exit scores in its place."""
-
 
 class Continuation(NamedTuple):
     """What followed the same tokens before.
@@ -160,7 +157,6 @@ class Candidates:
         promises: (R,) float64, how probably it is right where the drafts before it are;
             -1 for none, or where thresholds decide.
         sure: (R,) bool, where no exit shall score in its place.
-        sure_at_once: (R,) bool, where that is so of the first one.
     """
 
     def __init__(self, contexts: Contexts) -> None:
@@ -170,7 +166,6 @@ class Candidates:
         self.evidence = np.zeros(size, np.int64)
         self.promises = np.full(size, -1.0)
         self.sure = np.zeros(size, bool)
-        self.sure_at_once = np.zeros(size, bool)
         self._contexts = contexts
         # By request, after how many drafts it was looked up last, and what was found.
         self._found: dict[int, tuple[int, Continuation]] = {}
@@ -185,7 +180,11 @@ class Candidates:
         return found if behind == drafts else None
 
     def look_up(
-        self, requests: np.ndarray, token_ids: np.ndarray, length: np.ndarray
+        self,
+        requests: np.ndarray,
+        token_ids: np.ndarray,
+        length: np.ndarray,
+        sure: float,
     ) -> None:
         """Find what follows the drafts of some requests.
 
@@ -193,6 +192,8 @@ class Candidates:
             requests: (r,) int64, the requests.
             token_ids: (R, W) int64, the windows of all.
             length: (R,) int64, their tokens that count.
+            sure: Probability of a draft by lookup from which on no exit shall score in
+                its place.
         """
         for request, tokens in zip(
             requests.tolist(), length[requests].tolist(), strict=True
@@ -208,6 +209,4 @@ class Candidates:
                 self.evidence[request] = found.evidence[0]
             promise = self._contexts.promise(request, found)
             self.promises[request] = promise
-            self.sure[request] = promise >= SURE
-            if tokens == 1:
-                self.sure_at_once[request] = promise >= SURE
+            self.sure[request] = promise >= sure

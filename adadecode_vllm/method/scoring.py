@@ -19,14 +19,26 @@ _PRIOR = 16.0
 _MEMORY = 256.0
 """Tokens that are remembered."""
 
+_USUAL_LEAST = 0.05
+"""What a draft is taken to have to promise at first."""
+
 _AT_ONCE = 16
 """Tokens after which the ratio is worked out again."""
 
-_RATIOS = 1.0 + 0.25 * np.arange(29)
+_RATIOS = 1.1 ** np.arange(45)
 """What is tried for `Scoring.least_ratio`."""
 
 _BRINGS = (_RATIOS[:, None] * MIDDLES - 1.0).clip(0.0)
 """By ratio and range, what a draft brings beyond what it must."""
+
+_LOOKED_UP = np.linspace(0.0, 1.0, 41)
+"""What is tried for `Scoring.sure`."""
+
+_BETTER = (MIDDLES - _LOOKED_UP[:, None]).clip(0.0)
+"""By promise of a lookup and range, how much more an exit promises."""
+
+_FOLLOWING = np.arange(1, 8)
+"""Drafts that are taken to follow one at most."""
 
 
 class Scoring:
@@ -36,22 +48,26 @@ class Scoring:
         least_ratio: Of the probability that all drafts are right to what a draft must
             promise. Up to here, what an exit says of a further draft brings less, on
             average, than the time that it takes.
+        sure: What a lookup has to promise for an exit not to be asked beside it: above,
+            what it may know better is worth less, on average, than its time.
     """
 
     least_ratio: float
+    sure: float
 
     def __init__(self) -> None:
         """Begin with every promise alike."""
         self._said = np.full(BUCKETS, _PRIOR / BUCKETS)
         self._lately: list[float] = []
-        self._work_out(SCORING_COST)
+        self._work_out(_USUAL_LEAST, SCORING_COST * _USUAL_LEAST)
 
-    def said(self, promise: np.ndarray, cost: float = SCORING_COST) -> None:
+    def said(self, promise: np.ndarray, least: float, asking: float) -> None:
         """Note what exits promised of some tokens.
 
         Args:
             promise: (n,) what they promised.
-            cost: What asking them takes, as a share of what a draft must promise.
+            least: What a draft must promise.
+            asking: What asking an exit takes, in tokens.
         """
         self._lately += promise.tolist()
         if len(self._lately) < _AT_ONCE:
@@ -59,8 +75,15 @@ class Scoring:
         self._said *= max(1.0 - len(self._lately) / _MEMORY, 0.0)
         self._said += np.bincount(bucket_of(np.array(self._lately)), minlength=BUCKETS)
         self._lately.clear()
-        self._work_out(cost)
+        self._work_out(least, asking)
 
-    def _work_out(self, cost: float) -> None:
-        brings = _BRINGS @ self._said / self._said.sum()
-        self.least_ratio = float(_RATIOS[brings < cost].max(initial=1.0))
+    def _work_out(self, least: float, asking: float) -> None:
+        share = self._said / self._said.sum()
+        self.least_ratio = float(
+            _RATIOS[least * (_BRINGS @ share) < asking].max(initial=1.0)
+        )
+        # A draft that is right lets others follow.
+        following = float(share @ MIDDLES) ** _FOLLOWING - (least + asking)
+        worth = 1.0 + following.clip(0.0).sum()
+        better = worth * (_BETTER @ share)
+        self.sure = float(_LOOKED_UP[better > asking].max(initial=0.0))

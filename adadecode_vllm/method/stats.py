@@ -135,9 +135,12 @@ class Stats:
         """What asking the exits took.
 
         Returns:
-            (2, K) float64: seconds of draft steps, and tokens that were scored in them.
+            (2, K) float64: seconds of draft steps, with what the host decides between
+            them, and tokens that were scored in them.
         """
         seconds = self.draft_segment_seconds[:-1] + self.gate_seconds
+        between = self.drafting_seconds - seconds.sum()
+        seconds += between * self.gates / max(self.gates.sum(), 1)
         return np.stack([seconds, self.gates])
 
     def reported(self) -> np.ndarray:

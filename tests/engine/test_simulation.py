@@ -241,6 +241,7 @@ def fix_costs(llm: Any, costs: RowsCost) -> None:
         clock[0] += costs.verifying([(1.0, rows)])
         asked.append(outcome["exit_seconds"] * [[0.0], [1.0]])
         outcome["exit_seconds"] = asked[-2] if len(asked) > 1 else 0.0 * asked[0]
+        outcome["drafting_seconds"] = 0.0
         return bool(step(**outcome))
 
     adaptive._clock = lambda: clock[0]

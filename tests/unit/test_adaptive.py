@@ -30,6 +30,7 @@ class Steps:
         self.ways: list[bool] = []
         self.tokens = 0
         self.drafts = 1
+        self.drafting_seconds = 0.0
         self._cost = cost
 
     def run(
@@ -48,6 +49,7 @@ class Steps:
                 tokens=tokens,
                 decodes=decodes,
                 busy=True,
+                drafting_seconds=self.drafting_seconds,
             )
 
     def share(self, last: int) -> float:
@@ -242,6 +244,25 @@ def test_a_draft_must_promise_what_its_time_would_bring(cost: float) -> None:
     assert steps.adaptive.admission(1) == 0.05
 
 
+def test_the_time_of_making_drafts_is_not_what_verifying_them_costs() -> None:
+    random, drafts = Random(1), 0
+
+    def step(number: int, drafted: bool) -> tuple[int, float]:
+        making = 0.3 * drafts if drafted else 0.0
+        steps.drafting_seconds += making
+        return 4 + (drafts if drafted else 0), 1.0 + making + 0.02 * drafts
+
+    steps = Steps(step)
+    for number in range(600):
+        steps.drafts = drafts = random.randint(0, 5)
+        steps.run(1)
+        if number == 300:
+            steps.drafting_seconds = 0.0  # counters are set to zero
+    rate = steps.tokens / steps.seconds
+    assert steps.adaptive.admission(REQUESTS) == pytest.approx(0.02 * rate, rel=0.5)
+    assert 0.3 * rate > 1.0
+
+
 @pytest.mark.parametrize("cost", [0.005, 0.01])
 def test_fewer_requests_are_no_cheaper_drafts(cost: float) -> None:
     """While a batch empties, steps get shorter and more of them draft."""
@@ -311,3 +332,11 @@ def test_what_asking_exits_costs_is_known_by_the_number_of_requests() -> None:
     assert np.isnan(second)
     # Of other numbers of requests it says nothing.
     assert steps.adaptive.exit_costs(2 * REQUESTS) == []
+
+
+@pytest.mark.parametrize(("gain", "steps"), [(3.0, 6), (1.05, 14)])
+def test_a_look_at_what_is_clearly_slower_is_short(gain: float, steps: int) -> None:
+    engine = Steps(lambda step, drafted: (12, 3 / gain) if drafted else (4, 1.0))
+    engine.run(40)
+    # Counted steps, and those of which nothing is learnt after the change.
+    assert engine.ways.count(False) == steps

@@ -26,6 +26,7 @@ from adadecode_vllm.method.lookup import (
 from adadecode_vllm.method.stats import Stats
 
 LEAST = 0.2
+SURE = 0.7
 
 
 class Fake:
@@ -115,7 +116,7 @@ def test_what_can_be_verified_of_what_was_found(
 def test_candidates_follow_the_windows_of_chains(lookup: Fake) -> None:
     candidates = Candidates(contexts(lookup, ["chain", "tail", "chain"]))
     both, windows = np.arange(3), np.array([[2, 7, 0], [2, 0, 0], [2, 0, 0]])
-    candidates.look_up(both, windows, np.ones(3, np.int64))
+    candidates.look_up(both, windows, np.ones(3, np.int64), SURE)
     assert candidates.token_ids.tolist() == [3, -1, 3]
     two = evidence(2, Agreement.LIKELY)
     assert candidates.evidence[[0, 2]].tolist() == [two, two]
@@ -123,11 +124,10 @@ def test_candidates_follow_the_windows_of_chains(lookup: Fake) -> None:
     assert not candidates.sure.any()
     assert len(lookup.asked) == 2
     # Only the first request has drafted since; seven tokens match behind its draft.
-    candidates.look_up(both, windows, np.array([2, 1, 1]))
+    candidates.look_up(both, windows, np.array([2, 1, 1]), SURE)
     assert len(lookup.asked) == 3
     assert candidates.token_ids.tolist() == [8, -1, 3]
     assert candidates.sure.tolist() == [True, False, False]
-    assert not candidates.sure_at_once.any()
     assert candidates.found_behind(0, 1) == ([8], [evidence(7, Agreement.LIKELY)])
     assert candidates.found_behind(0, 0) is None
     assert candidates.found_behind(1, 0) is None
@@ -138,9 +138,9 @@ def test_no_candidate_is_sure_where_thresholds_decide(
     lookup: Fake, least: float, sure: bool
 ) -> None:
     candidates = Candidates(contexts(lookup, ["chain"], least, last=8))
-    candidates.look_up(np.arange(1), np.array([[8]]), np.ones(1, np.int64))
+    candidates.look_up(np.arange(1), np.array([[8]]), np.ones(1, np.int64), SURE)
     assert candidates.token_ids.tolist() == [9]
-    assert candidates.sure.tolist() == candidates.sure_at_once.tolist() == [sure]
+    assert candidates.sure.tolist() == [sure]
     assert bool(candidates.promises[0] > 0) is sure
 
 
@@ -159,8 +159,6 @@ class NoDrafts:
             np.zeros(shape, np.int64),
             np.zeros(shape, np.int8),
             np.zeros(shape, np.int8),
-            None,
-            None,
         )
 
     def prefetch(self) -> None:

@@ -10,52 +10,61 @@ from adadecode_vllm.method.admission import SCORING_COST
 from adadecode_vllm.method.scoring import Scoring
 from tests.made_up_exits import make_drafter, make_requests
 
+LEAST = 0.1
 
-def after(promise: float, tokens: int = 500) -> float:
+
+def after(promise: float, asking: float = SCORING_COST * LEAST) -> Scoring:
+    """After many tokens of which an exit promised that much."""
     scoring = Scoring()
-    for _ in range(tokens):
-        scoring.said(np.array([promise]))
-    return scoring.least_ratio
+    for _ in range(500):
+        scoring.said(np.array([promise]), LEAST, asking)
+    return scoring
 
 
 def test_exits_that_are_sure_are_asked_as_long_as_a_draft_may_pay() -> None:
     # A draft then brings the ratio less one, and scoring takes less.
-    assert after(0.95) == pytest.approx(1.0 + SCORING_COST, abs=0.2)
+    assert after(0.95).least_ratio == pytest.approx(1.0 + SCORING_COST, abs=0.2)
 
 
 def test_exits_that_are_seldom_sure_are_asked_where_drafts_are_probably_right() -> None:
-    ratios = [after(promise) for promise in (0.95, 0.7, 0.45, 0.2)]
+    ratios = [after(promise).least_ratio for promise in (0.95, 0.7, 0.45, 0.2, 0.0)]
     assert ratios == sorted(ratios)
-    assert ratios[-1] > 4.0
-    # Where nothing is ever worth it, all but certain drafts are still followed.
-    assert after(0.0) < 9.0
+    assert ratios[3] > 4.0
+    # Where nothing is ever worth it, no draft is probable enough.
+    assert ratios[4] * LEAST > 1.0
 
 
 def test_what_asking_takes_is_measured() -> None:
-    ratios = []
-    for cost in (0.01, 0.4, 2.0):
-        scoring = Scoring()
-        for _ in range(500):
-            scoring.said(np.array([0.7]), cost)
-        ratios.append(scoring.least_ratio)
-    assert ratios == sorted(ratios)
-    assert ratios[1] == after(0.7)
-    assert ratios[0] < ratios[1] < ratios[2]
+    dear = [after(0.7, asking) for asking in (0.001, 0.04, 0.2, 0.5)]
+    ratios = [scoring.least_ratio for scoring in dear]
+    assert ratios == sorted(set(ratios))
+    # A draft that pays, of 0.1 and more, brings 0.7 times what it survives, less 0.1.
+    assert ratios[2] * LEAST == pytest.approx(0.3 / 0.7, rel=0.15)
+    assert ratios[3] * LEAST == pytest.approx(0.6 / 0.7, rel=0.15)
+
+
+def test_an_exit_that_knows_little_better_is_not_asked_beside_a_lookup() -> None:
+    sure = [after(0.7, asking).sure for asking in (0.001, 0.04, 0.2, 0.5)]
+    assert sure == sorted(set(sure), reverse=True)
+    assert sure[2] == pytest.approx(0.5, abs=0.08)
+    assert after(0.1).sure < 0.1 < 0.8 < after(0.95).sure
+    assert after(0.7, 2.0).sure == 0.0
 
 
 def test_it_follows_the_text() -> None:
     scoring = Scoring()
     for promise in (0.1, 0.9):
         for _ in range(1000):
-            scoring.said(np.full(3, promise))
-        assert scoring.least_ratio == pytest.approx(after(promise), abs=0.25)
+            scoring.said(np.full(3, promise), LEAST, SCORING_COST * LEAST)
+        assert scoring.least_ratio == pytest.approx(after(promise).least_ratio, rel=0.1)
     before = scoring.least_ratio
-    scoring.said(np.empty(0))
+    scoring.said(np.empty(0), LEAST, 1.0)
     assert scoring.least_ratio == before
 
 
 def test_at_first_every_promise_is_alike() -> None:
     assert 1.5 < Scoring().least_ratio < 3.0
+    assert 0.6 < Scoring().sure < 0.9
 
 
 @pytest.mark.parametrize(

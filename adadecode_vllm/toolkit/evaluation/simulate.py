@@ -233,6 +233,7 @@ class _Engine:
                 tokens=sampled,
                 decodes=len(decoding) == requests,
                 busy=bool(self._running),
+                drafting_seconds=self._exits.exit_seconds[0].sum(),
                 exit_seconds=self._exits.exit_seconds,
             )
         if most and self._running:
