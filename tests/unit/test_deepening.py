@@ -22,6 +22,7 @@ def pays(
     room: int = 8,
     exit_index: int = 0,
     deeper_cost: float = math.nan,
+    asking: float = 0.0,
 ) -> bool:
     (answer,) = deepening.pays(
         exit_index,
@@ -31,6 +32,7 @@ def pays(
         np.array([least]),
         np.array([room]),
         deeper_cost,
+        asking,
     )
     return bool(answer)
 
@@ -114,6 +116,11 @@ def test_what_asking_costs_is_measured() -> None:
     assert pays(Deepening([0, 12]), 0.4, deeper_cost=0.1)
     # Of requests with thresholds it says nothing.
     assert not pays(on_easy_text(), 0.5, least=math.nan, deeper_cost=0.01)
+
+
+def test_drafts_that_follow_take_an_exits_time_each() -> None:
+    assert pays(on_easy_text(), 0.5, least=0.05, deeper_cost=0.4, asking=0.1)
+    assert not pays(on_easy_text(), 0.5, least=0.05, deeper_cost=0.4, asking=0.7)
 
 
 def test_what_the_next_exit_says_is_learnt_by_promise() -> None:
