@@ -13,12 +13,17 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from statistics import median
+from dataclasses import dataclass
 
 import numpy as np
 
 from adadecode_vllm.engine.exit_times import ExitClock, ExitTimes
+from adadecode_vllm.engine.step_times import (
+    USUAL_COST,
+    USUAL_PROMISE,
+    Rate,
+    StepTimes,
+)
 
 logger = logging.getLogger("vllm.adadecode")
 
@@ -66,134 +71,8 @@ each token takes more.
 BETTER = 1.01
 """How much more the other way must be worth for a change."""
 
-WINDOW_STEPS = 32
-"""Steps that an average remembers."""
-
-COST_STEPS = 128
-"""Steps that the cost of a draft is estimated from."""
-
-USUAL_COST = 0.05
-"""Share of a step that a draft or a request is taken to cost until steps have told."""
-
-USUAL_PROMISE = 0.9
-"""The most that a draft is taken to have to promise until then."""
-
-USUAL_SPREAD = 64.0
-"""Weight of that beside steps: their number times the variance of what they hold."""
-
-USUAL_STEPS = 8
-"""Steps from which on one that takes much longer than they did is cut short."""
-
 ADMISSION = (0.02, 1.0)
 """Bounds of what a draft must promise."""
-
-
-@dataclass
-class _Rate:
-    """Tokens per second over the last steps."""
-
-    tokens: float = 0.0
-    seconds: float = 0.0
-    requests: float = 0.0
-    steps: float = 0.0
-    first: list[float] = field(default_factory=list)
-
-    def add(self, requests: int, tokens: int, seconds: float) -> None:
-        keep = 1.0 - 1.0 / WINDOW_STEPS
-        if len(self.first) < USUAL_STEPS:
-            # The very first may be the one that was held up.
-            self.first.append(seconds)
-            self.seconds = 0.0
-            for earlier in _bounded(self.first):
-                self.seconds = keep * self.seconds + earlier
-        else:
-            self.seconds = keep * self.seconds + min(seconds, self.longest)
-        self.steps = keep * self.steps + 1
-        self.tokens = keep * self.tokens + tokens
-        self.requests = keep * self.requests + requests
-
-    @property
-    def longest(self) -> float:
-        """The most that a step is taken to last: what is above says nothing of it."""
-        if len(self.first) < USUAL_STEPS:
-            return 3 * median(self.first)
-        return 3 * self.seconds / self.steps
-
-    def at(self, requests: float, request_seconds: float) -> float:
-        """Tokens per second of steps with another number of requests.
-
-        Args:
-            requests: Their number.
-            request_seconds: What one more adds to a step; at most its share of one.
-        """
-        if not self.seconds:
-            return 0.0
-        usual, seconds = self.requests / self.steps, self.seconds / self.steps
-        seconds += min(request_seconds, seconds / usual) * (requests - usual)
-        return self.tokens / self.steps * requests / usual / seconds
-
-
-def _bounded(seconds: list[float]) -> list[float]:
-    """Times of the first steps, each at most thrice what is usual of them."""
-    longest = 3 * median(seconds)
-    return [min(own, longest) for own in seconds]
-
-
-class _StepTimes:
-    """What one more request, and one more draft, adds to a step with drafts.
-
-    By least squares over the last steps. Both at once: while a batch empties, requests
-    and drafts change together.
-    """
-
-    def __init__(self) -> None:
-        # Over steps, in plain floats: so few are slower in arrays.
-        self._sums = [0.0] * 9
-        # Of the first steps: requests and drafts, and seconds.
-        self._held: list[tuple[int, int]] = []
-        self._first: list[float] = []
-        self.request_seconds = self.draft_seconds = 0.0
-
-    def add(self, requests: int, drafts: int, seconds: float) -> None:
-        if len(self._first) < USUAL_STEPS:
-            self._held.append((requests, drafts))
-            self._first.append(seconds)
-            self._sums = [0.0] * 9
-            for held, own in zip(self._held, _bounded(self._first), strict=True):
-                self._sum_up(*held, own)
-        else:
-            longest = 3 * self._sums[3] / self._sums[0]
-            self._sum_up(requests, drafts, min(seconds, longest))
-        self._solve()
-
-    def _sum_up(self, requests: int, drafts: int, seconds: float) -> None:
-        terms = (
-            1.0,
-            requests,
-            drafts,
-            seconds,
-            requests * requests,
-            requests * drafts,
-            drafts * drafts,
-            requests * seconds,
-            drafts * seconds,
-        )
-        keep = 1.0 - 1.0 / COST_STEPS
-        self._sums = [
-            keep * old + new for old, new in zip(self._sums, terms, strict=True)
-        ]
-
-    def _solve(self) -> None:
-        steps, r, d, s, rr, rd, dd, rs, ds = self._sums
-        usual = USUAL_SPREAD * min(USUAL_COST, USUAL_PROMISE * steps / r) * s / steps
-        rr += USUAL_SPREAD - r * r / steps
-        dd += USUAL_SPREAD - d * d / steps
-        rd -= r * d / steps
-        rs += usual - r * s / steps
-        ds += usual - d * s / steps
-        both = rr * dd - rd * rd
-        self.request_seconds = max((rs * dd - ds * rd) / both, 0.0)
-        self.draft_seconds = max((ds * rr - rs * rd) / both, 0.0)
 
 
 class _Size:
@@ -208,9 +87,9 @@ class _Size:
 
     def __init__(self, drafts: bool) -> None:
         self.drafts = self._best = drafts
-        self.times = _StepTimes()
+        self.times = StepTimes()
         self.exits = ExitTimes()
-        self.rates = {True: _Rate(), False: _Rate()}
+        self.rates = {True: Rate(), False: Rate()}
         self._left = FIRST_STEPS
         self._pause = SHORTEST
 
@@ -271,7 +150,7 @@ class _Size:
         if self.drafts is self._best:
             # Look at the other way, as it is now.
             self.drafts = not self._best
-            self.rates[self.drafts] = _Rate()
+            self.rates[self.drafts] = Rate()
             self._left = PROBE_STEPS
             return True
         steps = PROBE_STEPS - self._left
@@ -350,7 +229,7 @@ class AdaptiveDrafting:
         self._same = 0
         self._compared = Compared()
         self._exit_clock = ExitClock()
-        self._drafting_before: float | None = None
+        self._drafting_before = 0.0
 
     def drafts(self, requests: int) -> bool:
         """Whether a step of so many requests drafts; at least one."""
@@ -363,14 +242,6 @@ class AdaptiveDrafting:
     def exit_costs(self, requests: int) -> list[float]:
         """What asking each exit takes in a step of so many requests, in tokens."""
         return self._sizes[requests.bit_length() - 1].exit_costs(requests)
-
-    def _drafting(self, so_far: float | None) -> float:
-        """What the last step's drafting took; 0 where nobody knows."""
-        before, self._drafting_before = self._drafting_before, so_far
-        if so_far is None or before is None:
-            return 0.0
-        # Counters may have been set to zero in between.
-        return max(so_far - before, 0.0)
 
     def take_compared(self) -> Compared | None:
         """What was compared since the last call; None for nothing."""
@@ -436,3 +307,11 @@ class AdaptiveDrafting:
         if not busy:
             self._ended = None
         return changed
+
+    def _drafting(self, so_far: float | None) -> float:
+        """What drafting took since it was known last; 0 where it is not known."""
+        if so_far is None:
+            return 0.0
+        before, self._drafting_before = self._drafting_before, so_far
+        # Counters may have been set to zero in between.
+        return max(so_far - before, 0.0)
