@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from adadecode_vllm.method.admission import Admission
 from adadecode_vllm.method.cycle import Cycle, DraftRequests
 from adadecode_vllm.method.deepening import Deepening
 from adadecode_vllm.method.lookup import Candidates
@@ -137,11 +136,18 @@ class Decisions:
             looked_up = of_lookup >= own_promise
             promise = np.maximum(own_promise, of_lookup)
         survival, least = cycle.prospects(chosen)
-        cycle.asking_cost[chosen] += admission.asking(said.exit_index, least[0])
+        asking = admission.asking(0, least[0])
+        took = asking
+        if said.exit_index:
+            took = admission.asking(said.exit_index, least[0])
+        cycle.asking_cost[chosen] += took
         pays = survival * promise > least
         runs_on = None
         if self._last_exit:
-            runs_on = self._runs_on(cycle, said, own_promise, promise, admission)
+            deeper_cost = admission.exit_cost(said.exit_index + 1)
+            runs_on = self._runs_on(
+                cycle, said, own_promise, promise, deeper_cost, asking
+            )
         if admission.exits_due.any():
             # Behind such a draft the request's own record counts again.
             tried = admission.exits_due[chosen] & (survival * expected > least) & ~pays
@@ -151,7 +157,7 @@ class Decisions:
                 looked_up &= ~tried
         cycle.active[chosen] = pays if runs_on is None else pays | runs_on
         own = own_promise if runs_on is None else own_promise[~runs_on]
-        self.scoring.said(own, float(least[0]), admission.asking(0, least[0]))
+        self.scoring.said(own, float(least[0]), asking)
         if runs_on is not None:
             pays &= ~runs_on
             early = pays if looked_up is None else pays & ~looked_up
@@ -164,7 +170,8 @@ class Decisions:
         said: Said,
         own_promise: np.ndarray,
         promise: np.ndarray,
-        admission: Admission,
+        deeper_cost: float,
+        asking: float,
     ) -> np.ndarray:
         """Which tokens shall run on to the next exit, by costs; remembers what came.
 
@@ -173,7 +180,9 @@ class Decisions:
             said: What the exit said of them, r.
             own_promise: (r,) how probably its tokens are accepted.
             promise: (r,) the same of what would be drafted now.
-            admission: What asking exits takes.
+            deeper_cost: What asking the next exit takes, in tokens; NaN where it is not
+                known.
+            asking: What asking the first one takes.
 
         Returns:
             (r,) bool.
@@ -184,16 +193,14 @@ class Decisions:
             self._deepening.ran_on(exit_index - 1, before, own_promise)
         if exit_index == self._last_exit:
             return np.zeros(len(chosen), bool)
-        survival, least = cycle.prospects(chosen)
         runs_on = self._deepening.pays(
             exit_index,
             own_promise,
             promise,
-            survival,
-            least,
+            *cycle.prospects(chosen),
             cycle.room(chosen),
-            admission.exit_cost(exit_index + 1),
-            admission.asking(0, least[0]),
+            deeper_cost,
+            asking,
         )
         self._deepening.stayed(exit_index, own_promise[~runs_on])
         cycle.promised[chosen] = own_promise

@@ -78,6 +78,7 @@ class Drafter:
         if requests.admission is not None:
             cycle.active &= requests.admission.use_exits
         waiting = self._waiting(cycle, candidates)
+        began = time.perf_counter()
         if self.states.memory is not None and len(waiting):
             self.states.begin_memory(self._sampled_from(requests))
         while len(waiting):
@@ -88,6 +89,9 @@ class Drafter:
             said = Said(chosen, segment + at_embedding, predicted, confidence)
             self.decisions.decide(cycle, requests, candidates, said)
             waiting = self._waiting(cycle, candidates)
+            asked = time.perf_counter()
+            self.stats.asking_seconds[said.exit_index] += asked - began
+            began = asked
         ended = time.perf_counter()
         self.states.finished = None
         self._drafted = cycle, requests.alone

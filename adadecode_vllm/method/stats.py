@@ -52,7 +52,9 @@ class Stats:
         resumed_forwards: Forwards with at least one resumed token.
         draft_segment_seconds: Wall time of each segment while drafting.
         gate_seconds: Wall time of each exit's head.
-        drafting_seconds: Wall time spent drafting, those two included.
+        asking_seconds: Wall time of asking each exit: those two, and what the host
+            decides then.
+        drafting_seconds: Wall time spent drafting, that included.
         verifying_seconds: Wall time of resumed forwards.
     """
 
@@ -75,6 +77,7 @@ class Stats:
     resumed_forwards: int = field(init=False)
     draft_segment_seconds: np.ndarray = field(init=False)
     gate_seconds: np.ndarray = field(init=False)
+    asking_seconds: np.ndarray = field(init=False)
     drafting_seconds: float = field(init=False)
     verifying_seconds: float = field(init=False)
 
@@ -102,6 +105,7 @@ class Stats:
         self.resumed_forwards = 0
         self.draft_segment_seconds = np.zeros(exits + 1)
         self.gate_seconds = np.zeros(exits)
+        self.asking_seconds = np.zeros(exits)
         self.drafting_seconds = 0.0
         self.verifying_seconds = 0.0
 
@@ -136,12 +140,9 @@ class Stats:
 
         Returns:
             (2, K) float64: seconds of draft steps, with what the host decides between
-            them, and tokens that were scored in them.
+            them, and tokens that were scored in them. None of them ever gets less.
         """
-        seconds = self.draft_segment_seconds[:-1] + self.gate_seconds
-        between = self.drafting_seconds - seconds.sum()
-        seconds += between * self.gates / max(self.gates.sum(), 1)
-        return np.stack([seconds, self.gates])
+        return np.stack([self.asking_seconds, self.gates])
 
     def reported(self) -> np.ndarray:
         """The counters of `REPORTED_PER_EXIT` and `REPORTED`; float64.

@@ -192,3 +192,20 @@ def test_a_probability_that_is_none_leaves_what_is_learnt() -> None:
         assert window.length[0] > 1
         assert window.length[1] == 1
     assert np.isfinite(drafter.decisions._deepening._gained).all()
+
+
+def test_what_asking_took_never_gets_less_at_any_exit() -> None:
+    """Else it would be taken for counters that were set to zero."""
+    unsure = iter([False, True, True, True] * 100)
+    drafter = make_drafter(
+        [2, 4], 3, lambda rows: [0.3 if next(unsure, True) else 0.9] * len(rows)
+    )
+    requests = make_requests(1, 3, least=0.1)
+    before = drafter.stats.exit_seconds()
+    for _ in range(100):
+        drafter.draft(requests)
+        after = drafter.stats.exit_seconds()
+        assert (after >= before).all()
+        before = after
+    assert (before > 0).all()
+    assert before[0].sum() <= drafter.stats.drafting_seconds
